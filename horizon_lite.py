@@ -4188,7 +4188,7 @@ PAGE = r"""<!doctype html>
 @media (prefers-color-scheme: dark) { :root { --back: #14161a; --card: #1c1f25; --ink: #e9e8e4;
   --soft: #9aa0ab; --line: #31353d; --me: #ff8b3d; --good: #69db7c; --bad: #ff8787; --hue: 66%; } }
 * { box-sizing: border-box; }
-body { margin: 0; min-height: 100vh; display: flex; flex-direction: column; color: var(--ink);
+body { margin: 0; height: 100vh; display: flex; flex-direction: column; color: var(--ink);
   background: var(--back); font: 15px/1.45 system-ui, sans-serif; }
 header { display: flex; flex-wrap: wrap; align-items: baseline; gap: .2rem 1rem; padding: .7rem 1rem; }
 h1 { font-size: 1.15rem; margin: 0; }
@@ -4197,13 +4197,14 @@ h2 { font-size: .95rem; margin: 0 0 .4rem; }
   border-radius: 50%; background: var(--bad); }
 #status.on::before { background: var(--good); }
 #count { color: var(--soft); }
-main { flex: 1; display: grid; grid-template-columns: minmax(0, 1fr) 20rem; gap: .8rem; padding: 0 1rem 1rem; }
+main { flex: 1; min-height: 0; display: grid; grid-template-columns: minmax(0, 1fr) 20rem; gap: .8rem;
+  padding: 0 1rem 1rem; }
 section, figure { margin: 0; padding: .8rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
-figure { padding: .4rem; display: flex; flex-direction: column; min-height: 24rem; }
+figure { padding: .4rem; display: flex; flex-direction: column; }
 canvas { flex: 1; width: 100%; min-height: 0; height: 0; border-radius: 5px; touch-action: none; cursor: crosshair; }
 :focus-visible { outline: 2px solid var(--me); outline-offset: 1px; }
 figcaption { color: var(--soft); font-size: .85rem; padding: .3rem .4rem 0; }
-aside { display: flex; flex-direction: column; gap: .8rem; min-height: 0; }
+aside { display: flex; flex-direction: column; gap: .8rem; min-height: 0; overflow: auto; }
 dl { display: grid; grid-template-columns: 1fr auto; gap: .1rem .8rem; margin: 0; }
 dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; }
 dt { color: var(--soft); }
@@ -4218,7 +4219,7 @@ input, button { font: inherit; color: inherit; padding: .35rem .6rem; border: 1p
 button { cursor: pointer; }
 #users { list-style: none; margin: 0; padding: 0; max-height: 9rem; overflow: auto; color: var(--soft); }
 #users .me { color: var(--me); }
-@media (max-width: 50rem) { main { grid-template-columns: 1fr; } figure { min-height: 60vh; } }
+@media (max-width: 50rem) { body { height: auto; } main { grid-template-columns: 1fr; } figure { height: 75vh; } }
 </style>
 </head>
 <body>
@@ -4360,7 +4361,7 @@ function moves(block) {
   if (block[3]) for (const id of players.keys()) if (!seen.has(id)) players.delete(id);
 }
 function place(player, now) {                    // glide to the last position within a tick
-  const part = Math.min(1, (now - player.at) * hz / 1000);
+  const part = Math.max(0, Math.min(1, (now - player.at) * hz / 1000));
   return [player.fromX + (player.x - player.fromX) * part, player.fromY + (player.y - player.fromY) * part];
 }
 let online = [];
@@ -5949,9 +5950,11 @@ def _demo(args: argparse.Namespace) -> int:
     """Run a world of simulated players."""
     app = Engine(Config.load(args.config, **_said(args)))
     world = DemoWorld(app, args.players)
-    hz = app.config.tick_hz or 50
+    hz = app.config.tick_hz
+    if not hz:
+        raise ConfigError("the demo's players walk at every tick; tick_hz can't be 0")
     _add_chat(app)
-    app.every(hz=hz)(lambda: world.walk(1 / hz))
+    app.on_core("server_tick")(lambda event: world.walk(1 / hz))
     return _serve_engine(app, f"world: {args.players} players walk about at {hz:g} ticks/s.")
 
 
