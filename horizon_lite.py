@@ -107,8 +107,7 @@ __all__ = [
 _T = TypeVar("_T")
 _F = TypeVar("_F", bound=Callable[..., Any])
 _Bytes = bytes | bytearray | memoryview
-_log = logging.getLogger("horizon_lite")
-_log.addHandler(logging.NullHandler())
+_log = logging.getLogger("horizon_lite")        # no NullHandler: a handler's traceback must show
 
 
 # =============================================================================
@@ -382,6 +381,10 @@ class Metrics(Mapping[str, float]):
         if kind == "counter" and not name.endswith("_total"):
             name += "_total"
         family = self._families.get(name)
+        # OpenMetrics knows a counter by its name without the suffix: that must be free, too
+        rival = self._families.get(name.removesuffix("_total") if kind == "counter" else name + "_total")
+        if rival is not None and rival is not family:
+            raise UsageError(f"metric {name!r} is too like another one, a {rival.kind}")
         if family is None:
             text = text or name.replace("_", " ")
             family = self._families[name] = _Family(kind, text, bounds)
@@ -1236,7 +1239,8 @@ class Message(metaclass=_MessageMeta):
     def _present(self) -> Iterator[tuple[_Field, Any]]:
         for each in self._fields:
             value = getattr(self, each.name)
-            if value is not None and (each.explicit or value != each.default()):
+            if value is not None and (each.explicit or value != each.default()
+                                      or isinstance(value, float) and _minus_zero(value)):
                 yield each, value
 
     def to_dict(self) -> dict[str, Any]:
@@ -1314,7 +1318,7 @@ def _name_field(error: Exception) -> Exception:
     filename = frame.tb_frame.f_code.co_filename
     for number in range(frame.tb_lineno, 0, -1):
         if match := re.search(r"self\.(\w+)", linecache.getline(filename, number)):
-            name = filename.removeprefix("<horizon_lite ").partition(".")[0]
+            name = filename.removeprefix("<horizon_lite ").rpartition(".")[0]
             return UsageError(f"{name}.{match[1]}: {error}")
     return UsageError(f"{filename}: {error}")
 
@@ -1404,9 +1408,9 @@ class _ProtoReader:
         types: dict[str, Any] = {}
         while word := self._peek():
             if word == "message":
-                self._message(types, "")
+                self._message((types,), "")
             elif word == "enum":
-                self._enum(types, "")
+                self._enum(types)
             elif word in ("syntax", "package", "option", "service", ";"):
                 if word == "syntax" and "proto3" not in self._tokens[self._at + 2]:
                     raise self._fail("proto3; only that is read here")
@@ -1415,32 +1419,34 @@ class _ProtoReader:
                 raise self._fail("message, enum, package, option or service")
         return types
 
-    def _message(self, types: dict[str, Any], outer: str) -> None:
+    def _message(self, scopes: tuple[dict[str, Any], ...], outer: str) -> None:
+        """Read a message into the innermost of *scopes*."""
         self._at += 1
         name = self._word("a message's name")
         path = f"{outer}.{name}" if outer else name
         namespace: dict[str, Any] = {"__module__": __name__, "__qualname__": path}
         nested: dict[str, Any] = {}
+        inner = (nested, *scopes)
         self._expect("{")
         while self._peek() != "}":
-            self._member(namespace, nested, path)
+            self._member(namespace, inner, path)
         self._expect("}")
         for each in namespace.values():
             if isinstance(each, _Field):
-                each.target = _Scoped(each.target, nested, types)
+                each.target = _Scoped(each.target, inner)
                 if each.map:
-                    each.map = (each.map[0], _Scoped(each.map[1], nested, types))
+                    each.map = (each.map[0], _Scoped(each.map[1], inner))
         made = _ProtoMeta(name, (Message,), namespace)
-        types[name] = made
+        scopes[0][name] = made
         for key, each in nested.items():
             setattr(made, key, each)
 
-    def _member(self, namespace: dict[str, Any], nested: dict[str, Any], path: str) -> None:
+    def _member(self, namespace: dict[str, Any], scopes: tuple[dict[str, Any], ...], path: str) -> None:
         word = self._peek()
         if word == "message":
-            self._message(nested, path)
+            self._message(scopes, path)
         elif word == "enum":
-            self._enum(nested, path)
+            self._enum(scopes[0])
         elif word in ("reserved", "option", ";"):
             self._skip_statement()
         elif word == "oneof":
@@ -1484,7 +1490,7 @@ class _ProtoReader:
         except SchemaError as error:
             raise SchemaError(f"{self._label}:{line}: {error}") from None
 
-    def _enum(self, types: dict[str, Any], outer: str) -> None:
+    def _enum(self, types: dict[str, Any]) -> None:
         self._at += 1
         name = self._word("an enum's name")
         self._expect("{")
@@ -1508,8 +1514,7 @@ class _Scoped(NamedTuple):
     """A type's name in .proto text, and the scopes to look it up in."""
 
     name: str
-    inner: dict[str, Any]
-    outer: dict[str, Any]
+    scopes: tuple[dict[str, Any], ...]      # innermost first
 
 
 class _ProtoMeta(_MessageMeta):
@@ -1527,7 +1532,7 @@ def _look_up(owner: type, target: Any) -> Any:
     if not isinstance(target, _Scoped) or target.name is None or target.name in _KINDS:
         return target.name if isinstance(target, _Scoped) else target
     first, *rest = target.name.lstrip(".").split(".")
-    found = target.inner.get(first) or target.outer.get(first)
+    found = next((scope[first] for scope in target.scopes if first in scope), None)
     for part in rest:
         found = getattr(found, part, None)
     if found is None:
@@ -2776,10 +2781,9 @@ class Outbox:
             SlowPeer: the bound is passed and only critical items are left.
         """
         # HOT: once per subscriber per message (bench 14.fanout)
-        if item.key is not None and self._replace(item):
-            return
-        self.size += item.size or item.measure()
-        self.items.append(item)
+        if item.key is None or not self._replace(item):
+            self.size += item.size or item.measure()
+            self.items.append(item)
         if len(self.items) > self._max_items or self.size + ahead > self._max_bytes:
             self._make_room(ahead)
 
@@ -2971,6 +2975,8 @@ class HTTPConnection:
         if not self._scanned:               # RFC 9112 2.2: ignore empty lines before a request
             while buffer[:2] == b"\r\n":
                 del buffer[:2]
+            if bytes(buffer[:2]) in (b"", b"\r"):
+                return False
         end = buffer.find(b"\r\n\r\n", max(0, self._scanned - 3))
         self._scanned = len(buffer)
         if max(end, 0 if end >= 0 else len(buffer)) > self._max_header:
@@ -3605,7 +3611,7 @@ class Connection:
         self.heard_ns = self.server.loop.now_ns
         self._pings = 0
         if self._state != "open":
-            return
+            return self._await_close(data)
         try:
             if self.ws is not None:
                 self._feed_websocket(data)
@@ -3632,6 +3638,16 @@ class Connection:
                     self.send(ws.send_pong(event.data))
                 elif isinstance(event, Close):
                     self.close(event.code, event.reason)
+
+    def _await_close(self, data: bytes) -> None:
+        """Look for nothing but the peer's close frame; then the server closes first (7.1.1)."""
+        if self.ws is not None:
+            with contextlib.suppress(PeerError):
+                self.ws.receive(data)
+                while self.ws.take_events():
+                    pass
+            if self.ws.closed_by_peer and not self.backlog:
+                self.abort("closed")
 
     def _take_token(self) -> None:
         """Charge one frame to the peer's bucket (DESIGN 4: rate)."""
@@ -3725,6 +3741,8 @@ class Connection:
             self._out, self._queued = None, 0
             self.send_now(data)
         if self._state == "finishing" and not self.unsent:
+            if self.ws is not None and self.ws.closed_by_peer:
+                return self.abort("closed")
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_WR)
 
@@ -4971,6 +4989,20 @@ class Engine:
         Raises:
             OSError: the address can't be used (errno EADDRINUSE: taken).
         """
+        self._set_up_logging()
+        _log.info("listening on %s (Ctrl-C stops)", self.url)
+        self._run_until_signal()
+
+    def _set_up_logging(self) -> None:
+        """Show our log on stderr, unless the program set up logging by itself."""
+        if not _log.hasHandlers():
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+            _log.addHandler(handler)
+        if _log.level == logging.NOTSET:
+            _log.setLevel({"warn": "WARNING"}.get(self.config.log_level, self.config.log_level.upper()))
+
+    def _run_until_signal(self) -> None:
         signals = (signal.SIGINT, signal.SIGTERM)
         main = threading.current_thread() is threading.main_thread()
         before = {each: signal.signal(each, self._signalled) for each in signals} if main else {}
@@ -5760,7 +5792,10 @@ class Client:
                 with contextlib.suppress(OSError):
                     self._sock.sendall(self._ws.send_close(event.code))
             elif isinstance(event, str):
-                message = json.loads(event)
+                try:
+                    message = json.loads(event)
+                except ValueError:          # a route of somebody's own may send plain text
+                    message = event
                 # an array is several objects of one tick
                 self._waiting.extend(message if isinstance(message, list) else [message])
             elif isinstance(event, bytes):
@@ -5921,9 +5956,9 @@ def _banner(app: Engine, what: str) -> None:
 
 def _serve_engine(app: Engine, what: str) -> int:
     _raise_file_limit()
-    _set_up_logging(app.config.log_level)
+    app._set_up_logging()
     _banner(app, what)
-    app.run()
+    app._run_until_signal()
     print("stopped", flush=True)
     return 0
 
@@ -5934,11 +5969,6 @@ def _raise_file_limit() -> None:
         import resource
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _set_up_logging(level: str) -> None:
-    logging.basicConfig(format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr)
-    _log.setLevel({"warn": "WARNING"}.get(level, level.upper()))
 
 
 def _said(args: argparse.Namespace) -> dict[str, Any]:
@@ -5971,7 +6001,6 @@ def _serve(args: argparse.Namespace) -> int:
     def run(app: Engine) -> None:       # also for files that call app.run() themselves
         ran.append(app)
         app.configure(**_said(args))
-        Engine.run = original           # type: ignore[method-assign]
         _serve_engine(app, f"serving {args.app}.")
 
     original, Engine.run = Engine.run, run      # type: ignore[method-assign, assignment]
@@ -6142,9 +6171,12 @@ class _Load:
                 self._send_next()
             self._pass(max(0.0, (self.sent + 1) / per_s - spent))
             progress(spent, self)
-        patience = time.monotonic() + 5.0
-        while self._missing() and time.monotonic() < patience:
+        missing, patience = self._missing(), time.monotonic() + 2.0
+        while missing and time.monotonic() < patience:
             self._pass(0.05)
+            before, missing = missing, self._missing()
+            if missing != before:           # still coming in
+                patience = time.monotonic() + 2.0
         for player in self.players:
             player.client._sock.setblocking(True)
             player.client.close()

@@ -1,0 +1,2707 @@
+"""Tests of horizon_lite, in the order of its sections.
+
+    python -m pytest            everything; what the machine lacks is skipped and said
+    HORIZON_SOAK=5              longer random and load tests, by that factor (.ci/run sets it)
+
+Random tests print their seed when they fail; HORIZON_SEED=n repeats one.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import contextlib
+import copy
+import doctest
+import enum
+import errno
+import gc
+import json
+import math
+import os
+import pickle
+import random
+import re
+import signal
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import symtable
+import threading
+import time
+import tracemalloc
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+import horizon_lite as hl
+
+HERE = Path(__file__).parent
+MODULE = HERE / "horizon_lite.py"
+TEXT = MODULE.read_text()
+README = HERE / "README.md"
+MS = 1_000_000
+SOAK = float(os.environ.get("HORIZON_SOAK", "1"))
+
+
+@pytest.fixture
+def rng():
+    """A random generator; its seed stands in the failing test's output."""
+    seed = int(os.environ.get("HORIZON_SEED", random.SystemRandom().randrange(1 << 32)))
+    print(f"HORIZON_SEED={seed}")
+    return random.Random(seed)
+
+
+class FakeClock:
+    """A clock that is turned by hand, in nanoseconds."""
+
+    def __init__(self):
+        self.now_ns = 0
+
+    def __call__(self):
+        return self.now_ns
+
+
+# =============================================================================
+# 0  SELF - the house itself
+# =============================================================================
+
+BANNER = re.compile(r"^# (\d+)  ([A-Z]+) - (.*)$")
+
+
+def banners():
+    return [(line, int(match[1]), match[2]) for line, code in enumerate(TEXT.splitlines(), 1)
+            if (match := BANNER.match(code))]
+
+
+def section_of(line):
+    return max((number for start, number, _ in banners() if start <= line), default=0)
+
+
+def test_the_map_in_the_docstring_is_the_list_of_banners():
+    in_map = [(int(number), name) for number, name in
+              re.findall(r"^ +(\d+)  ([A-Z]+)  +\S", hl.__doc__, re.MULTILINE)]
+    assert in_map == [(number, name) for _, number, name in banners()]
+    assert in_map == sorted(in_map)
+
+
+def test_no_section_looks_down_the_page():
+    home = {}
+    for node in ast.parse(TEXT).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            home.setdefault(node.name, section_of(node.lineno))
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            for target in getattr(node, "targets", None) or [node.target]:
+                for name in ast.walk(target):
+                    if isinstance(name, ast.Name):
+                        home.setdefault(name.id, section_of(node.lineno))
+    upward, scopes = set(), [symtable.symtable(TEXT, "horizon_lite.py", "exec")]
+    while scopes:
+        for scope in scopes.pop().get_children():
+            scopes.append(scope)
+            here = section_of(scope.get_lineno())
+            upward |= {(here, home[s.get_name()], s.get_name()) for s in scope.get_symbols()
+                       if s.is_global() and s.is_referenced() and home.get(s.get_name(), -1) > here}
+    assert not upward
+
+
+@pytest.mark.parametrize("name, allowed", [
+    ("exec", {4}), ("eval", set()), ("print", {22}), ("argparse", {0, 22}), ("input", set()),
+    ("selectors", {14}), ("socket", {14, 21}), ("threading", {20}), ("signal", {20}),
+])
+def test_dangerous_names_stay_in_their_sections(name, allowed):
+    used = {section_of(node.lineno) for node in ast.walk(ast.parse(TEXT))
+            if isinstance(node, ast.Name) and node.id == name}
+    assert used <= allowed
+
+
+def test_only_the_standard_library_is_imported():
+    names = set()
+    for node in ast.walk(ast.parse(TEXT)):
+        if isinstance(node, ast.Import):
+            names |= {each.name.split(".")[0] for each in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    assert names <= sys.stdlib_module_names | {"__future__"}
+
+
+def test_importing_stays_cheap_and_without_side_effects():
+    code = ("import sys, threading; import horizon_lite; "
+            "heavy = {'asyncio','ssl','http','tomllib','sqlite3','urllib.request','argparse',"
+            "'concurrent.futures','hashlib'} & set(sys.modules); "
+            "assert not heavy, heavy; assert threading.active_count() == 1")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
+
+
+def test_everything_public_is_exported_and_documented():
+    defined = {node.name: node for node in ast.parse(TEXT).body
+               if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")}
+    for name in hl.__all__:
+        assert hasattr(hl, name)
+        assert ast.get_docstring(defined[name]), name
+    for node in defined.values():
+        assert ast.get_docstring(node), node.name
+        for method in node.body if isinstance(node, ast.ClassDef) else ():
+            decorators = [ast.unparse(each) for each in getattr(method, "decorator_list", ())]
+            if isinstance(method, ast.FunctionDef) and not method.name.startswith("_"):
+                assert ast.get_docstring(method) or "overload" in decorators, (node.name, method.name)
+
+
+def test_functions_are_short():
+    sizes = {}
+    for node in ast.walk(ast.parse(TEXT)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+            sizes[f"{node.name}:{node.lineno}"] = node.end_lineno - first.lineno + 1
+    assert statistics.median(sizes.values()) < 8
+    assert not {name for name, size in sizes.items() if size > 60}
+
+
+def test_lines_are_narrow_and_ascii_outside_the_page():
+    page = next(number for _, number, name in banners() if name == "PAGE")
+    for number, line in enumerate(TEXT.splitlines(), 1):
+        assert line.isascii(), number
+        assert len(line) <= 100 or section_of(number) == page, f"line {number}: {len(line)} columns"
+        assert not re.search(r"\b(TODO|FIXME|XXX)\b", line), number
+
+
+def test_what_exists_per_message_or_connection_has_slots():
+    for name in ("Event", "Handler", "Publication", "Subscription", "Outbox", "Connection", "Session",
+                 "WebSocketConnection", "HTTPConnection", "Request", "Response", "Moves", "Pool"):
+        assert "__slots__" in vars(getattr(hl, name)), name
+        assert "__dict__" not in dir(getattr(hl, name)), name
+
+
+def test_doctests():
+    failed, attempted = doctest.testmod(hl)
+    assert attempted > 10 and not failed
+
+
+def test_mypy_is_strict_and_clean(tmp_path):
+    pytest.importorskip("mypy", reason="pip install mypy")
+    user = tmp_path / "user.py"
+    user.write_text("import horizon_lite as hl\n"
+                    "class Move(hl.Message):\n"
+                    "    x: float = hl.field(1, 'double')\n"
+                    "move = Move(x=1.0)\n"
+                    "reveal: float = Move.decode(move.encode()).x\n"
+                    "app = hl.Engine(port=0)\n"
+                    "@app.on_client('chat', 'message')\n"
+                    "def chat(event: hl.Event) -> None:\n"
+                    "    app.publish('chat.lobby', event.data)\n"
+                    "@app.on('core:*')\n"
+                    "def core(event: hl.Event) -> None: ...\n"
+                    "chat(hl.Event('key', None))\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", os.fspath(tmp_path), MODULE, user],
+        capture_output=True, text=True, env={**os.environ, "MYPYPATH": os.fspath(HERE)})
+    assert done.returncode == 0, done.stdout
+
+
+def python_blocks(path):
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_first_program_of_the_readme_runs_as_printed(tmp_path):
+    program, client = python_blocks(README)[:2]
+    assert len(program.strip().splitlines()) <= 14
+    (tmp_path / "chat.py").write_text(program)
+    (tmp_path / "horizon_lite.py").write_text(TEXT)
+    port = free_port()
+    with subprocess.Popen([sys.executable, "chat.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                          env={**os.environ, "HORIZON_PORT": str(port)}) as process:
+        try:
+            assert f"listening on http://127.0.0.1:{port}" in process.stderr.readline()
+            url = f"http://127.0.0.1:{port}"
+            with hl.connect(url) as other:
+                other.subscribe("chat.lobby")
+                done = subprocess.run(
+                    [sys.executable, "-c", client.replace("http://127.0.0.1:8080", url)],
+                    cwd=tmp_path, capture_output=True, text=True, timeout=20)
+                assert done.returncode == 0, done.stderr
+                assert other.recv(5)["payload"]["text"] == "hello"
+                assert "hello" in done.stdout
+                other.send({"namespace": "chat", "event": "message", "data": {"text": "spam!"}, "id": 7})
+                assert other.recv(5) == {"id": 7, "error": {"code": "cancelled", "message": "no spam, please"}}
+        finally:
+            process.terminate()
+            process.communicate()
+    assert process.returncode == 0
+
+
+def test_the_readme_tells_the_truth_about_names():
+    text = README.read_text()
+    for _, number, name in banners():
+        assert re.search(rf"\|\s*{number}\s*\|\s*{name}\s*\|", text), f"section {number} {name}"
+    app = hl.Engine(port=0)
+    described = set(re.findall(r"`((?:server|memory|event|events|horizon)_[a-z_]+)[`{]", text))
+    names = set(app.metrics._families)
+    assert names - described == set(), "metrics that the README does not list"
+    assert described - names == set(), "metrics that the README lists and nobody has"
+    app.stop()
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+# =============================================================================
+# 1  ERRORS
+# =============================================================================
+
+def test_errors_say_whose_fault_it_was():
+    assert issubclass(hl.SchemaError, (hl.UsageError, TypeError))
+    assert issubclass(hl.StateError, RuntimeError) and issubclass(hl.ConfigError, ValueError)
+    assert not issubclass(hl.PeerError, hl.UsageError)
+    error = hl.WireError("cut short", at=7)
+    assert (str(error), error.at, error.close_code, error.http_status) == ("cut short (byte 7)", 7, 1007, 400)
+    assert (hl.TooBig.close_code, hl.TooBig.http_status, hl.SlowPeer.close_code) == (1009, 413, 1013)
+    assert hl.BufferTooSmall(9, 4).needed == 9
+
+
+# =============================================================================
+# 2  METRICS
+# =============================================================================
+
+def test_a_counter_is_a_sample_of_the_mapping():
+    metrics = hl.Metrics()
+    metrics.inc("x_total", a="b")
+    metrics.inc("x_total", 2, a="b")
+    metrics.inc("plain_total", n=5)
+    assert metrics['x_total{a="b"}'] == 3 and metrics["plain_total"] == 5
+    assert set(metrics) == {'x_total{a="b"}', "plain_total"} and len(metrics) == 2
+    assert "nothing" not in metrics
+
+
+def test_a_counter_gets_the_suffix_prometheus_asks_for():
+    metrics = hl.Metrics()
+    metrics.inc("hits")
+    metrics.inc("hits_total")
+    metrics.inc("hits", page="/")
+    assert metrics["hits_total"] == metrics["hits"] == 2
+    assert metrics['hits_total{page="/"}'] == 1
+
+
+def test_labels_are_sorted_and_escaped():
+    metrics = hl.Metrics()
+    metrics.gauge("g", 1.5, z='say "hi"\\\n', a=1)
+    assert list(metrics) == ['g{a="1",z="say \\"hi\\"\\\\\\n"}']
+
+
+def test_a_histogram_is_cumulative_with_infinity_before_sum_and_count():
+    metrics = hl.Metrics()
+    metrics.describe("h_seconds", "How long.", kind="histogram", buckets=(0.1, 1.0))
+    for value in (0.05, 0.1, 0.5, 7):
+        metrics.observe("h_seconds", value)
+    metrics.observe_many("h_seconds", 2, times=3)
+    assert metrics.exposition().decode().splitlines() == [
+        "# HELP h_seconds How long.", "# TYPE h_seconds histogram",
+        'h_seconds_bucket{le="0.1"} 2', 'h_seconds_bucket{le="1.0"} 3',
+        'h_seconds_bucket{le="+Inf"} 7', "h_seconds_sum 13.65", "h_seconds_count 7"]
+    assert metrics['h_seconds_bucket{le="+Inf"}'] == 7
+
+
+def test_time_uses_the_clock_it_was_given():
+    clock = FakeClock()
+    metrics = hl.Metrics(clock)
+    with metrics.time("work_seconds", step="one"):
+        clock.now_ns += 250 * MS
+    assert metrics['work_seconds_sum{step="one"}'] == 0.25
+
+
+@pytest.mark.parametrize("misuse", [
+    lambda m: m.inc("c_total", -1), lambda m: m.inc("bad-name"), lambda m: m.inc("g"),
+    lambda m: m.gauge("c_total", 1), lambda m: m.observe("c_total", 1), lambda m: m.inc("x", **{"bad-label": 1}),
+])
+def test_misused_metrics_are_refused(misuse):
+    metrics = hl.Metrics()
+    metrics.inc("c_total")
+    metrics.gauge("g", 1)
+    with pytest.raises(hl.UsageError):
+        misuse(metrics)
+
+
+def test_watched_values_are_read_when_somebody_looks():
+    metrics, counts = hl.Metrics(), {"a": 1}
+    metrics.watch("seen_total", lambda: counts, "Seen.", label="kind")
+    counts["b"] = 2
+    assert metrics['seen_total{kind="b"}'] == 2
+
+
+def test_prometheus_and_openmetrics_parsers_read_the_exposition():
+    parser = pytest.importorskip("prometheus_client.parser", reason="pip install prometheus_client")
+    openmetrics = pytest.importorskip("prometheus_client.openmetrics.parser")
+    metrics = hl.Metrics()
+    metrics.inc("a_total", label='tricky "\\\n')
+    metrics.gauge("g", math.nan)
+    metrics.gauge("i", -math.inf)
+    metrics.observe("h", 0.2, x="y")
+    families = list(parser.text_string_to_metric_families(metrics.exposition().decode()))
+    assert {family.type for family in families} == {"counter", "gauge", "histogram"}
+    assert families[0].samples[0].labels == {"label": 'tricky "\\\n'}
+    again = list(openmetrics.text_string_to_metric_families(metrics.exposition(openmetrics=True).decode()))
+    assert sorted(family.name for family in again) == ["a", "g", "h", "i"]
+
+
+# =============================================================================
+# 3  WIRE
+# =============================================================================
+
+@pytest.mark.parametrize("value, data", [
+    (0, b"\0"), (1, b"\1"), (127, b"\x7f"), (128, b"\x80\1"), (150, b"\x96\1"), (300, b"\xac\2"),
+    ((1 << 64) - 1, b"\xff" * 9 + b"\1"),
+])
+def test_varints_as_the_specification_has_them(value, data):
+    assert hl._varint(value) == data and hl._varint_size(value) == len(data)
+    assert hl._read_varint(data + b"rest", 0) == (value, len(data))
+
+
+def test_overlong_varints_are_cut_to_64_bits_and_eleven_bytes_are_refused():
+    assert hl._read_varint(b"\xff" * 9 + b"\x7f", 0)[0] == (1 << 64) - 1
+    assert hl._read_varint(b"\x80\x80\0", 0) == (0, 3)
+    with pytest.raises(hl.WireError):
+        hl._read_varint(b"\x80" * 11, 0)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1, -2, 2147483647, -2147483648, (1 << 63) - 1, -1 << 63])
+def test_zigzag_goes_there_and_back(value):
+    assert hl._unzigzag(hl._zigzag(value)) == value
+
+
+# =============================================================================
+# 4  SCHEMA
+# =============================================================================
+
+class Kind(enum.IntEnum):
+    NONE = 0
+    ONE = 1
+    LOW = -1
+
+
+class Vec3(hl.Message):
+    x: float = hl.field(1, "double")
+    y: float = hl.field(2, "double")
+
+
+class Tree(hl.Message):
+    name: str = hl.field(1, "string")
+    left: Tree | None = hl.field(2, "Tree")
+    children: list[Tree] = hl.field(3, "Tree", repeated=True)
+
+
+class Everything(hl.Message):
+    f_double: float = hl.field(1, "double")
+    f_float: float = hl.field(2, "float")
+    f_int32: int = hl.field(3, "int32")
+    f_int64: int = hl.field(4, "int64")
+    f_uint32: int = hl.field(5, "uint32")
+    f_uint64: int = hl.field(6, "uint64")
+    f_sint32: int = hl.field(7, "sint32")
+    f_sint64: int = hl.field(8, "sint64")
+    f_fixed32: int = hl.field(9, "fixed32")
+    f_fixed64: int = hl.field(10, "fixed64")
+    f_sfixed32: int = hl.field(11, "sfixed32")
+    f_sfixed64: int = hl.field(12, "sfixed64")
+    f_bool: bool = hl.field(13, "bool")
+    f_string: str = hl.field(14, "string")
+    f_bytes: bytes = hl.field(15, "bytes")
+    f_enum: int = hl.field(16, Kind)
+    f_message: Vec3 | None = hl.field(17, Vec3)
+    r_int32: list[int] = hl.field(20, "int32", repeated=True)
+    r_unpacked: list[int] = hl.field(21, "sint64", repeated=True, packed=False)
+    r_double: list[float] = hl.field(22, "double", repeated=True)
+    r_bool: list[bool] = hl.field(23, "bool", repeated=True)
+    r_string: list[str] = hl.field(24, "string", repeated=True)
+    r_message: list[Vec3] = hl.field(25, Vec3, repeated=True)
+    r_enum: list[int] = hl.field(26, Kind, repeated=True)
+    o_int32: int | None = hl.field(30, "int32", optional=True)
+    o_string: str | None = hl.field(31, "string", optional=True)
+    m_string: dict[str, int] = hl.field(40, map=("string", "sint32"))
+    m_int: dict[int, Vec3] = hl.field(41, map=("int32", Vec3))
+    m_bool: dict[bool, bytes] = hl.field(42, map=("bool", "bytes"))
+    c_message: Vec3 | None = hl.field(50, Vec3, oneof="choice")
+    c_string: str | None = hl.field(51, "string", oneof="choice")
+    c_int: int | None = hl.field(52, "int64", oneof="choice")
+
+
+EVERYTHING_PROTO = """\
+syntax = "proto3";
+enum Kind { NONE = 0; ONE = 1; LOW = -1; }
+message Vec3 { double x = 1; double y = 2; }
+message Everything {
+  double f_double = 1; float f_float = 2; int32 f_int32 = 3; int64 f_int64 = 4;
+  uint32 f_uint32 = 5; uint64 f_uint64 = 6; sint32 f_sint32 = 7; sint64 f_sint64 = 8;
+  fixed32 f_fixed32 = 9; fixed64 f_fixed64 = 10; sfixed32 f_sfixed32 = 11; sfixed64 f_sfixed64 = 12;
+  bool f_bool = 13; string f_string = 14; bytes f_bytes = 15; Kind f_enum = 16; Vec3 f_message = 17;
+  repeated int32 r_int32 = 20; repeated sint64 r_unpacked = 21 [packed=false];
+  repeated double r_double = 22; repeated bool r_bool = 23; repeated string r_string = 24;
+  repeated Vec3 r_message = 25; repeated Kind r_enum = 26;
+  optional int32 o_int32 = 30; optional string o_string = 31;
+  map<string, sint32> m_string = 40; map<int32, Vec3> m_int = 41; map<bool, bytes> m_bool = 42;
+  oneof choice { Vec3 c_message = 50; string c_string = 51; int64 c_int = 52; }
+}
+"""
+
+
+@pytest.mark.parametrize("message, data", [
+    (Everything(f_int32=150), "18 96 01"),
+    (Everything(f_string="testing"), "72 07 74 65 73 74 69 6e 67"),
+    (Everything(f_int32=-1), "18 ff ff ff ff ff ff ff ff ff 01"),
+    (Everything(f_double=-0.0), "09 00 00 00 00 00 00 00 80"),
+    (Everything(r_int32=[3, 270, 86942]), "a2 01 06 03 8e 02 9e a7 05"),
+    (Everything(r_unpacked=[1, -1]), "a8 01 02 a8 01 01"),
+    (Everything(o_int32=0), "f0 01 00"),
+    (Everything(m_string={"": 0}), "c2 02 04 0a 00 10 00"),
+    (Everything(c_string=""), "9a 03 00"),
+    (Everything(f_message=Vec3()), "8a 01 00"),
+    (Everything(), ""),
+])
+def test_bytes_are_those_of_the_specification(message, data):
+    assert message.encode() == bytes.fromhex(data)
+    assert Everything.decode(bytes.fromhex(data)) == message
+    assert message.byte_size() == len(bytes.fromhex(data))
+
+
+INT_EDGES = {"int32": (-1 << 31, (1 << 31) - 1), "int64": (-1 << 63, (1 << 63) - 1),
+             "uint32": (0, (1 << 32) - 1), "uint64": (0, (1 << 64) - 1)}
+
+
+def random_value(rng, kind):
+    for prefix in ("sfixed", "fixed", "s"):
+        if kind.startswith(prefix) and kind != "string":
+            kind = {"sfixed": "int", "fixed": "uint", "s": "i"}[prefix] + kind[len(prefix) + (prefix == "s"):]
+            break
+    if kind in INT_EDGES:
+        low, high = INT_EDGES[kind]
+        return rng.choice([0, 1, low, high, rng.randint(low, high), rng.randint(max(low, -200), 200)])
+    return {"double": lambda: rng.choice([0.0, -0.0, 1.5, math.inf, rng.uniform(-1e300, 1e300)]),
+            "float": lambda: rng.choice([0.0, -0.0, 0.5, -math.inf, 1e39]),
+            "bool": lambda: rng.random() < 0.5,
+            "string": lambda: "".join(rng.choice("aZ0\u00e9\u20ac\U0001f600") for _ in range(rng.randrange(200))),
+            "bytes": lambda: rng.randbytes(rng.randrange(300)),
+            "enum": lambda: rng.choice([0, 1, -1, 77])}[kind]()
+
+
+def fill(rng, ours, theirs=None):
+    """Set random fields of one message, and the same in Google's."""
+    for field in ours._fields:
+        if rng.random() < 0.5 or field.oneof and ours.which("choice"):
+            continue
+        if field.map:
+            key_kind, value_kind = field.map
+            for _ in range(rng.randrange(4)):
+                key = random_value(rng, key_kind)
+                value = Vec3(x=1.5) if value_kind is Vec3 else random_value(rng, value_kind)
+                getattr(ours, field.name)[key] = value
+                if theirs is not None and value_kind is Vec3:
+                    getattr(theirs, field.name)[key].x = 1.5
+                elif theirs is not None:
+                    getattr(theirs, field.name)[key] = value
+            continue
+        for _ in range(rng.randrange(5) if field.repeated else 1):
+            if field.kind == "message":
+                value, other = Vec3(x=2.5, y=-0.0), {"x": 2.5, "y": -0.0}
+            else:
+                value = other = random_value(rng, field.kind)
+            if field.repeated:
+                getattr(ours, field.name).append(value)
+                if theirs is not None:
+                    getattr(theirs, field.name).add(**other) if field.kind == "message" else \
+                        getattr(theirs, field.name).append(other)
+            else:
+                setattr(ours, field.name, value)
+                if theirs is not None and field.kind == "message":
+                    getattr(theirs, field.name).SetInParent()
+                    for key, number in other.items():
+                        setattr(getattr(theirs, field.name), key, number)
+                elif theirs is not None:
+                    setattr(theirs, field.name, other)
+
+
+def test_every_kind_of_field_survives_there_and_back(rng):
+    for _ in range(int(200 * SOAK)):
+        message = Everything()
+        fill(rng, message)
+        data = message.encode()
+        again = Everything.decode(memoryview(data))
+        assert again.encode() == data and len(data) == message.byte_size()
+
+
+@pytest.fixture(scope="session")
+def google(tmp_path_factory):
+    """Google's classes for EVERYTHING_PROTO."""
+    protoc = pytest.importorskip("grpc_tools.protoc", reason="pip install grpcio-tools protobuf")
+    folder = tmp_path_factory.mktemp("google")
+    (folder / "everything.proto").write_text(EVERYTHING_PROTO)
+    (folder / "horizon.proto").write_text(hl.builtin_proto())
+    assert protoc.main(["protoc", f"-I{folder}", f"--python_out={folder}",
+                        "everything.proto", "horizon.proto"]) == 0
+    sys.path.insert(0, os.fspath(folder))
+    import everything_pb2
+    import horizon_pb2
+    sys.path.remove(os.fspath(folder))
+    return everything_pb2, horizon_pb2
+
+
+def test_the_bytes_are_googles(google, rng):
+    for _ in range(int(300 * SOAK)):
+        ours, theirs = Everything(), google[0].Everything()
+        fill(rng, ours, theirs)
+        if max(map(len, (ours.m_string, ours.m_int, ours.m_bool))) < 2:     # Google's order is its own
+            assert ours.encode() == theirs.SerializeToString()
+        back = google[0].Everything.FromString(ours.encode())
+        assert back == theirs
+        assert Everything.decode(theirs.SerializeToString()).encode() == ours.encode() or (
+            max(map(len, (ours.m_string, ours.m_int, ours.m_bool))) > 1)
+
+
+def test_unknown_fields_and_groups_are_kept_and_written_back():
+    unknown = b"\xc0>\x01" + b"\xc3>\x08\x01\x13\x14\xc4>" + b"\xc5>abcd" + b"\xc2>\x02hi"
+    message = Vec3.decode(Vec3(x=1.0).encode() + unknown)
+    assert message.x == 1.0 and message.encode() == Vec3(x=1.0).encode() + unknown
+    assert message != Vec3(x=1.0) and message.byte_size() == len(message.encode())
+    message.clear()
+    assert message == Vec3()
+
+
+def test_a_field_with_another_wire_type_is_unknown_and_kept():
+    data = bytes.fromhex("0a 01 61")           # field 1 as text, declared double
+    assert Vec3.decode(data).x == 0.0 and Vec3.decode(data).encode() == data
+
+
+def test_packed_and_unpacked_are_both_read():
+    assert Everything.decode(bytes.fromhex("a0 01 03 a0 01 05")).r_int32 == [3, 5]
+    assert Everything.decode(bytes.fromhex("aa 01 02 02 01")).r_unpacked == [1, -1]
+
+
+def test_the_last_one_wins_and_messages_merge():
+    assert Everything.decode(bytes.fromhex("18 01 18 02")).f_int32 == 2
+    twice = Everything(f_message=Vec3(x=1.0)).encode() + Everything(f_message=Vec3(y=2.0)).encode()
+    assert Everything.decode(twice).f_message == Vec3(x=1.0, y=2.0)
+    data = Everything(c_int=5).encode() + Everything(c_string="s").encode()
+    message = Everything.decode(data)
+    assert (message.which("choice"), message.c_int, message.c_string) == ("c_string", None, "s")
+    twice = Everything(m_string={"a": 1}).encode() + Everything(m_string={"a": 2}).encode()
+    assert Everything.decode(twice).m_string == {"a": 2}
+
+
+def test_a_map_entry_without_key_or_value_has_the_defaults():
+    assert Everything.decode(bytes.fromhex("c2 02 00")).m_string == {"": 0}
+    assert Everything.decode(bytes.fromhex("ca 02 00")).m_int == {0: Vec3()}
+
+
+def test_setting_one_of_a_oneof_clears_the_others():
+    message = Everything(c_message=Vec3())
+    message.c_int = 0
+    assert (message.which("choice"), message.c_message) == ("c_int", None)
+    message.c_string = None                     # not the one that is set: nothing happens
+    assert message.which("choice") == "c_int"
+    message.c_int = None
+    assert message.which("choice") is None
+    with pytest.raises(hl.UsageError):
+        message.which("nothing")
+
+
+def test_unknown_enum_numbers_survive_as_int():
+    message = Everything.decode(bytes.fromhex("80 01 4d d2 01 02 01 4d"))
+    assert message.f_enum == 77 and message.r_enum == [Kind.ONE, 77]
+    assert Everything.decode(Everything(f_enum=Kind.LOW).encode()).f_enum is Kind.LOW
+
+
+def test_recursion_and_its_limit():
+    tree = Tree(name="root", left=Tree(name="l"), children=[Tree(), Tree(name="c")])
+    assert Tree.decode(tree.encode()) == tree
+    deep = Tree()
+    for _ in range(98):
+        deep = Tree(left=deep)
+    assert Tree.decode(deep.encode()) == deep
+    for _ in range(3):
+        deep = Tree(left=deep)
+    with pytest.raises(hl.HorizonError, match="deep"):
+        deep.encode()
+    data = b""
+    for _ in range(10_000):
+        data = b"\x12" + hl._varint(len(data)) + data
+        if len(data) > 20_000:
+            break
+    with pytest.raises(hl.WireError, match="deeper"):
+        Tree.decode(data)
+    with pytest.raises(hl.WireError, match="deeper"):
+        Vec3.decode(b"\x1b" * 10_000)
+
+
+def test_a_cycle_is_an_error_and_not_a_crash():
+    tree = Tree(name="me")
+    tree.left = tree
+    with pytest.raises(hl.HorizonError):
+        tree.encode()
+    with pytest.raises(hl.HorizonError):
+        tree.byte_size()
+
+
+@pytest.mark.parametrize("data, at", [
+    ("09 00 00", 3), ("72 05 61", 2), ("00 01", 1), ("0e", 1), ("07 00", 1), ("72 02 ff 61", 2),
+    ("18 80 80 80 80 80 80 80 80 80 80 01", None), ("a2 01 03 80 80 80", None), ("0c", 1),
+    ("1b 08 01", None), ("8a 01 03 09 00 00 00 00", None), ("72 ff ff ff ff 0f", None),
+    ("a2 01 05 01", None), ("b2 01 07 00 00 00 00 00 00 00", None),
+])
+def test_malformed_bytes_are_refused_with_their_place(data, at):
+    with pytest.raises(hl.WireError) as caught:
+        Everything.decode(bytes.fromhex(data))
+    assert caught.value.at is not None and (at is None or caught.value.at == at)
+
+
+def test_every_truncation_and_flip_is_a_message_or_a_wire_error(rng):
+    message = Everything()
+    fill(rng, message)
+    data = message.encode()[:600]
+    for cut in range(len(data)):
+        with contextlib.suppress(hl.WireError):
+            Everything.decode(data[:cut])
+    for _ in range(int(2000 * SOAK)):
+        broken = bytearray(data or b"x")
+        for _ in range(rng.randint(1, 3)):
+            broken[rng.randrange(len(broken))] ^= 1 << rng.randrange(8)
+        with contextlib.suppress(hl.WireError):
+            again = Everything.decode(broken)
+            assert again.byte_size() == len(again.encode())
+        with contextlib.suppress(hl.WireError):
+            Everything.decode(rng.randbytes(rng.randrange(80)))
+
+
+@pytest.mark.parametrize("values, words", [
+    ({"f_int32": 1 << 31}, "Everything.f_int32: 2147483648 is out of range for int32"),
+    ({"f_uint32": -1}, "Everything.f_uint32"), ({"f_int32": 1.5}, "Everything.f_int32"),
+    ({"f_int32": "1"}, "Everything.f_int32"), ({"f_int32": None}, "Everything.f_int32"),
+    ({"f_double": "x"}, "Everything.f_double"), ({"f_string": b"x"}, "Everything.f_string"),
+    ({"f_string": "\ud800"}, "Everything.f_string"), ({"f_bytes": [1, 2]}, "Everything.f_bytes"),
+    ({"f_bool": "yes"}, "Everything.f_bool"), ({"f_fixed32": 1 << 32}, "Everything.f_fixed32"),
+    ({"f_message": Tree()}, "Everything.f_message"), ({"r_int32": [1, "2"]}, "Everything.r_int32"),
+    ({"r_message": [None]}, "Everything.r_message"), ({"m_string": {1: 1}}, "m_string"),
+    ({"m_int": {1: None}}, "m_int"), ({"c_int": "x"}, "c_int"), ({"f_enum": "ONE"}, "Everything.f_enum"),
+])
+def test_a_wrong_value_is_named_when_it_is_encoded(values, words):
+    message = Everything(**values)
+    out = bytearray(b"before")
+    with pytest.raises(hl.UsageError, match=re.escape(words)):
+        message.append_to(out)
+    assert out == b"before"
+
+
+def test_values_python_converts_gladly_are_taken():
+    assert Everything(f_double=1).encode() == Everything(f_double=1.0).encode()
+    assert Everything(f_bool=5).encode() == Everything(f_bool=True).encode()
+    assert Everything.decode(Everything(f_float=1e39).encode()).f_float == math.inf
+    assert Everything(f_bytes=bytearray(b"x")).encode() == Everything(f_bytes=memoryview(b"x")).encode()
+
+
+def test_encode_into_writes_in_place_or_says_what_it_needs():
+    message, buffer = Vec3(x=1.0), bytearray(b"\xee" * 12)
+    assert message.encode_into(buffer, 2) == 11
+    assert buffer == b"\xee\xee" + message.encode() + b"\xee"
+    assert message.encode_into(memoryview(buffer), 0) == 9
+    untouched = bytes(buffer)
+    with pytest.raises(hl.BufferTooSmall) as caught:
+        message.encode_into(buffer, 5)
+    assert caught.value.needed == 9 and bytes(buffer) == untouched
+
+
+def test_decode_from_forgets_what_was_there():
+    message = Everything(f_int32=1, r_int32=[1], c_int=3, o_int32=4)
+    message.decode_from(memoryview(b"..." + Everything(f_string="new").encode())[3:])
+    assert message == Everything(f_string="new")
+
+
+def test_positional_values_go_in_declaration_order():
+    assert Vec3(1.0, 2.0) == Vec3(x=1.0, y=2.0)
+    with pytest.raises(TypeError, match="speed"):
+        Vec3(speed=1.0)
+
+
+def test_containers_are_fresh_for_every_message():
+    Everything().r_int32.append(1)
+    Everything().m_string["a"] = 1
+    assert Everything() == Everything(r_int32=[], m_string={})
+
+
+def test_dicts_there_and_back(rng):
+    for _ in range(50):
+        message = Everything()
+        fill(rng, message)
+        assert Everything.from_dict(message.to_dict()).encode() == message.encode()
+    assert Vec3(x=1.0).to_dict() == {"x": 1.0}
+    with pytest.raises(hl.UsageError, match="did you mean 'x'"):
+        Vec3.from_dict({"xx": 1})
+
+
+def test_repr_shows_what_is_set_and_messages_are_values():
+    assert repr(Tree(name="a", left=Tree())) == "Tree(name='a', left=Tree())"
+    assert Vec3(x=1.0) != Vec3() and Vec3() != 3
+    with pytest.raises(TypeError):
+        hash(Vec3())
+    assert copy.deepcopy(Everything(r_int32=[1], c_int=2)) == Everything(r_int32=[1], c_int=2)
+    assert pickle.loads(pickle.dumps(Everything(f_string="p"))) == Everything(f_string="p")
+
+
+def test_the_generated_text_is_the_one_in_the_comment():
+    class Move(hl.Message):
+        entity: int = hl.field(1, "uint32")
+        x: float = hl.field(2, "float")
+    Move()
+    comment = TEXT.partition("gives exactly:\n#\n")[2].partition("\n\n")[0]
+    shown = "".join(line[6:] + "\n" for line in comment.splitlines())
+    assert Move.__source__["codec"].partition("\n\n")[0] + "\n" == shown
+
+
+def test_a_traceback_shows_the_generated_line():
+    try:
+        Vec3(x="wrong").encode()
+    except hl.UsageError as error:
+        import traceback
+        text = "".join(traceback.format_exception(error))
+    assert "out += pack_double(value)" in text and "<horizon_lite Vec3.codec>" in text
+
+
+@pytest.mark.parametrize("declare", [
+    lambda: hl.field(0, "int32"), lambda: hl.field(19000, "int32"), lambda: hl.field(1 << 29, "int32"),
+    lambda: hl.field(1), lambda: hl.field(1, "int32", repeated=True, optional=True),
+    lambda: hl.field(1, map=("double", "int32")), lambda: hl.field(True + 0.5, "int32"),
+    lambda: type(hl.Message)("M", (hl.Message,), {"a": hl.field(1, "int32"), "b": hl.field(1, "int32")}),
+    lambda: type(hl.Message)("M", (hl.Message,), {"encode": hl.field(1, "int32")}),
+    lambda: type(hl.Message)("M", (hl.Message,), {"a": hl.field(1, "nothing"), "__module__": __name__})(),
+    lambda: type(hl.Message)("M", (hl.Message,), {"a": hl.field(1, dict), "__module__": __name__})(),
+    lambda: type(hl.Message)("M", (Vec3,), {"z": hl.field(3, "double")}),
+])
+def test_declarations_that_can_not_be_are_refused(declare):
+    with pytest.raises(hl.SchemaError):
+        declare()
+
+
+def test_classes_inside_functions_find_each_other_by_name():
+    class Ping(hl.Message):
+        pong = hl.field(1, "PongOfTest")
+
+    class PongOfTest(hl.Message):
+        ping = hl.field(1, Ping)
+    assert Ping.decode(Ping(pong=PongOfTest(ping=Ping())).encode()).pong.ping == Ping()
+
+
+# =============================================================================
+# 5  PROTO
+# =============================================================================
+
+def test_proto_text_becomes_classes_that_agree_with_declared_ones(rng):
+    parsed = hl.parse_proto(EVERYTHING_PROTO)
+    for _ in range(50):
+        message = Everything()
+        fill(rng, message)
+        assert parsed.Everything.decode(message.encode()).encode() == message.encode()
+    assert parsed.Kind.LOW == -1
+
+
+def test_nested_types_comments_options_and_keywords():
+    schema = hl.parse_proto("""
+        syntax = "proto3"; /* a comment ; { */ package a.b;
+        option java_package = "x";
+        message Outer {   // another
+          enum Mode { option allow_alias = true; OFF = 0; ON = 1 [deprecated = true]; }
+          message Inner { int32 n = 1; Outer up = 2; }
+          reserved 5, 9 to 11; reserved "old";
+          Inner inner = 1; repeated Inner many = 2 [deprecated=true]; Mode mode = 3;
+          int32 class = 4; string encode = 6; Outer.Inner other = 7;
+        }
+        service S { rpc Do (Outer) returns (Outer) { option (x) = { a: 1 }; } }
+    """)
+    message = schema.Outer(inner=schema.Outer.Inner(n=1), mode=schema.Outer.Mode.ON, class_=2, encode_="e")
+    assert schema.Outer.decode(message.encode()) == message
+    assert message.encode() == bytes.fromhex("0a 02 08 01 18 01 20 02 32 01 65")
+
+
+@pytest.mark.parametrize("text, words", [
+    ("message M {\n int32 = 1;\n}", "2: expected a field's name"), ("message M { int32 a = x; }", "a number"),
+    ("message M {\n\n int32 a = 1", "3: expected ';'"), ("mesage M {}", "expected message"),
+    ('syntax = "proto2";', "proto3"), ("message M { int32 a = 0; }", "field number"), ("message M { ` }", "unexpected"),
+    ("message M { map<float, int32> a = 1; }", "map's key"),
+])
+def test_errors_in_proto_text_say_where(text, words):
+    with pytest.raises(hl.SchemaError, match=re.escape(words)):
+        hl.parse_proto(text)
+
+
+def test_an_unknown_type_in_proto_text_is_named():
+    with pytest.raises(hl.SchemaError, match="Nothing"):
+        hl.parse_proto("message M { Nothing a = 1; }").M()
+
+
+def test_the_built_in_schema_has_the_seeds_numbers():
+    schema = hl.builtin_schema()
+
+    def numbers(cls):
+        return {field.name: field.number for field in cls._fields}
+    host, plugin, envelope = numbers(schema.HostToPlugin), numbers(schema.PluginToHost), numbers(schema.EventEnvelope)
+    assert host.items() >= {"plugin_id": 1, "hello": 10, "shutdown": 11, "event": 20, "events": 21,
+                            "compressed_events": 22, "action_result": 100}.items()
+    assert plugin.items() >= {"plugin_id": 1, "hello": 10, "subscribe": 11, "actions": 20, "log": 30,
+                              "event_result": 40}.items()
+    assert envelope.items() >= {"event_id": 1, "type": 2, "expects_response": 3, "player_join": 10,
+                                "player_quit": 11, "chat": 12, "command": 13, "block_break": 14,
+                                "world_close": 15, "player_move": 16}.items()
+    assert numbers(schema.PlayerMoveEvent) == {"player_uuid": 1, "x": 2, "y": 3, "z": 4, "yaw": 5, "pitch": 6,
+                                               "on_ground": 7}
+    assert numbers(schema.PluginHello)["token"] == 100
+
+
+def test_protoc_accepts_the_built_in_schema_and_google_reads_our_bytes(google):
+    schema, theirs = hl.builtin_schema(), google[1]
+    move = schema.PlayerMoveEvent(player_uuid="u", x=1.0, y=-2.0, z=0.5, yaw=90.0, pitch=-1.0, on_ground=True)
+    batch = schema.EventBatch(events=[schema.EventEnvelope(type="PLAYER_MOVE", player_move=move)] * 3)
+    read = theirs.EventBatch.FromString(batch.encode())
+    assert len(read.events) == 3 and read.events[2].player_move.z == 0.5
+    assert read.SerializeToString() == batch.encode()
+    for name, cls in vars(schema).items():
+        want = {field.name: field.number for field in getattr(theirs, name).DESCRIPTOR.fields}
+        assert {field.name.rstrip("_"): field.number for field in cls._fields} == want, name
+
+
+def test_packed_movement_is_count_then_uuid_and_coordinates():
+    moves = {b"a" * 16: (1.0, -2.5, 0.0), b"b" * 16: (1e9, 0.0, 3.0)}
+    data = hl.pack_moves(moves)
+    assert data == struct.pack("<I16sfff16sfff", 2, b"a" * 16, 1.0, -2.5, 0.0, b"b" * 16, 1e9, 0.0, 3.0)
+    assert hl.unpack_moves(data) == moves and len(data) == 4 + 2 * 28
+    wide = {b"a" * 16: (0.1, 1e300, math.pi)}
+    assert hl.unpack_moves(hl.pack_moves(wide, wide=True), wide=True) == wide
+    assert hl.unpack_moves(hl.pack_moves({})) == {}
+
+
+def test_packed_movement_refuses_what_does_not_fit():
+    for moves in ({b"short": (0, 0, 0)}, {b"a" * 16: (1e300, 0, 0)}, {b"a" * 16: ("x", 0, 0)}, {b"a" * 16: (0, 0)}):
+        with pytest.raises(hl.UsageError):
+            hl.pack_moves(moves)
+    for data in (b"", b"\1\0\0\0", b"\xff\xff\xff\xff" + b"x" * 28, hl.pack_moves({b"a" * 16: (1, 2, 3)}) + b"x"):
+        with pytest.raises(hl.WireError):
+            hl.unpack_moves(data)
+
+
+# =============================================================================
+# 6  POOLS
+# =============================================================================
+
+def test_a_pool_lends_the_last_one_released_first_and_counts():
+    pool = hl.Pool(list, cap=2, reset=list.clear)
+    first, second, third = pool.acquire(), pool.acquire(), pool.acquire()
+    first.append(1)
+    for item in (first, second, third):
+        pool.release(item)
+    assert (pool.hits, pool.misses, pool.discarded, len(pool)) == (0, 3, 1, 2)
+    assert pool.acquire() is second and pool.acquire() is first and first == []
+
+
+def test_a_second_release_is_noticed():
+    pool = hl.Pool(list)
+    with pool.lease() as item:
+        pass
+    with pytest.raises(hl.StateError):
+        pool.release(item)
+    assert pool.acquire() is item
+    pool.release(item)
+
+
+def test_a_lease_gives_back_when_its_block_fails():
+    pool = hl.Pool(list)
+    with pytest.raises(ZeroDivisionError), pool.lease():
+        1 / 0
+    assert len(pool) == 1
+
+
+# =============================================================================
+# 7  BUS
+# =============================================================================
+
+class PlainBus:
+    """The bus without any of its tricks: the oracle."""
+
+    def __init__(self):
+        self.handlers = []
+        self.number = 0
+
+    def on(self, key, fn, priority=0, once=False, ignore_cancelled=False, accept=None):
+        self.number += 1
+        self.handlers.append([priority, self.number, key.split(":"), fn, once, ignore_cancelled, accept])
+
+    def emit(self, key):
+        parts, cancelled = key.split(":"), False
+        for entry in sorted(self.handlers, key=lambda each: each[:2]):
+            _, _, pattern, fn, once, ignore, accept = entry
+            fits = len(parts) == len(pattern) or len(parts) > len(pattern) and pattern[-1] == "*"
+            if not fits or any(p not in ("*", k) for p, k in zip(pattern, parts)):
+                continue
+            if ignore and cancelled or accept and not accept(key):
+                continue
+            if once:
+                self.handlers.remove(entry)
+            cancelled = fn(key) or cancelled
+        return cancelled
+
+
+def test_the_bus_does_what_a_plain_one_does(rng):
+    for _ in range(int(30 * SOAK)):
+        bus, plain, seen, expected, handlers = hl.Bus(), PlainBus(), [], [], []
+        counts = {}
+        words = ["a", "b", "c"]
+        for number in range(rng.randint(1, 12)):
+            key = ":".join(rng.choice(words + ["*"]) for _ in range(rng.randint(1, 3)))
+            priority, once, ignore = rng.randint(-1, 1), rng.random() < .2, rng.random() < .3
+            cancels, picky = rng.random() < .2, rng.random() < .3
+
+            def ours(event, number=number, cancels=cancels):
+                seen.append((number, event.key))
+                counts[number] = counts.get(number, 0) + 1
+                if cancels:
+                    event.cancel()
+
+            def theirs(key, number=number, cancels=cancels):
+                expected.append((number, key))
+                return cancels
+            handlers.append(bus.on(key, ours, priority=priority, once=once, ignore_cancelled=ignore,
+                                   filter=(lambda event: event.key.startswith("a")) if picky else None))
+            plain.on(key, theirs, priority, once, ignore, (lambda key: key.startswith("a")) if picky else None)
+            for _ in range(rng.randint(0, 90)):
+                key = ":".join(rng.choice(words) for _ in range(rng.randint(1, 4)))
+                assert bus.emit(key, None).cancelled == plain.emit(key)
+        assert seen == expected
+        assert [handler.calls for handler in handlers] == [counts.get(n, 0) for n in range(len(handlers))]
+
+
+def test_handlers_run_by_priority_then_registration():
+    bus, order = hl.Bus(), []
+    for name, priority in (("late", 5), ("first", 0), ("second", 0), ("early", -5)):
+        bus.on("k", lambda event, name=name: order.append(name), priority=priority)
+    bus.emit("k", None)
+    assert order == ["early", "first", "second", "late"]
+
+
+def test_a_star_is_one_segment_or_all_that_remain_when_last():
+    bus, got = hl.Bus(), []
+    bus.on("client:*:message", lambda event: got.append(("mid", event.key)))
+    bus.on("client:*", lambda event: got.append(("last", event.key)))
+    for key in ("client:chat:message", "client:chat", "client:a:b:c", "client", "other:chat:message"):
+        bus.emit(key)
+    assert got == [("mid", "client:chat:message"), ("last", "client:chat:message"),
+                   ("last", "client:chat"), ("last", "client:a:b:c")]
+
+
+def test_a_cancelled_event_still_reaches_handlers_that_want_it():
+    bus, order = hl.Bus(), []
+    bus.on("k", lambda event: event.cancel("because"))
+    bus.on("k", lambda event: order.append("sees it"))
+    bus.on("k", lambda event: order.append("never"), ignore_cancelled=True)
+    event = bus.emit("k", 1)
+    assert (event.cancelled, event.reason, order) == (True, "because", ["sees it"])
+
+
+def test_a_failing_handler_is_logged_counted_and_harms_nobody(caplog):
+    bus, order = hl.Bus(), []
+    handler = bus.on("k", lambda event: 1 / 0)
+    bus.on("k", lambda event: order.append(1))
+    for _ in range(130):                       # sampled emits included
+        bus.emit("k")
+    assert len(order) == 130 and handler.errors == handler.calls == bus.errors == 130
+    assert caplog.text.count("ZeroDivisionError") == 1      # once a second, not 130 times
+    assert bus.stats()["k"]["errors"] == 130
+
+
+def test_statistics_are_exact_and_times_are_sampled():
+    clock = FakeClock()
+    bus = hl.Bus(clock=clock)
+
+    def slow(event):
+        clock.now_ns += 3 * MS
+    bus.on("k", slow)
+    bus.on("k", lambda event: None)
+    for _ in range(200):
+        bus.emit("k")
+    stats = bus.stats()["k"]
+    assert stats["emits"] == 200 and [each["calls"] for each in stats["handlers"]] == [200, 200]
+    assert stats["mean_us"] == 3000 and stats["handlers"][0]["max_us"] == 3000
+    assert stats["handlers"][1]["mean_us"] == 0 and "slow" in stats["handlers"][0]["name"]
+
+
+def test_handlers_may_come_and_go_while_an_event_is_under_way():
+    bus, order = hl.Bus(), []
+
+    def first(event):
+        order.append("first")
+        second.remove()
+        bus.on("k", lambda event: order.append("new"), priority=9)
+    bus.on("k", first, once=True)
+    second = bus.on("k", lambda event: order.append("second"))
+    bus.emit("k")
+    bus.emit("k")
+    assert order == ["first", "second", "new"] and second.calls == 1
+    second.remove()
+
+
+def test_once_is_once_even_when_nested():
+    bus, order = hl.Bus(), []
+
+    def handler(event):
+        order.append(1)
+        bus.emit("k")
+    bus.on("k", handler, once=True)
+    bus.emit("k")
+    assert order == [1] and bus.stats()["k"]["handlers"] == []
+
+
+def test_remove_takes_a_pattern_and_says_how_many():
+    bus = hl.Bus()
+    for key in ("client:chat:a", "client:chat:*", "client:move:a", "core:x"):
+        bus.on(key, print)
+    assert bus.remove("client:chat:*") == 2 and bus.remove("client:*") == 1 and bus.remove("nobody") == 0
+
+
+def test_strangers_keys_do_not_grow_memory():
+    bus = hl.Bus()
+    handler = bus.on("client:*", lambda event: None)
+    for number in range(20_000):
+        bus.emit(f"client:x{number}:y")
+        bus.emit(f"stranger:{number}")
+    assert handler.calls == 20_000 and len(bus._strange) <= hl._MAX_STRANGE_KEYS
+    assert len(bus.stats()) == 1 and bus.emits == 40_000
+
+
+def test_an_emitter_follows_later_registrations():
+    bus, got = hl.Bus(), []
+    emit = bus.emitter("k")
+    emit(1)
+    bus.on("k", lambda event: got.append(event.data))
+    emit(2)
+    assert bus.emit_many("k", [3, 4]) == 2 and got == [2, 3, 4]
+    assert bus.stats()["k"]["emits"] == 4
+
+
+def test_a_decorated_function_stays_itself():
+    bus = hl.Bus()
+
+    @bus.on("k", priority=1)
+    def handler(event):
+        return event.data
+    assert handler(hl.Event("k", 5)) == 5
+
+
+@pytest.mark.parametrize("key", ["", ":", "a:", "a b", None, "a::b"])
+def test_malformed_keys_are_refused(key):
+    with pytest.raises(hl.UsageError):
+        hl.Bus().on(key, print)
+
+
+def test_async_and_blocking_handlers_need_a_spawn():
+    async def later(event): ...
+    for options in ({}, {"blocking": True}):
+        with pytest.raises(hl.UsageError, match="spawn"):
+            hl.Bus().on("k", print if options else later, **options)
+    started = []
+    bus = hl.Bus(spawn=lambda handler, event: started.append((handler.fn, event)))
+    bus.on("k", later)
+    bus.on("k", lambda event: event.data and event.cancel())
+    bus.emit("k", False)
+    bus.emit("k", True)                        # cancelled before it could start
+    assert [fn for fn, _ in started] == [later]
+    with pytest.raises(hl.StateError):
+        started[0][1].cancel()
+
+
+def test_validate_names_what_looks_wrong():
+    bus = hl.Bus()
+    bus.emitter("lonely")(1)
+    for _ in range(101):
+        bus.on("crowded", print)
+    assert bus.validate() == ["nobody listens to 'lonely'", "'crowded' has 101 handlers"]
+
+
+# =============================================================================
+# 8  TOPICS
+# =============================================================================
+
+def naive_matches(pattern, topic):
+    want, got = pattern.split("."), topic.split(".")
+    if want[-1] == ">":
+        return len(got) >= len(want) and naive_matches(".".join(["*", *want[:-1]]), ".".join(["*", *got[:len(want) - 1]]))
+    return len(want) == len(got) and all(w in ("*", g) for w, g in zip(want, got))
+
+
+def test_topics_reach_whom_a_naive_matcher_says(rng):
+    for _ in range(int(20 * SOAK)):
+        topics, live = hl.Topics(), {}
+        got = []
+        for step in range(200):
+            words = ["a", "b", "c"]
+            if rng.random() < .3:
+                pattern = ".".join(rng.choice(words + ["*"]) for _ in range(rng.randint(1, 3)))
+                pattern += ".>" if rng.random() < .2 else ""
+                live[step] = topics.subscribe(pattern, lambda message, step=step: got.append(step))
+            elif live and rng.random() < .3:
+                live.pop(rng.choice(list(live))).remove()
+            topic = ".".join(rng.choice(words) for _ in range(rng.randint(1, 4)))
+            got.clear()
+            wanted = [n for n, s in live.items() if naive_matches(s.pattern, topic)]
+            assert topics.publish(topic, None) == len(wanted)
+            assert sorted(got) == sorted(wanted)
+        for subscription in live.values():
+            subscription.remove()
+            subscription.remove()
+        topics._check()
+
+
+def test_offsets_are_dense_and_renderings_are_made_once():
+    topics, got = hl.Topics(), []
+    topics.subscribe("t", got.append)
+    for number in range(3):
+        topics.publish("t", {"n": number})
+    assert [message.offset for message in got] == [1, 2, 3] and len({m.epoch for m in got}) == 1
+    message = got[0]
+    assert json.loads(message.json()) == {"topic": "t", "payload": {"n": 0}, "offset": 1, "epoch": message.epoch}
+    assert message.json() is message.json() and message.envelope("") is message.envelope("")
+    read = hl.builtin_schema().EventBatch.decode(message.envelope("")).events[0].topic_message
+    assert (read.topic, json.loads(read.payload), read.offset) == ("t", {"n": 0}, 1)
+
+
+def test_a_sink_that_matches_twice_gets_it_once():
+    topics, got = hl.Topics(), []
+    topics.subscribe("a.b", got.append)
+    topics.subscribe("a.*", got.append)
+    assert topics.publish("a.b", 1) == 1 and len(got) == 1
+
+
+@pytest.mark.parametrize("name", ["", ".", "a..b", "a b", "a.>", "*", "x" * 300, None, 5, "a\n"])
+def test_topics_to_publish_to_are_plain_names(name):
+    with pytest.raises(hl.UsageError):
+        hl.Topics().publish(name, 1)
+
+
+@pytest.mark.parametrize("pattern", ["", "a.>.b", ">.a", "a..*", "a*", None])
+def test_malformed_patterns_are_refused(pattern):
+    with pytest.raises(hl.UsageError):
+        hl.Topics().subscribe(pattern, print)
+
+
+def test_unique_topics_do_not_grow_memory():
+    topics = hl.Topics()
+    topics.subscribe("kept", print)
+    for number in range(25_000):
+        topics.publish(f"stranger.{number}", None)
+    assert len(topics) <= hl._MAX_IDLE_TOPICS
+    assert [each.pattern for each in topics.matching("kept")] == ["kept"]
+
+
+def test_a_payload_that_is_no_json_is_the_publishers_mistake():
+    topics = hl.Topics()
+    topics.subscribe("t", lambda message: message.json())
+    for payload in ({1, 2}, math.nan, b"bytes"):
+        with pytest.raises(hl.UsageError, match="JSON"):
+            topics.publish("t", payload)
+
+
+def test_presence_counts_users_not_connections():
+    presence = hl.Presence()
+    for user in ("bob", "ada", "bob"):
+        presence.join(user)
+    assert presence.users() == presence.take_changes() == ["ada", "bob"]
+    presence.leave("bob")
+    assert presence.online() == 2 and presence.take_changes() is None
+    presence.leave("bob")
+    assert presence.take_changes() == ["ada"]
+
+
+# =============================================================================
+# 11  REPLICATION
+# =============================================================================
+
+def test_a_tick_tells_the_last_position_of_those_who_moved():
+    movement = hl.Movement()
+    a, b = b"a" * 16, b"b" * 16
+    movement.move(a, 1, 1, 1)
+    movement.move(b, 2, 2, 2)
+    movement.move(a, 3, 3, 3)
+    moves = movement.take()
+    assert (moves.players, moves.full) == ({a: (3.0, 3.0, 3.0), b: (2.0, 2.0, 2.0)}, False)
+    assert movement.take() is None and movement.coalesced == 1
+    movement.move(a, 4, 4, 4)
+    assert movement.take().players == {a: (4.0, 4.0, 4.0)}
+
+
+def test_who_left_is_missing_from_a_full_block():
+    movement = hl.Movement()
+    movement.move(b"a" * 16, 1, 1, 1)
+    movement.move(b"b" * 16, 1, 1, 1)
+    movement.take()
+    movement.remove(b"a" * 16)
+    movement.remove(b"never there here")
+    moves = movement.take()
+    assert moves.full and list(moves.players) == [b"b" * 16] and movement.take() is None
+
+
+def test_movement_has_every_form():
+    movement = hl.Movement()
+    player = bytes(range(16))
+    movement.move(player, 1.5, -2, 0)
+    moves, schema = movement.take(), hl.builtin_schema()
+    name = "00010203-0405-0607-0809-0a0b0c0d0e0f"
+    assert json.loads(moves.json()) == {
+        "topic": "world.moves", "payload": {"full": False, "players": {name: [1.5, -2.0, 0.0]}}}
+    for form, wide in (("f32", False), ("f64", True)):
+        block = schema.EventBatch.decode(moves.envelope(form)).events[0].packed_movement
+        assert block.wide is wide and hl.unpack_moves(block.data, wide=wide) == {player: (1.5, -2.0, 0.0)}
+    event = schema.EventBatch.decode(moves.envelope("")).events[0]
+    assert event.player_move.player_uuid == name and event.player_move.y == -2.0
+
+
+@pytest.mark.parametrize("position", [(math.nan, 0, 0), (0, math.inf, 0), (0, 0, 1e39), ("1", 0, 0), (None, 0, 0)])
+def test_positions_are_finite_numbers(position):
+    with pytest.raises(hl.UsageError):
+        hl.Movement().move(b"a" * 16, *position)
+
+
+# =============================================================================
+# 12  TICKS
+# =============================================================================
+
+def test_a_ticker_owes_nothing_before_the_first_period():
+    clock = FakeClock()
+    ticker = hl.Ticker(20, clock)
+    clock.now_ns = 49 * MS
+    assert ticker.take_due() == 0 and ticker.wait_s() == pytest.approx(0.001)
+    clock.now_ns = 50 * MS
+    assert ticker.take_due() == 1 and ticker.take_due() == 0
+
+
+def test_a_ticker_catches_up_at_most_five_ticks_after_a_stall():
+    clock = FakeClock()
+    ticker = hl.Ticker(20, clock)
+    clock.now_ns = 1000 * MS
+    assert ticker.take_due() == 5 and ticker.dropped == 15 and ticker.take_due() == 0
+
+
+@pytest.mark.parametrize("hz", [50, 60, 7, 0.3, 999])
+def test_a_ticker_does_not_drift_in_ten_minutes(hz, rng):
+    clock = FakeClock()
+    ticker = hl.Ticker(hz, clock, max_catchup=1 << 30)
+    run = 0
+    while clock.now_ns < 600 * 1000 * MS:
+        clock.now_ns += rng.randrange(1, 3 * ticker.period_ns)
+        run += ticker.take_due()
+    assert abs(run - clock.now_ns * hz / 1e9) <= 1
+
+
+@pytest.mark.parametrize("hz", [0, -1, math.nan, math.inf, 1e9])
+def test_a_ticker_refuses_rates_that_can_not_be(hz):
+    with pytest.raises(hl.UsageError):
+        hl.Ticker(hz)
+
+
+class Item:
+    """Something for an outbox."""
+
+    topic = "t"
+
+    def __init__(self, name, size=10, critical=False, key=None):
+        self.name, self.size, self.critical, self.key = name, size, critical, key
+
+    def replaces(self, older):
+        return self
+
+    def measure(self):
+        return self.size
+
+
+def names(outbox):
+    return [item.name for item in outbox.items]
+
+
+def test_an_outbox_drops_the_oldest_droppable_first():
+    outbox = hl.Outbox(3, 1000)
+    for name, critical in (("a", False), ("b", True), ("c", False), ("d", False), ("e", True)):
+        outbox.put(Item(name, critical=critical))
+    assert names(outbox) == ["b", "d", "e"] and outbox.dropped == 2 and outbox.size == 30
+    assert [item.name for item in outbox.take()] == ["b", "d", "e"] and outbox.size == 0
+
+
+def test_an_outbox_keeps_the_newest_of_a_key():
+    outbox = hl.Outbox(3, 1000)
+    outbox.put(Item("old", key="k", size=10))
+    outbox.put(Item("other"))
+    outbox.put(Item("new", key="k", size=30))
+    assert names(outbox) == ["new", "other"] and outbox.coalesced == 1 and outbox.size == 40
+
+
+def test_an_outbox_is_bounded_in_bytes_together_with_what_is_under_way():
+    outbox = hl.Outbox(100, 100)
+    outbox.put(Item("a", size=60))
+    outbox.put(Item("b", size=60))
+    assert names(outbox) == ["b"]
+    outbox.put(Item("c", size=60), ahead=50)
+    assert names(outbox) == [] and outbox.dropped == 3
+
+
+def test_critical_items_are_never_dropped_and_end_in_slow_peer():
+    outbox = hl.Outbox(2, 1000)
+    outbox.put(Item("a", critical=True))
+    outbox.put(Item("b", critical=True))
+    with pytest.raises(hl.SlowPeer):
+        outbox.put(Item("c", critical=True))
+    assert outbox.dropped == 0
+
+
+def test_an_outbox_agrees_with_a_naive_one(rng):
+    for _ in range(int(50 * SOAK)):
+        limit, size = rng.randint(1, 6), rng.randint(20, 200)
+        outbox, plain = hl.Outbox(limit, size), []
+        with contextlib.suppress(hl.SlowPeer):
+            for n in range(60):
+                item = Item(n, rng.randint(1, 40), rng.random() < .2, rng.choice([None, None, "x", "y"]))
+                old = [i for i, each in enumerate(plain) if item.key and each.key == item.key]
+                if old:
+                    plain[old[0]] = item
+                else:
+                    plain.append(item)
+                while len(plain) > limit or sum(each.size for each in plain) > size:
+                    rest = sorted((each for each in plain if not each.critical),
+                                  key=lambda each: (each.key is not None, plain.index(each)))
+                    if not rest:
+                        break
+                    plain.remove(rest[0])
+                outbox.put(item)
+                assert outbox.items == plain and outbox.size == sum(each.size for each in plain)
+
+
+# =============================================================================
+# 13  PROTOCOLS
+# =============================================================================
+
+def http_events(data, **limits):
+    connection = hl.HTTPConnection(**limits)
+    connection.receive(data)
+    events = []
+    while requests := connection.take_events():
+        events += requests
+    return events
+
+
+def test_a_request_is_the_same_in_every_split():
+    stream = (b"\r\nPOST /a%20b?q=1 HTTP/1.1\r\nHost: h\r\nX-Twice: a\r\nx-twice: b\r\nContent-Length: 5\r\n\r\nhello"
+              b"POST /c HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n3;x=y\r\nabc\r\n2\r\nde\r\n0\r\nT: t\r\n\r\n"
+              b"GET http://h/abs HTTP/1.0\r\n\r\n")
+    for cut in range(len(stream) + 1):
+        connection, requests = hl.HTTPConnection(), []
+        for piece in (stream[:cut], stream[cut:]):
+            connection.receive(piece)
+            while got := connection.take_events():
+                requests += got
+        assert [(r.method, r.path, r.query, r.body) for r in requests] == [
+            ("POST", "/a b", "q=1", b"hello"), ("POST", "/c", "", b"abcde"), ("GET", "/abs", "", b"")]
+        assert requests[0].headers["x-twice"] == "a, b"
+        assert [r.keep_alive for r in requests] == [True, True, False]
+    assert len(http_events(stream)) == 3
+
+
+H = b"GET / HTTP/1.1\r\nHost: h\r\n"
+
+
+@pytest.mark.parametrize("data, status", [
+    (b"\x16\x03\x01\x02\0\x01\0", 400), (b"garbage\r\n\r\n", 400), (b"GET / HTTP/1.1\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\nHost: h\n\n", 400), (b"GET  / HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    (b"GET / HTTP/2.0\r\nHost: h\r\n\r\n", 505), (b"G@T / HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    (b"GET x HTTP/1.1\r\nHost: h\r\n\r\n", 400), (H + b"A : b\r\n\r\n", 400), (H + b"A: b\r\n c\r\n\r\n", 400),
+    (H + b"A: b\rc\r\n\r\n", 400), (H + b"A: b\0\r\n\r\n", 400), (H + b"Host: i\r\n\r\n", 400),
+    (H + b"Content-Length: 1\r\nContent-Length: 1\r\n\r\n", 400), (H + b"Content-Length: +1\r\n\r\n", 400),
+    (H + b"Content-Length: 1, 1\r\n\r\n", 400), (H + b"Content-Length: 99999999\r\n\r\n", 413),
+    (H + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+    (H + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 501), (H + b"Transfer-Encoding: xchunked\r\n\r\n", 501),
+    (H + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n", 400), (H + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n", 400),
+    (H + b"Transfer-Encoding: chunked\r\n\r\n2\r\nabcd\r\n", 400),
+    (H + b"Transfer-Encoding: chunked\r\n\r\nfffff\r\n", 413),
+    (b"GET /" + b"a" * 20_000, 414), (H + b"A: " + b"a" * 20_000, 431), (H + b"A: b\r\n" * 5_000, 431),
+    (b"GET /" + b"a" * 9_000 + b" HTTP/1.1\r\nHost: h\r\n\r\n", 414),
+])
+def test_bad_requests_get_their_status(data, status):
+    with pytest.raises(hl.PeerError) as caught:
+        http_events(data)
+    assert caught.value.http_status == status and caught.value.label
+
+
+def test_a_response_says_what_it_is():
+    assert hl.Response({"a": 1}).encode() == (
+        b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 7\r\n\r\n{"a":1}')
+    assert hl.Response("<p>hi").headers["Content-Type"].startswith("text/html")
+    assert hl.Response("x").encode(head_only=True, close=True).endswith(b"Content-Length: 1\r\nConnection: close\r\n\r\n")
+    assert b"Content-Length" not in hl.Response(status=204).encode()
+    for wrong in (lambda: hl.Response(5), lambda: hl.Response("", headers={"a b": "c"}),
+                  lambda: hl.Response("", headers={"a": "b\r\nc: d"})):
+        with pytest.raises(hl.UsageError):
+            wrong()
+
+
+def test_the_accept_key_of_the_rfc():
+    assert hl._accept_key("dGhlIHNhbXBsZSBub25jZQ==") == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+
+
+def take(role, data, limit=1 << 20):
+    ws = hl.WebSocketConnection(role, limit)
+    ws.receive(data)
+    events = []
+    while got := ws.take_events():
+        events += got
+    return events
+
+
+@pytest.mark.parametrize("role, data, events", [      # RFC 6455 5.7
+    ("client", "81 05 48 65 6c 6c 6f", ["Hello"]),
+    ("server", "81 85 37 fa 21 3d 7f 9f 4d 51 58", ["Hello"]),
+    ("client", "01 03 48 65 6c 80 02 6c 6f", ["Hello"]),
+    ("client", "89 05 48 65 6c 6c 6f", [hl.Ping(b"Hello")]),
+    ("server", "8a 85 37 fa 21 3d 7f 9f 4d 51 58", [hl.Pong(b"Hello")]),
+    ("client", "82 7e 01 00" + " 00" * 256, [bytes(256)]),
+    ("client", "82 7f 00 00 00 00 00 01 00 00" + " 00" * 65536, [bytes(65536)]),
+    ("client", "88 00", [hl.Close(1005, "")]), ("client", "88 02 03 e8", [hl.Close(1000, "")]),
+    ("client", "01 01 61 89 00 00 01 62 80 01 63", [hl.Ping(b""), "abc"]),
+    ("client", "01 01 e2 00 01 82 80 01 ac", ["\u20ac"]), ("client", "81 00 82 00", ["", b""]),
+    ("client", "88 02 03 e8 81 01 61", [hl.Close(1000, "")]),
+])
+def test_frames_of_the_rfc(role, data, events):
+    assert take(role, bytes.fromhex(data)) == events
+
+
+def masked(first, payload=b"", length=None):
+    head = bytes([first]) + (bytes([0x80 | len(payload)]) if length is None else length)
+    return head + b"\1\2\3\4" + hl._mask(payload, b"\1\2\3\4")
+
+
+@pytest.mark.parametrize("data, code, label", [
+    (b"\x81\x01a", 1002, "unmasked"), (masked(0xC1), 1002, "reserved_bit"), (masked(0xA1), 1002, "reserved_bit"),
+    (masked(0x83), 1002, "reserved_opcode"), (masked(0x8B), 1002, "reserved_opcode"),
+    (masked(0x09), 1002, "bad_control"), (masked(0x89, b"x" * 126, b"\xfe\0\x7e"), 1002, "bad_control"),
+    (masked(0x80), 1002, "bad_fragment"), (masked(0x01, b"a") + masked(0x81, b"b"), 1002, "bad_fragment"),
+    (masked(0x81, b"a", b"\xfe\0\1"), 1002, "bad_length"), (masked(0x82, b"", b"\xff" + b"\0" * 6 + b"\1\0"), 1002, "bad_length"),
+    (masked(0x82, b"", b"\xff\x80" + b"\0" * 7), 1002, "bad_length"), (masked(0x81, b"\xff"), 1007, "bad_utf8"),
+    (masked(0x01, b"\xe2") + masked(0x00, b"\x28"), 1007, "bad_utf8"), (masked(0x01, b"\xe2\x82") + masked(0x80), 1007, "bad_utf8"),
+    (masked(0x81, b"\xed\xa0\x80"), 1007, "bad_utf8"),
+    (masked(0x82, b"", b"\xff\0\0\0\0\x7f\xff\xff\xff"), 1009, "message_too_big"),
+    (masked(0x88, b"\3"), 1002, "bad_close"), (masked(0x88, b"\3\xed"), 1002, "bad_close"),
+    (masked(0x88, b"\x0b\xb7"), 1002, "bad_close"), (masked(0x88, b"\3\xe8\xff"), 1007, "bad_utf8"),
+    (masked(0x88, b"\0\0"), 1002, "bad_close"), (masked(0x88, b"\x13\x88"), 1002, "bad_close"),
+])
+def test_broken_frames_end_with_their_code_in_every_split(data, code, label):
+    for cut in range(len(data) + 1):
+        ws = hl.WebSocketConnection("server", 1 << 20)
+        with pytest.raises(hl.PeerError) as caught:
+            for piece in (masked(0x81, b"fine"), data[:cut], data[cut:], b""):
+                ws.receive(piece)
+                while ws.take_events():
+                    pass
+        assert (caught.value.close_code, caught.value.label) == (code, label)
+        with pytest.raises(hl.PeerError):
+            ws.take_events()
+
+
+def test_what_came_before_a_fault_is_returned_first():
+    ws = hl.WebSocketConnection("server")
+    ws.receive(masked(0x81, b"fine") + masked(0x83))
+    assert ws.take_events() == ["fine"]
+    with pytest.raises(hl.FrameError):
+        ws.take_events()
+
+
+def test_a_message_in_fragments_is_bounded_before_it_is_stored():
+    ws = hl.WebSocketConnection("client", 10)
+    ws.receive(b"\x02\x06abcdef\x00\x05")
+    with pytest.raises(hl.TooBig):
+        ws.take_events()
+    assert take("client", b"\x02\x06abcdef\x80\x04ghij", 10) == [b"abcdefghij"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 127, 65535, 65536, 200_000])
+def test_what_one_side_sends_the_other_receives(size):
+    text, data = "\u00e9" * (size // 2), os.urandom(size)
+    for sender, receiver in (("server", "client"), ("client", "server")):
+        ws = hl.WebSocketConnection(sender)
+        stream = ws.send_text(text) + ws.send_binary(data) + ws.send_ping(b"p") + ws.send_close(1001, "bye")
+        assert take(receiver, stream) == [text, data, hl.Ping(b"p"), hl.Close(1001, "bye")]
+
+
+def test_a_stream_in_single_bytes_gives_the_same_events():
+    ws = hl.WebSocketConnection("client")
+    stream = ws.send_text("h\u20acllo") + masked(0x01, b"a") + ws.send_ping() + masked(0x80, b"b") + ws.send_binary(b"x" * 300)
+    server, events = hl.WebSocketConnection("server"), []
+    for at in range(len(stream)):
+        server.receive(stream[at:at + 1])
+        events += server.take_events()
+    assert events == ["h\u20acllo", hl.Ping(b""), "ab", b"x" * 300]
+
+
+def test_close_is_sent_once_with_a_code_that_may_be_sent():
+    ws = hl.WebSocketConnection("server")
+    for code in (999, 1004, 1006, 1015, 2999, 5000):
+        with pytest.raises(hl.UsageError):
+            ws.send_close(code)
+    frame = ws.send_close(1000, "\u20ac" * 100)
+    assert len(frame) <= 127 and take("client", frame)[0].reason == "\u20ac" * 41
+    assert ws.send_close(1000) == b""
+    assert hl.WebSocketConnection("server").send_close(1005) == b"\x88\0"
+    with pytest.raises(hl.UsageError):
+        hl.WebSocketConnection("server").send_ping(b"x" * 126)
+    with pytest.raises(hl.UsageError):
+        hl.WebSocketConnection("peer")
+
+
+def test_masking_is_the_loop_over_bytes(rng):
+    for size in (0, 1, 3, 4, 5, 1000):
+        data, key = rng.randbytes(size), rng.randbytes(4)
+        assert hl._mask(data, key) == bytes(byte ^ key[at % 4] for at, byte in enumerate(data))
+
+
+def test_random_bytes_never_raise_anything_but_peer_errors(rng):
+    for _ in range(int(2000 * SOAK)):
+        data = rng.randbytes(rng.randrange(60))
+        for connection in (hl.WebSocketConnection(rng.choice(["client", "server"])), hl.HTTPConnection()):
+            if isinstance(connection, hl.HTTPConnection) and rng.random() < .7:
+                data = H + rng.choice([b"Transfer-Encoding: chunked\r\n\r\n", b""]) + data + b"\r\n\r\n"
+            with contextlib.suppress(hl.PeerError):
+                connection.receive(data)
+                while connection.take_events():
+                    pass
+
+
+# =============================================================================
+# 17  MONITOR
+# =============================================================================
+
+def test_pauses_of_the_collector_are_timed():
+    watch = hl.GCWatch()
+    watch.start()
+    gc.collect()
+    watch.stop()
+    watch.stop()
+    assert watch.pauses >= 1 and sum(watch.take_pauses()) > 0 and watch.take_pauses() == []
+    assert watch._called not in gc.callbacks
+
+
+def test_memory_and_cpu_are_told():
+    resident, virtual = hl._memory_bytes()
+    assert 1e6 < resident < 1e10 and (virtual == 0 or virtual > resident) and hl._peak_memory_bytes() > 1e6
+    assert hl._cpu_s() > 0
+
+
+# =============================================================================
+# 18  CONFIG
+# =============================================================================
+
+def test_what_is_said_closest_to_the_start_wins(tmp_path):
+    file = tmp_path / "horizon.toml"
+    file.write_text('profile = "high-scale"\nidle_s = 5\n[server]\nport = 9000\ntick_hz = 30\n[server.security]\n'
+                    'allowed_origins = ["https://a.example"]\n')
+    config = hl.Config.load(file, {"HORIZON_TICK_HZ": "20", "HORIZON_METRICS": "no"}, burst=5)
+    assert (config.port, config.tick_hz, config.burst, config.metrics) == (9000, 20.0, 5.0, False)
+    assert config.idle_s == 5.0 and config.allowed_origins == ("https://a.example",)
+    assert (config.max_connections, config.log_level) == (50_000, "warn")
+    assert hl.Config.load(None, {}, profile="dev", log_level="error").log_level == "error"
+    assert hl.Config.load(None, {"HORIZON_ALLOWED_ORIGINS": "http://a,http://b"}).allowed_origins == ("http://a", "http://b")
+
+
+def test_the_defaults_are_those_of_the_design():
+    config = hl.Config()
+    assert [getattr(config, key) for key in (
+        "host", "port", "max_connections", "max_connections_per_address", "idle_s", "handshake_s",
+        "max_message_bytes", "max_header_bytes", "max_json_depth", "max_messages_per_s", "burst",
+        "outbox_messages", "outbox_bytes", "ping_s")] == [
+        "127.0.0.1", 8080, 10_000, 100, 60, 10, 65_536, 16_384, 10, 120, 240, 256, 1 << 20, 20]
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"prot": 1}, "did you mean 'port'"), ({"port": "x"}, "port = 'x'"), ({"port": 70000}, "65535"),
+    ({"port": 1.5}, "port"), ({"port": True}, "port"), ({"tick_hz": -1}, "tick_hz"), ({"tick_hz": math.nan}, "tick_hz"),
+    ({"profile": "fast"}, "dev, prod"), ({"host": "0.0.0.0"}, "insecure"), ({"insecure": "maybe"}, "insecure"),
+    ({"log_level": 5}, "log_level"), ({"idle_s": "inf"}, "idle_s"), ({"allowed_origins": 5}, "allowed_origins"),
+])
+def test_settings_that_can_not_be_are_named(settings, words):
+    with pytest.raises(hl.ConfigError, match=re.escape(words)):
+        hl.Config.load(None, {}, **settings)
+
+
+def test_a_bad_file_is_named(tmp_path):
+    (tmp_path / "bad.toml").write_text("port = ")
+    for path in (tmp_path / "bad.toml", tmp_path / "missing.toml"):
+        with pytest.raises(hl.ConfigError, match=path.name):
+            hl.Config.load(path, {})
+    assert hl.Config.load(None, {}, host="0.0.0.0", insecure=True).host == "0.0.0.0"
+
+
+# =============================================================================
+# 20  ENGINE - over real sockets on loopback
+# =============================================================================
+
+@contextlib.contextmanager
+def running(**settings):
+    """An engine in a thread; afterwards every index must be consistent."""
+    app = hl.Engine(**{"port": 0, "max_messages_per_s": 0, **settings})
+    with app:
+        yield app
+        app.call_soon(app._check).result(5)
+    assert not app.sessions and not app.server.connections and not threading_leftovers()
+
+
+def threading_leftovers():
+    return [each for each in threading.enumerate() if each.name == "horizon_lite"]
+
+
+def on_loop(app, fn, *args, **options):
+    return app.call_soon(lambda: fn(*args, **options)).result(5)
+
+
+def wait_until(check, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def raw(app, data=b"", small=False):
+    sock = socket.socket()
+    sock.settimeout(5)
+    if small:                                   # before connecting, or the window is large already
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect(("127.0.0.1", int(app.url.rpartition(":")[2])))
+    if data:
+        sock.sendall(data)
+    return sock
+
+
+def read_all(sock):
+    data = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := sock.recv(65536):
+            data += piece
+    return data
+
+
+UPGRADE = (b"GET /ws/data HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: keep-alive, Upgrade\r\n"
+           b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n")
+
+
+def raw_websocket(app, extra=b"", small=False):
+    sock = raw(app, UPGRADE + extra + b"\r\n", small)
+    answer = b""
+    while b"\r\n\r\n" not in answer:
+        answer += sock.recv(1)
+    assert answer.startswith(b"HTTP/1.1 101 "), answer
+    return sock
+
+
+def request(app, data):
+    with raw(app, data) as sock:
+        return read_all(sock)
+
+
+def get(app, path, headers=None):
+    ask = urllib.request.Request(app.url + path, headers=headers or {})
+    try:
+        with urllib.request.urlopen(ask, timeout=5) as answer:
+            return answer.status, dict(answer.headers), answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, dict(error.headers), error.read()
+
+
+def test_publish_reaches_a_json_client_and_a_proto_client():
+    with running() as app, hl.connect(app.url) as one, hl.connect(app.url, protocol="proto") as two:
+        for client in (one, two):
+            client.subscribe("chat.*")
+        assert on_loop(app, app.publish, "chat.lobby", {"n": 1}) == 2
+        got = one.recv(5)
+        assert (got["topic"], got["payload"], got["offset"]) == ("chat.lobby", {"n": 1}, 1) and got["epoch"]
+        message = two.recv(5).topic_message
+        assert (message.topic, json.loads(message.payload), message.offset) == ("chat.lobby", {"n": 1}, 1)
+        one.unsubscribe("chat.*")
+        assert on_loop(app, app.publish, "chat.lobby", {"n": 2}) == 1
+
+
+def test_clients_publish_to_each_other():
+    with running() as app, hl.connect(app.url) as one, hl.connect(app.url, protocol="proto") as two:
+        one.subscribe("room")
+        two.publish("room", {"text": "hi"}, critical=True)
+        assert one.recv(5)["payload"] == {"text": "hi"}
+        for topic in ("system.x", "presence", "gorc.a", "world.moves", "bad topic", ""):
+            with pytest.raises(hl.UsageError):
+                one.publish(topic, 1)
+            with pytest.raises(hl.UsageError):
+                two.publish(topic, 1)
+
+
+def test_what_a_tick_holds_leaves_in_one_write_and_one_frame():
+    with running(tick_hz=20) as app, hl.connect(app.url) as one, hl.connect(app.url, protocol="proto") as two:
+        sock = raw_websocket(app)
+        for client in (one, two):
+            client.subscribe("t")
+        sock.sendall(masked(0x81, b'{"action":"subscribe","topic":"t","id":1}'))
+        assert take("client", sock.recv(65536)) == ['{"id":1,"ok":true}']
+
+        def burst():
+            before = app.server.writes
+            for number in range(30):
+                app.publish("t", number)
+            return before
+        before = on_loop(app, burst)
+        frames = take("client", sock.recv(65536))       # no subprotocol: an object per frame
+        assert [json.loads(frame)["payload"] for frame in frames] == list(range(30))
+        data = one._sock.recv(65536)                     # an array
+        assert [each["payload"] for each in json.loads(take("client", data)[0])] == list(range(30))
+        frame, = take("client", two._sock.recv(65536))   # an EventBatch
+        assert len(hl.builtin_schema().EventBatch.decode(frame).events) == 30
+        wait_until(lambda: app.server.writes - before == 3)
+        assert app.metrics["horizon_batch_messages_sum"] == 90
+        sock.close()
+
+
+def test_a_message_for_many_is_rendered_once(monkeypatch):
+    rendered = []
+    plain = hl.Publication.json
+    with running() as app, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(hl.connect(app.url)) for _ in range(20)]
+        for client in clients:
+            client.subscribe("t")
+        monkeypatch.setattr(hl, "_json_bytes", lambda value: rendered.append(value) or json.dumps(value).encode())
+        on_loop(app, app.publish, "t", "x")
+        assert [client.recv(5)["payload"] for client in clients] == ["x"] * 20
+        assert len(rendered) == 1 and hl.Publication.json is plain
+        assert app.metrics["horizon_marshal_seconds_count"] == 1
+
+
+def test_a_client_event_reaches_its_handler_and_is_answered():
+    with running() as app, hl.connect(app.url) as client:
+        seen = []
+
+        @app.on_client("chat", "message")
+        def chat(event):
+            seen.append((event.key, event.data, event.client.user))
+            if event.data == "bad":
+                event.cancel("not here")
+            event.client.send({"echo": event.data})
+        client.send({"namespace": "chat", "event": "message", "data": "good", "id": "a"})
+        assert [client.recv(5), client.recv(5)] == [{"echo": "good"}, {"id": "a", "ok": True}]
+        client.send({"namespace": "chat", "event": "message", "data": "bad", "id": "b"})
+        assert client.recv(5) == {"echo": "bad"}
+        assert client.recv(5) == {"id": "b", "error": {"code": "cancelled", "message": "not here"}}
+        assert seen[0] == ("client:chat:message", "good", list(app.sessions.values())[0].user)
+        assert app.metrics['horizon_requests_refused_total{code="cancelled"}'] == 1
+
+
+def test_proto_events_chat_and_moves_become_bus_events():
+    with running() as app, hl.connect(app.url, protocol="proto") as client:
+        schema, seen = hl.builtin_schema(), []
+        app.on("client:*", lambda event: seen.append((event.key, event.data)))
+        client.emit("game", "fire", {"power": 9})
+        client.send_envelope(chat=schema.ChatEvent(message="hi"))
+        client.send_envelope(player_move=schema.PlayerMoveEvent(x=1.0, y=2.0, z=3.0))
+        client.emit("system", "ping", 5)
+        assert json.loads(client.recv(5).topic_message.payload) == {"namespace": "system", "event": "pong", "data": 5}
+        assert seen[:2] == [("client:game:fire", {"power": 9}), ("client:chat:message", {"text": "hi"})]
+        assert seen[2][0] == "client:movement:position" and seen[2][1].y == 2.0
+        assert list(app.movement.positions.values()) == [(1.0, 2.0, 3.0)]
+        client.send_envelope(zone_exit=schema.ZoneExit())
+        reply = client.recv(5).reply
+        assert (reply.ok, reply.code) == (False, "bad_request")
+
+
+@pytest.mark.parametrize("packed, kind", [("", "player_move"), ("f32", "packed_movement"), ("f64", "packed_movement")])
+def test_movement_is_told_to_who_asked_in_the_form_they_asked(packed, kind):
+    with running() as app, hl.connect(app.url) as one, hl.connect(app.url, protocol="proto") as two:
+        one.subscribe("world.moves")
+        two.subscribe("world.moves", packed=packed)
+        assert one.recv(5)["payload"] == {"full": True, "players": {}}
+        one.send({"namespace": "movement", "event": "position", "data": {"x": 1.5, "y": 2}})
+        assert list(one.recv(5)["payload"]["players"].values()) == [[1.5, 2.0, 0.0]]
+        while not (event := two.recv(5)).which("payload") == kind or packed and event.packed_movement.full:
+            pass
+        if packed:
+            moves = hl.unpack_moves(event.packed_movement.data, wide=packed == "f64")
+            assert list(moves.values()) == [(1.5, 2.0, 0.0)]
+        else:
+            assert (event.player_move.x, event.player_move.y) == (1.5, 2.0)
+        one.close()
+        wait_until(lambda: not app.movement.positions)
+
+
+def test_a_handler_can_veto_a_move():
+    with running() as app, hl.connect(app.url) as client:
+        app.on_client("movement", "position")(lambda event: event.data["x"] > 10 and event.cancel("too fast"))
+        for x in (5, 50):
+            client.send({"namespace": "movement", "event": "position", "data": {"x": x}, "id": x})
+        assert client.recv(5) == {"id": 5, "ok": True}
+        assert client.recv(5)["error"]["code"] == "cancelled"
+        assert [position[0] for position in app.movement.positions.values()] == [5.0]
+
+
+def test_presence_tells_who_is_here():
+    with running() as app, hl.connect(app.url) as one:
+        one.subscribe("presence")
+        update = one.recv(5)
+        assert update["type"] == "presence_update" and len(update["users"]) == 1
+        with hl.connect(app.url):
+            assert len(one.recv(5)["users"]) == 2 and app.presence.online() == 2
+        assert len(one.recv(5)["users"]) == 1
+
+
+def test_system_events_answer():
+    with running(tick_hz=25) as app, hl.connect(app.url) as client:
+        client.send({"namespace": "system", "event": "ping", "data": [1]})
+        assert client.recv(5) == {"namespace": "system", "event": "pong", "data": [1]}
+        client.send({"namespace": "system", "event": "hello"})
+        hello = client.recv(5)["data"]
+        assert hello["id"] in app.sessions and hello["tick_hz"] == 25
+        client.subscribe("system.stats")
+        figures = client.recv(5)["payload"]
+        assert figures["connections"] == 1 and figures["budget_ms"] == 40
+
+
+def test_broadcast_send_and_close_reach_whom_they_should():
+    with running() as app, hl.connect(app.url) as one, hl.connect(app.url) as two:
+        first, second = app.sessions.values()
+        assert on_loop(app, app.broadcast, {"to": "all"}) == 2
+        assert on_loop(app, app.send, first.user, {"to": "one"}) == 1
+        assert on_loop(app, app.send, second, {"to": "two"}) == 1
+        assert on_loop(app, app.send, "nobody", {}) == 0
+        got = [[client.recv(5) for _ in range(2)] for client in (one, two)]
+        assert got == [[{"to": "all"}, {"to": "one"}], [{"to": "all"}, {"to": "two"}]]
+        first.metadata["team"] = "red"
+        on_loop(app, first.close, 4001, "enough")
+        assert one.recv(5) is None and one.closed == hl.Close(4001, "enough")
+        wait_until(lambda: len(app.sessions) == 1)
+        assert on_loop(app, app.send, first, {"too": "late"}) == 0
+        with pytest.raises(hl.UsageError):
+            on_loop(app, second.close, 1006)
+
+
+def test_core_events_frame_the_life_of_a_client():
+    with running() as app:
+        seen = []
+        for key in ("core:player_connected", "core:player_disconnected"):
+            app.on(key, lambda event: seen.append((event.key, event.data["player_id"], event.client.address)))
+        app.on_core("player_connected", filter=lambda event: len(app.sessions) > 1)(
+            lambda event: event.cancel("server at capacity"))
+        with hl.connect(app.url) as one, hl.connect(app.url) as two:
+            assert two.recv(5) is None and two.closed == hl.Close(1013, "server at capacity")
+            one.send({"namespace": "system", "event": "ping"})
+            assert one.recv(5)["event"] == "pong"
+        wait_until(lambda: len(seen) == 4)
+        assert {key for key, _, _ in seen} == {"core:player_connected", "core:player_disconnected"}
+        assert {address for _, _, address in seen} == {"127.0.0.1"} and app.presence.online() == 0
+
+
+def test_in_process_subscribers_and_repeats_survive_their_own_errors(caplog):
+    with running() as app:
+        got, beats = [], []
+
+        @app.subscribe("sensors.*.temp")
+        def subscriber(message):
+            got.append((message.topic, message.payload))
+            raise ValueError("mine")
+
+        @app.every(hz=100)
+        def beat():
+            beats.append(1)
+            raise ValueError("mine too")
+        assert on_loop(app, app.publish, "sensors.a.temp", 21) == 1
+        wait_until(lambda: len(beats) > 3)
+        assert got == [("sensors.a.temp", 21)] and app.metrics["horizon_subscriber_errors_total"] == 1
+        assert "mine too" in caplog.text
+
+
+def test_ticks_are_counted_and_announced():
+    with running(tick_hz=200) as app:
+        seen = []
+        app.on_core("server_tick")(lambda event: seen.append(event.data["tick_count"]))
+        wait_until(lambda: len(seen) > 20)
+        assert seen == list(range(seen[0], seen[0] + len(seen))) and app.metrics["horizon_ticks_total"] >= 20
+        app.on_core("server_tick", once=True)(lambda event: time.sleep(0.05))
+        wait_until(lambda: app.overruns)
+        assert app.metrics["horizon_tick_overruns_total"] >= 1 and app.report()["tick"]["overruns"] >= 1
+
+
+def test_without_ticks_everything_leaves_at_once():
+    with running(tick_hz=0) as app, hl.connect(app.url) as client:
+        client.subscribe("t")
+        on_loop(app, app.publish, "t", 1)
+        assert client.recv(5)["payload"] == 1
+
+
+def test_async_and_blocking_handlers_run_beside_the_loop(caplog):
+    with running() as app, hl.connect(app.url) as client:
+        done = threading.Event()
+        handlers = []
+
+        async def slowly(event):
+            await asyncio.sleep(0.01)
+            app.call_soon(event.client.send, {"async": event.data})
+            raise RuntimeError("after all")
+        handlers.append(app.on("client:work:do", slowly))
+        handlers.append(app.on("client:work:do", lambda event: done.wait(5), blocking=True))
+        client.send({"namespace": "work", "event": "do", "data": 1})
+        assert client.recv(5) == {"async": 1}           # while the blocking one still blocks
+        done.set()
+        wait_until(lambda: handlers[1].timed == 1 and handlers[0].errors == 1)
+        assert "after all" in caplog.text and [each.calls for each in handlers] == [1, 1]
+
+
+def test_calls_from_another_thread_are_refused_by_name():
+    with running() as app, hl.connect(app.url) as client:
+        client.send({"namespace": "system", "event": "ping"})
+        client.recv(5)
+        session = next(iter(app.sessions.values()))
+        for call, name in ((lambda: app.publish("t", 1), "app.publish"), (lambda: app.emit("k"), "app.emit"),
+                           (lambda: app.broadcast(1), "app.broadcast"), (lambda: app.send("u", 1), "app.send"),
+                           (lambda: session.send("x"), "client.send"), (lambda: session.close(), "client.close")):
+            with pytest.raises(hl.StateError, match=re.escape(f"app.call_soon({name}")):
+                call()
+        assert isinstance(app.call_soon(lambda: 1 / 0).exception(5), ZeroDivisionError)
+
+
+def test_call_soon_is_safe_from_many_threads():
+    with running() as app:
+        counts = []
+        threads = [threading.Thread(target=lambda: [app.call_soon(counts.append, 1) for _ in range(500)])
+                   for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert app.call_soon(lambda: len(counts)).result(5) == 4000
+
+
+def test_an_asyncio_program_can_drive_the_engine():
+    async def program():
+        app = hl.Engine(port=0)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(app.fileno(), app.step)
+
+        async def ticks():
+            while True:
+                await asyncio.sleep(app.wait_s())
+                app.step()
+        ticking = asyncio.create_task(ticks())
+
+        def talk():
+            with hl.connect(app.url) as client:
+                client.subscribe("t")
+                client.publish("t", "through asyncio")
+                return client.recv(5)["payload"]
+        try:
+            return await asyncio.to_thread(talk)
+        finally:
+            ticking.cancel()
+            loop.remove_reader(app.fileno())
+            app.stop()
+    assert asyncio.run(program()) == "through asyncio"
+
+
+def test_an_engine_starts_once_and_stops_as_often_as_asked():
+    app = hl.Engine(port=0)
+    with app:
+        with pytest.raises(hl.StateError):
+            app.start()
+        with pytest.raises(hl.StateError):
+            app.configure(port=1)
+    app.stop()
+    for call in (app.start, lambda: app.call_soon(print)):
+        with pytest.raises(hl.StateError):
+            call()
+    hl.Engine(port=0).stop()
+    hl.Engine(port=0, tick_hz=0).stop()
+
+
+def test_a_taken_port_is_an_error_when_it_was_said_and_the_next_one_otherwise(caplog):
+    with running() as app:
+        port = int(app.url.rpartition(":")[2])
+        with pytest.raises(OSError) as caught:
+            hl.Engine(port=port).start()
+        assert caught.value.errno == errno.EADDRINUSE
+        with hl.Engine(hl.Config(port=port)) as other:
+            assert int(other.url.rpartition(":")[2]) > port
+        assert f"port {port} is taken" in caplog.text
+
+
+def test_stopping_says_goodbye_after_what_was_waiting():
+    app = hl.Engine(port=0, tick_hz=1).start()
+    client, seen = hl.connect(app.url), []
+    app.on_core("server_stopping")(lambda event: seen.append(event.key))
+    client.subscribe("t")
+    on_loop(app, app.publish, "t", "last words")
+    app.stop()
+    assert client.recv(5)["payload"] == "last words" and client.recv(5) is None
+    assert client.closed == hl.Close(1001, "server is shutting down") and seen == ["core:server_stopping"]
+    client.close()
+
+
+def test_a_hundred_comings_and_goings_leave_nothing_behind():
+    with running() as app:
+        for _ in range(int(100 * SOAK)):
+            with hl.connect(app.url) as client:
+                client.subscribe("a.*")
+                client.subscribe("world.moves")
+                client.subscribe("presence")
+        wait_until(lambda: not app.server.connections)
+        on_loop(app, app.topics._check)
+        assert not app._movers and not app._users and not app.server._per_address
+        assert len(app.loop.selector.get_map()) == 2        # the waker and the listener
+
+
+# -- HTTP --
+
+def test_the_built_in_addresses_answer():
+    with running() as app:
+        status, headers, body = get(app, "/")
+        assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8" and len(body) < 30_000
+        assert get(app, "/healthz")[::2] == (200, b"ok\n") and get(app, "/readyz")[0] == 200
+        assert json.loads(get(app, "/stats.json")[2])["healthy"] is True
+        assert get(app, "/nothing")[0] == 404
+        status, headers, body = get(app, "/metrics")
+        assert headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+        assert b"# TYPE events_processed_total counter\n" in body and b"server_active_connections 0\n" in body
+        headers = get(app, "/metrics", {"Accept": "application/openmetrics-text"})[1]
+        assert headers["Content-Type"].startswith("application/openmetrics-text")
+    with running(metrics=False) as app:
+        assert get(app, "/metrics")[0] == 404
+
+
+def test_the_metrics_of_a_busy_engine_pass_the_official_parser():
+    parser = pytest.importorskip("prometheus_client.parser", reason="pip install prometheus_client")
+    with running() as app, hl.connect(app.url, protocol="proto") as client:
+        client.subscribe("t")
+        client.publish("t", 1)
+        client.recv(5)
+        text = get(app, "/metrics")[2].decode()
+        families = {family.name: family for family in parser.text_string_to_metric_families(text)}
+        assert families["horizon_events_sent"].samples[0].labels.keys() == {"type"}
+        assert families["horizon_pool_hits"].samples[0].value + families["horizon_pool_misses"].samples[0].value == 2
+        assert {"horizon_marshal_seconds", "horizon_batch_messages", "horizon_tick_seconds"} <= {
+            name for name, family in families.items() if family.type == "histogram"}
+        assert all(line.startswith("#") or line.rpartition(" ")[0] in dict(app.metrics) for line in text.splitlines())
+
+
+def test_the_page_is_served_with_a_policy_that_allows_only_itself():
+    with running() as app:
+        _, headers, body = get(app, "/")
+        policy = headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy and policy.count("'sha256-") == 2
+        assert b"http://" not in body.replace(b"http://www.w3.org", b"") and b" style=" not in body
+        assert b" onclick=" not in body and body.count(b"<script>") == body.count(b"<style>") == 1
+
+
+def test_routes_of_ones_own():
+    with running() as app:
+        app.get("/player/{id}")(lambda request, id: {"id": id, "q": request.query})
+        app.post("/echo")(lambda request: request.body)
+        app.get("/made")(lambda request: hl.Response("<b>", 403, {"X-A": "b"}))
+        app.get("/fails")(lambda request: 1 / 0)
+        app.get("/wrong")(lambda request: 5)
+        app.get("/")(lambda request: "mine")
+        assert json.loads(get(app, "/player/a%20b?x=1")[2]) == {"id": "a b", "q": "x=1"}
+        ask = urllib.request.Request(app.url + "/echo", data=b"body", method="POST")
+        with urllib.request.urlopen(ask) as answer:
+            assert answer.read() == b"body"
+        assert get(app, "/made")[0] == 403 and get(app, "/fails")[0] == 500 and get(app, "/wrong")[0] == 500
+        assert get(app, "/")[2] == b"mine" and get(app, "/echo")[0] == 405
+        assert get(app, "/echo")[1]["Allow"] == "POST"
+        with pytest.raises(hl.UsageError):
+            app.get("no-slash")
+
+
+def test_http_keeps_alive_pipelines_and_answers_head():
+    with running() as app:
+        ask = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        data = request(app, ask * 3 + ask.replace(b"GET", b"HEAD").replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        assert data.count(b"HTTP/1.1 200 OK") == 4 and data.count(b"\r\n\r\nok\n") == 3
+        assert request(app, b"GET /healthz HTTP/1.0\r\n\r\n").endswith(b"ok\n")
+        continued = (b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nExpect: 100-continue\r\n"
+                     b"Connection: close\r\n\r\n")
+        with raw(app, continued) as sock:
+            assert sock.recv(100).startswith(b"HTTP/1.1 100 Continue\r\n\r\n")
+            sock.sendall(b"ab")
+            assert read_all(sock).startswith(b"HTTP/1.1 404")
+
+
+@pytest.mark.parametrize("data, status, label", [
+    (b"\x16\x03\x01\x02\0\x01\0\x01\xfc", 400, "bad_request"), (b"hello\r\n\r\n", 400, "bad_request"),
+    (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 10_000_000, 431, "header_too_big"),
+    (b"BREW / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 405, "bad_method"),
+    (b"GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n", 421, "bad_host"),
+    (b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n", 413, "body_too_big"),
+    (UPGRADE.replace(b"13", b"8") + b"\r\n", 426, "ws_version"),
+    (b"GET /ws/data HTTP/1.1\r\nHost: localhost\r\n\r\n", 426, "not_websocket"),
+    (UPGRADE.replace(b"GET", b"POST") + b"\r\n", 400, "bad_handshake"),
+    (UPGRADE.replace(b"dGhl", b"xx") + b"\r\n", 400, "bad_handshake"),
+    (UPGRADE + b"Origin: https://evil.example\r\n\r\n", 403, "bad_origin"),
+    (UPGRADE + b"Origin: null\r\n\r\n", 403, "bad_origin"),
+])
+def test_bad_http_gets_its_status_is_counted_and_disturbs_nobody(data, status, label, caplog):
+    with running() as app, hl.connect(app.url) as other:
+        answer = b""
+        with raw(app) as sock:
+            with contextlib.suppress(ConnectionError):      # it need not take all of 10 MB
+                sock.sendall(data)
+            answer = read_all(sock)
+        assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:100]
+        assert app.metrics[f'horizon_refused_total{{reason="{label}"}}'] == 1
+        other.send({"namespace": "system", "event": "ping"})
+        assert other.recv(5)["event"] == "pong" and "Traceback" not in caplog.text
+
+
+def test_origins_that_may_connect():
+    with running(allowed_origins=("https://game.example",)) as app:
+        port = app.url.rpartition(":")[2].encode()
+        raw_websocket(app, extra=b"Origin: https://game.example\r\n").close()
+        ask = UPGRADE.replace(b"localhost", b"localhost:" + port) + b"Origin: http://localhost:" + port + b"\r\n\r\n"
+        with raw(app, ask) as sock:
+            assert sock.recv(100).startswith(b"HTTP/1.1 101")
+
+
+def test_half_a_request_and_silence_ends_with_408():
+    with running(handshake_s=0.3) as app:
+        half, silent, quiet = raw(app, b"GET / HT"), raw(app), raw(app, UPGRADE[:40])
+        assert read_all(half).startswith(b"HTTP/1.1 408 ") and read_all(quiet).startswith(b"HTTP/1.1 408 ")
+        assert read_all(silent) == b""
+        assert app.metrics['horizon_refused_total{reason="handshake_timeout"}'] == 3
+        for sock in (half, silent, quiet):
+            sock.close()
+
+
+def test_too_many_connections_get_503():
+    with running(max_connections=2) as app, hl.connect(app.url), hl.connect(app.url):
+        assert request(app, b"").startswith(b"HTTP/1.1 503 ")
+        assert app.metrics['horizon_refused_total{reason="max_connections"}'] == 1
+
+
+# -- WebSocket --
+
+@pytest.mark.parametrize("data, code, label", [
+    (b"\x81\x01a", 1002, "unmasked"), (masked(0xC1, b"a"), 1002, "reserved_bit"), (masked(0x81, b"\xff"), 1007, "bad_utf8"),
+    (masked(0x82, b"", b"\xff\0\0\0\0\0\1\0\1"), 1009, "message_too_big"), (masked(0x81, b"not json"), 1007, "bad_json"),
+    (masked(0x81, b"NaN"), 1007, "bad_json"), (masked(0x81, b"[" * 100), 1007, "bad_json"),
+    (masked(0x81, b"[" * 11 + b"]" * 11), 1008, "json_depth"), (masked(0x82, b"\xff\xff"), 1007, "bad_protobuf"),
+])
+def test_bad_frames_get_their_close_code_are_counted_and_disturb_nobody(data, code, label, caplog):
+    with running() as app, hl.connect(app.url) as other:
+        sock = raw_websocket(app)
+        sock.sendall(data)
+        closes = take("client", read_all(sock))
+        assert [each.code for each in closes] == [code]
+        assert app.metrics[f'horizon_refused_total{{reason="{label}"}}'] == 1
+        other.send({"namespace": "system", "event": "ping"})
+        assert other.recv(5)["event"] == "pong" and "Traceback" not in caplog.text
+        sock.close()
+
+
+@pytest.mark.parametrize("message, code", [
+    ({"action": "dance", "topic": "t"}, "unknown_action"), ({"action": ["x"], "topic": "t"}, "unknown_action"),
+    ({"action": "subscribe"}, "bad_topic"), ({"action": "subscribe", "topic": 5}, "bad_topic"),
+    ({"action": "subscribe", "topic": "a..b"}, "bad_topic"), ({"action": "publish", "topic": "a.*"}, "bad_topic"),
+    ({"action": "unsubscribe", "topic": "never"}, "not_subscribed"), ({"action": "publish", "topic": "system.x"}, "forbidden"),
+    ({"namespace": "a b", "event": "c"}, "bad_name"), ({"namespace": ["a"], "event": "c"}, "bad_name"),
+    ({"namespace": "a"}, "bad_name"), ({"namespace": "system", "event": "what"}, "unknown_event"),
+    ({"namespace": "movement", "event": "position", "data": 5}, "bad_position"),
+    ({"namespace": "movement", "event": "position", "data": {"x": "1"}}, "bad_position"),
+    ({"namespace": "movement", "event": "position", "data": {"x": 1e300}}, "bad_position"),
+    ({"hello": 1}, "bad_request"), ({"action": "subscribe", "topic": "world.moves", "packed": 7}, "bad_request"),
+])
+def test_requests_that_can_not_be_are_answered_with_their_id(message, code):
+    with running() as app, hl.connect(app.url) as client:
+        client.send({**message, "id": 42})
+        answer = client.recv(5)
+        assert answer["id"] == 42 and answer["error"]["code"] == code and answer["error"]["message"]
+        client.send(message)                    # without an id it is told all the same
+        assert client.recv(5) == {"error": answer["error"]}
+        assert app.metrics[f'horizon_requests_refused_total{{code="{code}"}}'] == 2
+
+
+def test_what_is_not_even_an_object_is_answered():
+    with running() as app, hl.connect(app.url) as client:
+        for text in ("5", "[]", "null", '"x"'):
+            client.send(text)
+            assert client.recv(5)["error"]["code"] == "bad_request"
+        assert app.metrics['horizon_requests_refused_total{code="bad_request"}'] == 4
+
+
+def test_subscriptions_are_limited():
+    with running(max_subscriptions=3) as app, hl.connect(app.url) as client:
+        for topic in ("a", "b", "c", "a"):
+            client.subscribe(topic)
+        with pytest.raises(hl.UsageError, match="too_many_subscriptions"):
+            client.subscribe("d")
+
+
+def test_a_handler_that_raises_is_logged_and_the_tick_goes_on(caplog):
+    with running() as app, hl.connect(app.url) as client:
+        app.on_client("x", "y")(lambda event: event.data["missing"])
+        app.on_core("server_tick")(lambda event: 1 / 0)
+        client.send({"namespace": "x", "event": "y", "data": {}, "id": 1})
+        assert client.recv(5) == {"id": 1, "ok": True}
+        before = app.tick_count
+        wait_until(lambda: app.tick_count > before + 3)
+        assert "KeyError: 'missing'" in caplog.text and app.metrics["horizon_bus_errors_total"] > 3
+
+
+def test_a_peer_that_talks_too_fast_is_closed_with_1008():
+    with running(max_messages_per_s=10, burst=20) as app, hl.connect(app.url) as client:
+        for number in range(30):
+            client.send({"namespace": "a", "event": "b"})
+        while client.recv(5) is not None:
+            pass
+        assert client.closed.code == 1008 and app.metrics['horizon_refused_total{reason="rate"}'] == 1
+
+
+def test_a_dead_peer_is_noticed_by_its_pings():
+    with running(ping_s=0.3) as app:
+        sock = raw_websocket(app)
+        with hl.connect(app.url) as alive:
+            with pytest.raises(TimeoutError):
+                alive.recv(3.5)                 # answers pings meanwhile
+            assert app.metrics['horizon_refused_total{reason="ping_timeout"}'] == 1
+            assert len(app.sessions) == 1
+        assert take("client", sock.recv(1000)) == [hl.Ping(b"")] * 2
+        sock.close()
+
+
+def test_a_peer_that_does_not_read_is_bounded_and_delays_nobody():
+    with running(outbox_bytes=200_000, outbox_messages=50) as app, hl.connect(app.url) as good:
+        slow = raw_websocket(app, small=True)
+        slow.sendall(masked(0x81, b'{"action":"subscribe","topic":"t"}'))
+        good.subscribe("t")
+        wait_until(lambda: len(app.topics.matching("t")) == 2)
+        session = next(each for each in app.sessions.values() if each.render is hl._render_objects)
+        worst = 0
+        for number in range(150):
+            on_loop(app, app.publish, "t", "x" * 40_000)
+            assert good.recv(5)["offset"] == number + 1
+            worst = max(worst, session.backlog)
+        assert worst < 200_000 + 2 * 41_000
+        assert app.metrics["horizon_outbox_dropped_total"] > 0 and app.report()["healthy"] is False
+        for _ in range(60):                     # critical ones are never dropped: it has to go
+            on_loop(app, app.publish, "t", "y" * 40_000, critical=True)
+            good.recv(5)
+        wait_until(lambda: len(app.sessions) == 1)
+        assert app.metrics['horizon_refused_total{reason="slow"}'] == 1
+        slow.close()
+
+
+def test_a_slow_peer_gets_the_newest_state_when_it_reads_again():
+    with running() as app:
+        slow = raw_websocket(app, small=True)
+        slow.sendall(masked(0x81, b'{"action":"subscribe","topic":"world.moves"}'))
+        wait_until(lambda: app._movers)
+        players = [os.urandom(16) for _ in range(2000)]
+
+        def step(number):
+            for player in players if number % 10 else players[:1000]:
+                app.movement.move(player, number, 0, 0)
+        session = next(iter(app.sessions.values()))
+        number = 0
+        while not (session.outbox and session.outbox.coalesced > 5):
+            number += 1
+            on_loop(app, step, number)
+            time.sleep(0.021 if number > 300 else 0)
+        stop = number
+        slow.settimeout(1.0)
+        ws, state = hl.WebSocketConnection("client", 1 << 24), {}
+        while len(state) < 2000 or max(x for x, _, _ in state.values()) < stop:
+            ws.receive(slow.recv(1 << 20))
+            for event in ws.take_events():
+                if isinstance(event, str):
+                    payload = json.loads(event)["payload"]
+                    state = payload["players"] if payload["full"] else {**state, **payload["players"]}
+        want = {hl._uuid_text(player): list(at) for player, at in app.movement.positions.items()}
+        assert state == want and app.metrics["horizon_outbox_dropped_total"] == 0
+        slow.close()
+
+
+def test_pings_without_reading_are_bounded():
+    with running(outbox_bytes=100_000) as app:
+        sock = raw_websocket(app, small=True)
+        with contextlib.suppress(OSError):
+            sock.settimeout(5)
+            for _ in range(3_000):
+                sock.sendall(masked(0x89, b"x" * 125) * 100)
+        wait_until(lambda: not app.sessions, 10)
+        assert app.metrics['horizon_refused_total{reason="slow"}'] == 1
+        sock.close()
+
+
+def test_a_websocket_route_of_ones_own_echoes():
+    with running(max_message_bytes=1 << 21) as app:
+        @app.websocket("/ws/echo")
+        def echo(client, message):
+            client.send(message)
+            if message == "bye":
+                client.close(4000, "as you wish")
+            if message == "fail":
+                raise ValueError
+        with hl.connect(app.url + "/ws/echo") as client:
+            client.send(b"\0" * 1_000_000)
+            assert client.recv(5) == b"\0" * 1_000_000
+            for text in ("fail", "plain text", "bye"):
+                client.send(text)
+                assert client.recv(5) == text
+            assert client.recv(5) is None and client.closed == hl.Close(4000, "as you wish")
+        assert app.presence.online() == 0
+
+
+def test_another_library_talks_to_the_server():
+    pytest.importorskip("websockets", reason="pip install websockets")
+    from websockets.sync.client import connect
+    with running() as app, connect(app.url.replace("http", "ws") + "/ws/data", subprotocols=["horizon.json.v1"],
+                                   compression=None, proxy=None) as client:
+        assert client.subprotocol == "horizon.json.v1"
+        client.send(["{\"namespace\":\"system\",", "\"event\":\"ping\",", "\"data\":\"\u20ac\"}"])    # in fragments
+        assert json.loads(client.recv(5))["data"] == "\u20ac"
+        assert client.ping().wait(5)
+        client.close(1000, "bye")
+        wait_until(lambda: not app.sessions)
+
+
+# =============================================================================
+# 21  CLIENT
+# =============================================================================
+
+def test_a_client_is_iterable_and_ends_with_the_server():
+    app = hl.Engine(port=0).start()
+    client = hl.connect(app.url.replace("http", "ws") + "/ws/data")
+    client.subscribe("t")
+    for number in range(3):
+        on_loop(app, app.publish, "t", number)
+    threading.Timer(0.2, app.stop).start()
+    assert [message["payload"] for message in client] == [0, 1, 2]
+    with pytest.raises(hl.StateError, match="1001"):
+        client.send("x")
+    client.close()
+    client.close()
+
+
+def test_a_client_says_what_is_wrong():
+    for url in ("localhost:8080", "ftp://x", "http://", ""):
+        with pytest.raises(hl.UsageError, match="write it like"):
+            hl.connect(url)
+    with pytest.raises(hl.UsageError):
+        hl.connect("http://127.0.0.1:1", protocol="xml")
+    with pytest.raises(OSError):
+        hl.connect(f"http://127.0.0.1:{free_port()}")
+    with running() as app:
+        with pytest.raises(hl.HandshakeError, match="404"):
+            hl.connect(app.url + "/nothing")
+        with hl.connect(app.url) as client, pytest.raises(TimeoutError):
+            client.recv(0.05)
+
+
+# =============================================================================
+# 22  CLI - whole programs
+# =============================================================================
+
+@contextlib.contextmanager
+def program(*arguments, cwd=HERE, module="horizon_lite", **environ):
+    """`python -m horizon_lite ...` that has said where it listens; yields (process, url)."""
+    process = subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=cwd, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environ})
+    try:
+        said = []
+        while not said or not said[-1].startswith("listening "):
+            said.append(process.stdout.readline())
+            assert said[-1], process.stderr.read()
+        process.said = said
+        yield process, said[-1].split()[1]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def run_cli(*arguments, **options):
+    return subprocess.run([sys.executable, "-m", "horizon_lite", *arguments], cwd=options.pop("cwd", HERE),
+                          capture_output=True, text=True, timeout=60, **options)
+
+
+def test_the_command_alone_shows_a_moving_world():
+    with program("--port", "0") as (process, url):
+        said = "".join(process.stdout.readline() for _ in range(4))
+        assert f"{url}/metrics" in said and f"{url.replace('http', 'ws')}/ws/data" in said and "100 players" in said
+        with hl.connect(url, protocol="proto") as client:
+            client.subscribe("world.moves", packed="f32")
+            blocks = [hl.unpack_moves(client.recv(5).packed_movement.data) for _ in range(10)]
+            assert all(len(block) == 100 for block in blocks[1:])
+            assert blocks[1].keys() == blocks[-1].keys() and blocks[1] != blocks[-1]
+            client.emit("chat", "message", {"text": "hi"})
+            client.emit("chat", "message", "no text")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_gracefully(number):
+    with program("serve", "--port", "0") as (process, url), hl.connect(url) as client:
+        process.send_signal(number)
+        assert client.recv(5) is None and client.closed.code == 1001
+        assert process.wait(5) == 0 and process.stderr.read() == ""
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    (tmp_path / "app.py").write_text("import time, horizon_lite as hl\napp = hl.Engine()\n"
+                                     "app.on_core('server_stopping')(lambda event: print('going', flush=True))\n")
+    with program("serve", os.fspath(tmp_path / "app.py"), "--port", "0") as (process, url):
+        sock = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
+        sock.sendall(UPGRADE + b"\r\n")
+        sock.recv(1000)                         # and never answers the goodbye
+        process.send_signal(signal.SIGINT)
+        while "going" not in process.stdout.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        assert process.wait(5) == 130 and time.monotonic() - began < 1
+        sock.close()
+
+
+def test_the_next_free_port_is_taken_and_said_unless_one_was_asked_for():
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):      # somebody else has it: as good
+            taken.bind(("127.0.0.1", 8080))
+            taken.listen()
+        with program() as (process, url):
+            assert int(url.rpartition(":")[2]) > 8080 and "port 8080 is taken" in "".join(process.said)
+        done = run_cli("serve", "--port", "8080")
+        assert done.returncode == 4 and "in use" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments, status, words", [
+    (["--help"], 0, "examples:"), (["--version"], 0, f"horizon_lite {hl.__version__} (Python "),
+    (["serve", "--help"], 0, "--max-connections"), (["load", "--help"], 0, "--players"), (["proto"], 0, 'syntax = "proto3"'),
+    (["dance"], 2, "invalid choice"), (["serve", "--nothing"], 2, "unrecognized"), (["load", "--players", "0"], 2, "positive int"),
+    (["serve", "--port", "x"], 3, "port = 'x'"), (["serve", "--host", "0.0.0.0", "--port", "0"], 3, "insecure"),
+    (["serve", "--config", "missing.toml"], 3, "missing.toml"), (["demo", "--tick-hz", "0"], 3, "tick_hz"),
+    (["serve", "missing.py"], 1, "no file"), (["serve", "no_such_module"], 1, "no module"),
+    (["serve", "json:dumps"], 1, "no Engine"), (["load", "--url", "http://127.0.0.1:1"], 1, "refused"),
+    (["load", "--url", "nonsense"], 1, "write it like"),
+])
+def test_exit_statuses(arguments, status, words):
+    done = run_cli(*arguments)
+    assert done.returncode == status, done
+    assert words in done.stdout + done.stderr and "Traceback" not in done.stderr
+    assert status == 0 or not done.stdout
+
+
+def test_a_broken_pipe_is_silent():
+    done = subprocess.run(f"{sys.executable} -m horizon_lite proto | head -1", shell=True, cwd=HERE,
+                          capture_output=True, text=True)
+    assert done.stdout.startswith("//") and done.stderr == ""
+
+
+APP = """
+import horizon_lite as hl
+app = hl.Engine(tick_hz=10)
+@app.get("/who")
+def who(request):
+    import __main__
+    return {"same": hl.Engine is __main__.Engine, "hz": app.config.tick_hz, "module": hl.__file__}
+"""
+
+
+@pytest.mark.parametrize("ending", ["", "if __name__ == '__main__': app.run()\n", "app.run()\n",
+                                    "def main():\n    app.run()\nmain()\nprint('after')\n"])
+def test_serve_runs_a_users_file_with_the_very_same_engine(tmp_path, ending):
+    (tmp_path / "mine.py").write_text(APP + ending)
+    for target in ("mine.py", "mine:app"):
+        with program("serve", target, "--port", "0", "--tick-hz", "20", cwd=tmp_path, PYTHONPATH=os.fspath(HERE)) as (
+                process, url):
+            answer = json.loads(urllib.request.urlopen(url + "/who").read())
+            assert answer["same"] is True and answer["hz"] == 20.0
+            process.terminate()
+            assert process.wait(5) == 0
+            assert ("after" in process.stdout.read()) == ("after" in ending)
+
+
+def test_the_file_works_when_it_was_copied_into_a_package(tmp_path):
+    package = tmp_path / "game"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "horizon_lite.py").write_text(TEXT)
+    (tmp_path / "mine.py").write_text(APP.replace("import horizon_lite as hl", "from game import horizon_lite as hl"))
+    with program("serve", "mine.py", "--port", "0", cwd=tmp_path, module="game.horizon_lite") as (process, url):
+        answer = json.loads(urllib.request.urlopen(url + "/who").read())
+        assert answer["same"] is True and answer["module"] == os.fspath(package / "horizon_lite.py")
+
+
+def test_load_drives_a_server_of_its_own_and_loses_nothing():
+    done = run_cli("load", "--players", "20", "--hz", "50", "--for", str(2 * SOAK), "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert set(result) >= {"events_sent", "events_received", "frames_received", "lost", "latency_ms", "overruns",
+                           "server_cpu_s", "server_rss_mb"}
+    sent = 20 * 50 * 2 * SOAK
+    assert abs(result["events_sent"] - sent) < sent * 0.1 and result["lost"] == 0
+    assert result["critical_received"] == result["critical_sent"] * 20 > 0
+    assert 5 < result["events_per_frame"] <= 22 and 0 < result["latency_ms"]["p50"] < 200
+    assert result["latency_samples"] > sent / 4
+
+
+def test_load_drives_a_running_server_and_speaks_to_people():
+    with program("--port", "0") as (_, url):
+        done = run_cli("load", "--url", url, "--players", "3", "--for", "1")
+    assert done.returncode == 0 and re.search(r"^lost +0 ", done.stdout, re.MULTILINE), done
+
+
+def test_load_fails_when_something_is_lost(tmp_path):
+    (tmp_path / "lossy.py").write_text("""
+import horizon_lite as hl
+app = hl.Engine()
+plain = app.topics.publish
+numbers = iter(range(10**9))
+def lossy(topic, payload, *, critical=False):
+    return 0 if next(numbers) % 3 == 1 else plain(topic, payload, critical=critical)
+type(app.topics).publish = lambda self, *a, **k: lossy(*a, **k)
+plain = type(app.topics).__dict__["publish"] and hl.Topics.__new__ and plain
+""")
+    with program("serve", os.fspath(tmp_path / "lossy.py"), "--port", "0") as (_, url):
+        done = run_cli("load", "--url", url, "--players", "4", "--for", "1", "--json")
+    assert done.returncode == 1 and json.loads(done.stdout)["lost"] > 0
+
+
+# -- the page in a real browser --
+
+CHROMIUM = next((each for name in ("chromium", "chromium-browser", "google-chrome")
+                 for each in [__import__("shutil").which(name)] if each), None)
+FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+         "--disable-component-update --disable-sync --remote-debugging-port=0 --window-size=1200,800").split()
+
+
+class Tab:
+    """A page in Chromium, driven over its DevTools socket by our own client."""
+
+    def __init__(self, address, url):
+        ask = urllib.request.Request(f"http://{address}/json/new?{url}", method="PUT")
+        target = json.loads(urllib.request.urlopen(ask).read())
+        self.client = hl.connect(target["webSocketDebuggerUrl"])
+        self.number = 0
+        self.errors = []
+        for domain in ("Runtime", "Log", "Page"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method, **parameters):
+        self.number += 1
+        self.client.send({"id": self.number, "method": method, "params": parameters})
+        while True:
+            message = self.client.recv(20)
+            if message.get("id") == self.number:
+                return message["result"]
+            self.note(message)
+
+    def note(self, message):
+        entry = message.get("params", {}).get("entry", {})
+        if message["method"] == "Runtime.exceptionThrown" or (
+                message["method"] == "Log.entryAdded" and entry["level"] == "error" and entry["source"] != "network"):
+            self.errors.append(message["params"])
+        elif message["method"] == "Runtime.consoleAPICalled" and message["params"]["type"] == "error":
+            self.errors.append(message["params"])
+
+    def eval(self, expression):
+        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def wait(self, expression, seconds=15):
+        wait_until(lambda: self.eval(expression), seconds)
+
+
+@pytest.fixture
+def chromium(tmp_path):
+    if CHROMIUM is None:
+        pytest.skip("chromium is not here: apt-get install chromium")
+    process = subprocess.Popen([CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "about:blank"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        port = tmp_path / "profile" / "DevToolsActivePort"
+        wait_until(lambda: port.exists() and port.read_text().count("\n") >= 1, 30)
+        yield f"127.0.0.1:{port.read_text().split()[0]}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_page_lives_in_a_real_browser(chromium):
+    port = free_port()
+    with contextlib.ExitStack() as server:
+        _, url = server.enter_context(program("--port", str(port)))
+        one, two = Tab(chromium, url), Tab(chromium, url)
+        for tab in (one, two):
+            tab.wait("document.querySelector('#status').textContent === 'connected'")
+            tab.wait("players.size === 102")            # 100 walkers and two windows
+        before = one.eval("JSON.stringify([...players])")
+        one.wait(f"JSON.stringify([...players]) !== {json.dumps(before)}")
+
+        # the keyboard moves you, and the other window sees it
+        mine, at = one.eval("me"), one.eval("own.x")
+        seen = two.eval(f"players.get('{mine}').x")
+        key = "ArrowLeft" if at > 500 else "d"
+        one.call("Input.dispatchKeyEvent", type="keyDown", key=key)
+        one.wait(f"Math.abs(own.x - {at}) > 30")
+        one.call("Input.dispatchKeyEvent", type="keyUp", key=key)
+        two.wait(f"Math.abs(players.get('{mine}').x - {seen}) > 30")
+        # so does the mouse
+        box = one.eval("JSON.stringify(document.querySelector('#world').getBoundingClientRect())")
+        box = json.loads(box)
+        for kind in ("mousePressed", "mouseReleased"):
+            one.call("Input.dispatchMouseEvent", type=kind, x=box["x"] + box["width"] / 2,
+                     y=box["y"] + box["height"] / 2, button="left", clickCount=1)
+        one.wait("Math.hypot(own.x - 500, own.y - 500) < 5")
+
+        # chat, presence, figures
+        one.eval("document.querySelector('#text').value = '<b>hello</b>'; document.querySelector('#say').requestSubmit()")
+        two.wait("document.querySelector('#log').textContent.includes('<b>hello</b>')")
+        two.wait("document.querySelector('#online').textContent === '2'")
+        two.wait("document.querySelector('#count').textContent.startsWith('102 players moving about, 2 online')")
+        two.wait("document.querySelector('#connections').textContent === '2' && parseFloat(document.querySelector('#tick').textContent) > 0")
+        drawn = ("(() => { const c = document.querySelector('#world'); const d = c.getContext('2d')"
+                 ".getImageData(0, 0, c.width, c.height).data; let n = 0; for (let i = 3; i < d.length; i += 4) n += d[i] > 0; return n })()")
+        assert two.eval(drawn) > 3000
+
+        # the server is killed and comes back
+        server.pop_all().close()
+        for tab in (one, two):
+            tab.wait("document.querySelector('#status').textContent.includes('trying again')")
+        with program("--port", str(port)):
+            for tab in (one, two):
+                tab.wait("document.querySelector('#status').textContent === 'connected' && players.size === 102", 30)
+            assert one.errors == two.errors == []
+
+
+# -- a long run --
+
+def test_a_steady_engine_keeps_no_memory():
+    with running() as app, hl.connect(app.url, protocol="proto") as client:
+        client.subscribe("t")
+
+        def events(count):
+            for number in range(count):
+                app.publish("t", number)
+                app.movement.move(b"a" * 16, number, 0, 0)
+                app.emit("core:x", number)
+
+        def drain(last):
+            while json.loads(client.recv(5).topic_message.payload) != last:
+                pass
+        for _ in range(20):
+            on_loop(app, events, 200)
+            drain(199)
+        gc.collect()
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(int(50 * SOAK)):
+            on_loop(app, events, 200)
+            drain(199)
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0] - before
+        tracemalloc.stop()
+        assert grown < 100_000 and app.metrics["horizon_outbox_dropped_total"] == 0
