@@ -62,6 +62,7 @@ import keyword
 import linecache
 import logging
 import math
+import operator
 import os
 import re
 import selectors
@@ -2323,16 +2324,19 @@ class Publication:
     starts anew.
     """
 
-    __slots__ = ("topic", "payload", "offset", "epoch", "critical", "size", "_json", "_envelope")
+    __slots__ = ("topic", "payload", "offset", "epoch", "critical", "seq", "size", "_json",
+                 "_envelope")
 
     key = None                      # see Outbox: publications are never coalesced
 
-    def __init__(self, topic: str, payload: Any, offset: int, epoch: str, critical: bool) -> None:
+    def __init__(self, topic: str, payload: Any, offset: int, epoch: str, critical: bool,
+                 seq: int) -> None:
         self.topic = topic
         self.payload = payload
         self.offset = offset
         self.epoch = epoch
         self.critical = critical
+        self.seq = seq              # counts over all topics, to keep their order
         self.size = 0               # as JSON, once it is rendered
         self._json = b""
         self._envelope = b""
@@ -2367,14 +2371,24 @@ def _batch_of(**envelope: Any) -> bytes:
     return batch
 
 
+class Batch(NamedTuple):
+    """Publications on one topic that are handed over together."""
+
+    items: tuple[Publication, ...]
+    size: int                       # bytes as JSON, of all
+    critical: bool                  # one of them is
+
+
 class Subscription:
     """A pattern and where its messages go; ``remove()`` ends it."""
 
-    __slots__ = ("pattern", "sink", "_topics")
+    __slots__ = ("pattern", "sink", "batched", "_topics")
 
-    def __init__(self, topics: Topics, pattern: str, sink: Callable[[Publication], object]) -> None:
+    def __init__(self, topics: Topics, pattern: str, sink: Callable[[Any], object],
+                 batched: bool) -> None:
         self.pattern = pattern
         self.sink = sink
+        self.batched = batched
         self._topics = topics
 
     def remove(self) -> None:
@@ -2385,14 +2399,16 @@ class Subscription:
 class _Topic:
     """One topic's record."""
 
-    __slots__ = ("offset", "epoch", "exact", "sinks", "version")
+    __slots__ = ("offset", "epoch", "exact", "sinks", "batched", "version", "pending")
 
     def __init__(self, epoch: str) -> None:
         self.offset = 0
         self.epoch = epoch
         self.exact: dict[Subscription, None] = {}
-        self.sinks: tuple[Callable[[Publication], object], ...] | None = None
-        self.version = -1           # of the wildcards, when sinks was made
+        self.sinks: tuple[Callable[[Publication], object], ...] = ()
+        self.batched: tuple[Callable[[Batch], object], ...] = ()
+        self.version = -1           # of the wildcards, when these were made; -1: make them anew
+        self.pending: list[Publication] = []        # for the batched ones
 
 
 class _Branch:
@@ -2408,33 +2424,43 @@ class _Branch:
 class Topics:
     """Publish by topic to whoever subscribed to it.
 
+    Plain sinks are called at once. Batched ones get a Batch per topic at ``flush``: what a
+    tick brings costs them once per topic, not once per message. Who subscribes or leaves in
+    between gets exactly what was published while it was subscribed.
+
     >>> topics, got = Topics(), []
     >>> subscription = topics.subscribe("chat.*", lambda message: got.append(message.payload))
     >>> topics.publish("chat.lobby", "hello"), topics.publish("news", "nobody"), got
     (1, 0, ['hello'])
     """
 
-    __slots__ = ("_topics", "_root", "_version", "_epoch", "_epochs", "published", "delivered")
+    __slots__ = ("_topics", "_root", "_version", "_epoch", "_epochs", "_pending", "_max_batch",
+                 "seq", "published", "delivered")
 
-    def __init__(self) -> None:
+    def __init__(self, max_batch: int = 256) -> None:
         self._topics: dict[str, _Topic] = {}
         self._root = _Branch()
         self._version = 0
         self._epoch = os.urandom(4).hex()
         self._epochs = itertools.count(1)
+        self._pending: list[_Topic] = []    # those with something for batched sinks
+        self._max_batch = max_batch or sys.maxsize
+        self.seq = itertools.count(1)
         self.published = self.delivered = 0
 
     def __len__(self) -> int:
         return len(self._topics)
 
-    def subscribe(self, pattern: str, sink: Callable[[Publication], object]) -> Subscription:
-        """Call *sink* with every Publication whose topic *pattern* covers.
+    def subscribe(self, pattern: str, sink: Callable[[Any], object], *,
+                  batched: bool = False) -> Subscription:
+        """Call *sink* with every Publication whose topic *pattern* covers, or with Batches.
 
         Raises:
             UsageError: a malformed pattern.
         """
         tokens = _check_topic(pattern, wildcards=True)
-        subscription = Subscription(self, pattern, sink)
+        self.flush()
+        subscription = Subscription(self, pattern, sink, batched)
         if "*" in tokens or tokens[-1] == ">":
             branch = self._root
             for token in tokens:
@@ -2444,16 +2470,17 @@ class Topics:
         else:
             record = self._record(pattern)
             record.exact[subscription] = None
-            record.sinks = None
+            record.version = -1
         return subscription
 
     def _remove(self, subscription: Subscription) -> None:
+        self.flush()
         tokens = subscription.pattern.split(".")
         if "*" not in tokens and tokens[-1] != ">":
             record = self._topics.get(subscription.pattern)
             if record is not None and subscription in record.exact:
                 del record.exact[subscription]
-                record.sinks = None
+                record.version = -1
             return
         path, branch = [], self._root
         for token in tokens:
@@ -2486,20 +2513,52 @@ class Topics:
     def publish(self, topic: str, payload: Any, *, critical: bool = False) -> int:
         """Hand *payload* to every sink subscribed to *topic*; return how many.
 
-        Cost: O(sinks); topics of other names cost nothing.
+        Cost: O(plain sinks); topics of other names cost nothing.
+
+        Raises:
+            UsageError: a malformed topic, or no JSON where a batched sink needs it.
         """
+        # HOT: once per message (bench 14.fanout)
         record = self._topics.get(topic) or self._record(topic)
-        sinks = record.sinks
-        if sinks is None or record.version != self._version:
-            sinks = tuple(dict.fromkeys(each.sink for each in self.matching(topic)))
-            record.sinks, record.version = sinks, self._version
+        if record.version != self._version:
+            self._find_sinks(topic, record)
         record.offset += 1
-        publication = Publication(topic, payload, record.offset, record.epoch, critical)
-        for sink in sinks:
+        publication = Publication(topic, payload, record.offset, record.epoch, critical, next(self.seq))
+        if record.batched:
+            self._enqueue(record, publication)
+        for sink in record.sinks:
             sink(publication)
+        count = len(record.sinks) + len(record.batched)
         self.published += 1
-        self.delivered += len(sinks)
-        return len(sinks)
+        self.delivered += count
+        return count
+
+    def _find_sinks(self, topic: str, record: _Topic) -> None:
+        found = self.matching(topic)
+        record.sinks = tuple(dict.fromkeys(each.sink for each in found if not each.batched))
+        record.batched = tuple(dict.fromkeys(each.sink for each in found if each.batched))
+        record.version = self._version
+
+    def _enqueue(self, record: _Topic, publication: Publication) -> None:
+        try:
+            publication.measure()               # here, so that the publisher hears of it
+        except UsageError:
+            record.offset -= 1
+            raise
+        if not record.pending:
+            self._pending.append(record)
+        record.pending.append(publication)
+        if publication.critical or len(record.pending) >= self._max_batch:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand batched sinks what was published since the last time."""
+        while self._pending:
+            record = self._pending.pop()
+            items, record.pending = tuple(record.pending), []
+            batch = Batch(items, sum([each.size for each in items]), items[-1].critical)
+            for sink in record.batched:
+                sink(batch)
 
     def _record(self, topic: str) -> _Topic:
         """Return a topic's record, made if need be; forget idle ones when there are many."""
@@ -2507,7 +2566,8 @@ class Topics:
         if record is None:
             _check_topic(topic, wildcards=False)
             if len(self._topics) >= _MAX_IDLE_TOPICS:
-                idle = [name for name, each in self._topics.items() if not each.exact]
+                idle = [name for name, each in self._topics.items()
+                        if not each.exact and not each.pending]
                 for name in idle[:_MAX_IDLE_TOPICS // 10]:
                     del self._topics[name]
             record = self._topics[topic] = _Topic(f"{self._epoch}{next(self._epochs):x}")
@@ -2584,6 +2644,7 @@ class Moves:
     key = "movement"
     critical = False
     topic = "world.moves"
+    seq = sys.maxsize               # after all that was published in its tick
 
     def __init__(self, movement: Movement, players: dict[bytes, _Position], full: bool) -> None:
         self.players = players
@@ -2750,8 +2811,8 @@ class Sendable(Protocol):
     def key(self) -> str | None:
         """Newest wins among those with the same key; None for all others."""
     @property
-    def topic(self) -> str:
-        """What drops are counted under."""
+    def seq(self) -> int:
+        """Its place among what was sent."""
     def json(self) -> bytes:
         """Its JSON form."""
     def envelope(self, form: str) -> bytes:
@@ -2765,12 +2826,13 @@ class Outbox:
     replaced by the newest; all else is dropped, oldest first, when the bound is passed.
     """
 
-    __slots__ = ("items", "size", "dropped", "coalesced", "_max_items", "_max_bytes")
+    __slots__ = ("items", "size", "dropped", "coalesced", "_max_items", "_max_bytes", "_mixed")
 
     def __init__(self, max_items: int, max_bytes: int) -> None:
-        self.items: list[Any] = []
+        self.items: tuple[Any, ...] = ()    # never changed in place: peers share them
         self.size = 0
         self.dropped = self.coalesced = 0
+        self._mixed = False                 # filled from several topics: to be sorted
         self._max_items = max_items or sys.maxsize      # a limit of 0 means none
         self._max_bytes = max_bytes or sys.maxsize
 
@@ -2780,11 +2842,20 @@ class Outbox:
         Raises:
             SlowPeer: the bound is passed and only critical items are left.
         """
-        # HOT: once per subscriber per message (bench 14.fanout)
         if item.key is None or not self._replace(item):
-            self.size += item.size or item.measure()
-            self.items.append(item)
-        if len(self.items) > self._max_items or self.size + ahead > self._max_bytes:
+            self.put_many((item,), item.size or item.measure(), ahead)
+        elif self.size + ahead > self._max_bytes:
+            self._make_room(ahead)
+
+    def put_many(self, items: tuple[Any, ...], size: int, ahead: int = 0) -> None:
+        """Add items of *size* bytes in all, none of which replaces another; raises as ``put``."""
+        # HOT: once per subscriber per topic per tick (bench 14.fanout)
+        if self.items:
+            self._mixed = True
+            items = self.items + items
+        self.items = items
+        self.size += size
+        if len(items) > self._max_items or self.size + ahead > self._max_bytes:
             self._make_room(ahead)
 
     def _replace(self, item: Any) -> bool:
@@ -2792,26 +2863,34 @@ class Outbox:
             if old.key == item.key:
                 newest = item.replaces(old)
                 self.size += newest.size - old.size
-                self.items[at] = newest
+                self.items = (*self.items[:at], newest, *self.items[at + 1:])
                 self.coalesced += 1
                 return True
         return False
 
     def _make_room(self, ahead: int) -> None:
-        while len(self.items) > self._max_items or self.size + ahead > self._max_bytes:
+        self._sort()
+        items = list(self.items)
+        while len(items) > self._max_items or self.size + ahead > self._max_bytes:
             # droppable before latest: of state there is only one, and it is wanted
-            at = next((n for n, item in enumerate(self.items) if not item.critical
-                       and item.key is None), None)
+            at = next((n for n, each in enumerate(items) if not each.critical and each.key is None),
+                      next((n for n, each in enumerate(items) if not each.critical), None))
             if at is None:
-                at = next((n for n, item in enumerate(self.items) if not item.critical), None)
-            if at is None:
-                raise SlowPeer(f"{len(self.items)} critical messages, {self.size} bytes wait")
-            self.size -= self.items.pop(at).size
+                raise SlowPeer(f"{len(items)} critical messages, {self.size} bytes wait")
+            self.size -= items.pop(at).size
             self.dropped += 1
+        self.items = tuple(items)
 
-    def take(self) -> list[Any]:
+    def _sort(self) -> None:
+        if self._mixed:
+            self.items = tuple(sorted(self.items, key=operator.attrgetter("seq")))
+            self._mixed = False
+
+    def take(self) -> tuple[Any, ...]:
         """Return everything in order and be empty."""
-        items, self.items, self.size = self.items, [], 0
+        if self._mixed:
+            self._sort()
+        items, self.items, self.size = self.items, (), 0
         return items
 
 
@@ -3739,6 +3818,8 @@ class Connection:
         if out:
             data = out[0] if len(out) == 1 else b"".join(out)
             self._out, self._queued = None, 0
+            self.server.writes += 1
+            self.server.bytes_sent += len(data)
             self.send_now(data)
         if self._state == "finishing" and not self.unsent:
             if self.ws is not None and self.ws.closed_by_peer:
@@ -3747,7 +3828,7 @@ class Connection:
                 self.sock.shutdown(socket.SHUT_WR)
 
     def send_now(self, data: bytes) -> None:
-        """Write *data* in one call; what the socket does not take waits."""
+        """Write *data* in one call; the caller counts it, what the socket does not take waits."""
         # HOT: once per client per tick (bench 14.fanout)
         if self._out:
             self._out.append(data)
@@ -3759,10 +3840,8 @@ class Connection:
             sent = 0
         except OSError:
             return self.abort("reset")
-        server = self.server
-        server.writes += 1
-        server.bytes_sent += sent
         if sent < len(data):
+            self.server.bytes_sent -= len(data) - sent      # not yet
             self.unsent = memoryview(data)[sent:]
             self._watch(self._mask | _WRITE)
 
@@ -4526,19 +4605,19 @@ _STATS_TOPIC = "system.stats"
 _PORTS_TO_TRY = 100
 
 
-def _render_objects(items: list[Any], _packed: str) -> bytes:
+def _render_objects(items: tuple[Any, ...], _packed: str) -> bytes:
     """One JSON object per text frame: for clients that named no subprotocol."""
     return b"".join([_frame(_TEXT, item.json()) for item in items])
 
 
-def _render_array(items: list[Any], _packed: str) -> bytes:
+def _render_array(items: tuple[Any, ...], _packed: str) -> bytes:
     """One text frame a tick: an object, or an array when there are several."""
     if len(items) == 1:
         return _frame(_TEXT, items[0].json())
     return _frame(_TEXT, b"[" + b",".join([item.json() for item in items]) + b"]")
 
 
-def _render_batch(items: list[Any], packed: str) -> bytes:
+def _render_batch(items: tuple[Any, ...], packed: str) -> bytes:
     """One binary frame a tick: an EventBatch."""
     return _frame(_BINARY, b"".join([item.envelope(packed) for item in items]))
 
@@ -4617,7 +4696,8 @@ class Session:
         elif isinstance(message, bytes | bytearray | memoryview):
             self.connection.send(_frame(_BINARY, message))
         else:
-            self.connection.send(self.render([Publication("", message, 0, "", True)], ""))
+            direct = Publication("", message, 0, "", True, 0)
+            self.connection.send(self.render((direct,), ""))
             self.engine.events_sent["DIRECT"] += 1
 
     def close(self, code: int = 1000, reason: str = "") -> None:
@@ -4629,19 +4709,36 @@ class Session:
 
     def put(self, item: Sendable) -> None:
         """Queue a shared item for the tick, or for the end of this pass if it is critical."""
-        # HOT: once per subscriber per message (bench 14.fanout)
+        outbox = self._filling(item.critical)
+        try:
+            outbox.put(item, len(self.connection.unsent))
+        except SlowPeer:
+            self.connection.slow()
+
+    def put_many(self, batch: Batch) -> None:
+        """Queue what was published on one topic; the sink of this session's subscriptions."""
+        # HOT: once per subscriber per topic per tick (bench 14.fanout)
+        outbox = self.outbox
+        if outbox is None or outbox.items or batch.critical:
+            outbox = self._filling(batch.critical)
+        else:
+            self.engine._waiting.append(self)
+        try:
+            outbox.put_many(batch.items, batch.size, len(self.connection.unsent))
+        except SlowPeer:
+            self.connection.slow()
+
+    def _filling(self, urgent: bool) -> Outbox:
+        """Return the outbox, listed to be emptied at the tick or with this pass."""
         outbox = self.outbox
         if outbox is None:
             config = self.engine.config
             outbox = self.outbox = Outbox(config.outbox_messages, config.outbox_bytes)
         if not outbox.items:
             self.engine._waiting.append(self)
-        try:
-            outbox.put(item, len(self.connection.unsent))
-        except SlowPeer:
-            self.connection.slow()
-        if item.critical:
+        if urgent:
             self.engine._urgent.append(self)
+        return outbox
 
     def __repr__(self) -> str:
         return f"Session({self.user!r} from {self.address})"
@@ -4748,7 +4845,7 @@ class Engine:
             raise UsageError("give either a Config or settings, not both")
         self.config = config or Config.load(None, **settings)
         self.metrics = Metrics()
-        self.topics = Topics()
+        self.topics = Topics(self.config.outbox_messages)
         self.presence = Presence()
         self.movement = Movement()
         self.sessions: dict[str, Session] = {}
@@ -4922,7 +5019,8 @@ class Engine:
     def broadcast(self, payload: Any, *, critical: bool = False) -> int:
         """Send *payload* as it is to every client on ``/ws/data``; return to how many."""
         self._on_loop("broadcast")
-        publication = Publication("", payload, 0, "", critical)
+        publication = Publication("", payload, 0, "", critical, next(self.topics.seq))
+        publication.measure()
         audience = [each for each in self.sessions.values() if each.handler is None]
         for session in audience:
             session.put(publication)
@@ -4933,7 +5031,8 @@ class Engine:
         self._on_loop("send")
         sessions = [to] if isinstance(to, Session) else self._users.get(to, [])
         sessions = [each for each in sessions if each.connection.is_open]
-        publication = Publication("", payload, 0, "", True)
+        publication = Publication("", payload, 0, "", True, next(self.topics.seq))
+        publication.measure()
         for session in sessions:
             session.put(publication)
         return len(sessions)
@@ -5070,6 +5169,7 @@ class Engine:
         self._stop_at_ns = self.loop.clock() + int(grace_s * 1e9)
         self.bus.emit("core:server_stopping", {"timestamp": time.time()})
         self.server.stop_accepting()
+        self.topics.flush()
         self._flush(self._waiting)
         for connection in list(self.server.connections.values()):
             # somebody who still has to read gets the goodbye after the rest, in on_drain
@@ -5152,20 +5252,23 @@ class Engine:
             for session in list(self._movers):
                 session.put(moves)
         self._tell_presence()
+        self.topics.flush()
         waiting, self._waiting = self._waiting, []
         self._flush(waiting)
 
     def _tell_presence(self) -> None:
         users = self.presence.take_changes()
-        audience = [each.sink for each in self.topics.matching(_PRESENCE_TOPIC)]
-        if users is None:               # nobody new, but somebody new who asks
-            audience = [each.put for each in self._watchers]
-            users = self.presence.users() if audience else []
-        self._watchers.clear()
+        audience = self._watchers       # nobody new, but somebody new who asks
+        if users is not None:
+            audience = [each for each in self.sessions.values()
+                        if each.subscriptions and _PRESENCE_TOPIC in each.subscriptions]
+        self._watchers = []
         if audience:
-            update = Publication("", {"type": "presence_update", "users": users}, 0, "", False)
-            for sink in audience:
-                sink(update)
+            users = self.presence.users()
+            update = Publication("", {"type": "presence_update", "users": users}, 0, "", False,
+                                 next(self.topics.seq))
+            for session in audience:
+                session.put(update)
 
     def _flush(self, sessions: list[Session]) -> None:
         """Render and write the outboxes of *sessions*; equal contents are rendered once."""
@@ -5182,16 +5285,18 @@ class Engine:
                 entry = rendered[key] = [self._render(session, items), items, 0]
             entry[2] += 1
             connection.send_now(entry[0])
-        for _, items, times in rendered.values():
-            self._count_sent(items, times)
+        for entry in rendered.values():
+            self._count_sent(*entry)
 
-    def _render(self, session: Session, items: list[Any]) -> bytes:
+    def _render(self, session: Session, items: tuple[Any, ...]) -> bytes:
         began = self.loop.clock()
         data = session.render(items, session.packed)
         self.metrics.observe("horizon_marshal_seconds", (self.loop.clock() - began) / 1e9)
         return data
 
-    def _count_sent(self, items: list[Any], times: int) -> None:
+    def _count_sent(self, data: bytes, items: tuple[Any, ...], times: int) -> None:
+        self.server.writes += times
+        self.server.bytes_sent += times * len(data)
         for item in items:
             if isinstance(item, Moves):
                 self.events_sent["PLAYER_MOVE"] += times * len(item.players)
@@ -5482,9 +5587,11 @@ class Engine:
             session.put(self.movement.snapshot())
             mine[topic] = None
             return
-        mine[topic] = self.topics.subscribe(topic, session.put)
         if topic == _PRESENCE_TOPIC:
             self._watchers.append(session)
+            mine[topic] = None
+            return
+        mine[topic] = self.topics.subscribe(topic, session.put_many, batched=True)
 
     def _unsubscribe(self, session: Session, topic: str, _message: dict[str, Any]) -> None:
         mine = session.subscriptions or {}
