@@ -65,6 +65,7 @@ import math
 import operator
 import os
 import re
+import reprlib
 import selectors
 import signal
 import socket
@@ -219,6 +220,11 @@ class SlowPeer(LimitError):
     close_code = 1013               # IANA close code registry: try again later
 
 
+def _did_you_mean(word: object, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(word), list(known), 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 # =============================================================================
 # 2  METRICS - counters, gauges, histograms, and their text form
 # =============================================================================
@@ -244,7 +250,7 @@ def _label_text(labels: Mapping[str, object]) -> str:
         return ""
     parts = []
     for name, value in sorted(labels.items()):
-        if not _LABEL_NAME.fullmatch(name):
+        if not _LABEL_NAME.fullmatch(name) or name.startswith("__"):
             raise UsageError(f"label name {name!r} must match {_LABEL_NAME.pattern}")
         text = str(value).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
         parts.append(f'{name}="{text}"')
@@ -263,13 +269,14 @@ def _number_text(value: float) -> str:
 class _Family:
     """One metric name: its kind, its help, and a cell per set of labels."""
 
-    __slots__ = ("kind", "help", "bounds", "cells")
+    __slots__ = ("kind", "help", "bounds", "cells", "labels")
 
     def __init__(self, kind: str, text: str, bounds: tuple[float, ...]) -> None:
         self.kind = kind            # "counter", "gauge", "histogram"
         self.help = text
         self.bounds = bounds
         self.cells: dict[str, Any] = {}     # label text -> list cell, or a _Watch
+        self.labels: dict[str, dict[str, object]] = {}      # label text -> what it was made from
 
 
 class _Watch(NamedTuple):
@@ -328,7 +335,7 @@ class Metrics(Mapping[str, float]):
             UsageError: *n* is negative, or the name is taken by another kind.
         """
         # HOT: a third of prometheus_client's time (bench 2.metrics.inc)
-        if n < 0:
+        if not n >= 0:              # NaN, too
             raise UsageError(f"counter {name!r} can only go up, not by {n}")
         if labels:
             key = (name, *labels.items())
@@ -342,6 +349,8 @@ class Metrics(Mapping[str, float]):
 
     def gauge(self, name: str, value: float, /, **labels: object) -> None:
         """Set a gauge to *value*."""
+        if not isinstance(value, int | float):
+            raise UsageError(f"gauge {name!r} must be a number, not {value!r}")
         key = (name, *labels.items(), "gauge")
         (self._cells.get(key) or self._new_cell("gauge", name, key, labels))[0] = value
 
@@ -355,6 +364,8 @@ class Metrics(Mapping[str, float]):
 
     def observe_many(self, name: str, value: float, times: int) -> None:
         """Count *value* as often as *times*, at the price of once."""
+        if times < 0:
+            raise UsageError(f"histogram {name!r} can't count {times} times")
         cell = self._cells.get(name) or self._new_cell("histogram", name, name, {})
         cell[bisect.bisect_left(cell[0], value) + 2] += times
         cell[1] += value * times
@@ -367,8 +378,15 @@ class Metrics(Mapping[str, float]):
 
     def describe(self, name: str, text: str, *, kind: str = "counter",
                  buckets: tuple[float, ...] = BUCKETS_S) -> None:
-        """Give a metric its HELP text, its kind and a histogram's upper bounds."""
-        self._family(kind, name, text, buckets)
+        """Give a metric its HELP text, its kind and a histogram's upper bounds; before its use."""
+        if kind not in ("counter", "gauge", "histogram"):
+            raise UsageError(f"kind of {name!r} is counter, gauge or histogram, not {kind!r}")
+        if list(buckets) != sorted(set(buckets)) or not all(map(math.isfinite, buckets)):
+            raise UsageError(f"buckets of {name!r} must be finite and rising; +Inf is added")
+        family = self._family(kind, name, text, buckets)
+        if family.cells and family.bounds != buckets:
+            raise UsageError(f"histogram {name!r} is in use; describe it before")
+        family.help, family.bounds = text, buckets
 
     def watch(self, name: str, read: Callable[[], Any], text: str, *,
               kind: str = "counter", label: str = "") -> None:
@@ -395,9 +413,12 @@ class Metrics(Mapping[str, float]):
 
     def _new_cell(self, kind: str, name: str, key: object, labels: dict[str, object]) -> list[Any]:
         family = self._family(kind, name)
+        if kind == "histogram" and "le" in labels:
+            raise UsageError(f"histogram {name!r}: the label le is its own")
         text = _label_text(labels)
         cell = family.cells.get(text)
         if cell is None:
+            family.labels[text] = labels
             # a histogram's cell: bounds, sum, then a count per bucket, +Inf last
             bounds = family.bounds
             cell = [bounds, 0.0] + [0] * (len(bounds) + 1) if kind == "histogram" else [0]
@@ -415,25 +436,22 @@ class Metrics(Mapping[str, float]):
         for labels, cell in list(family.cells.items()):
             if isinstance(cell, _Watch):
                 values = cell.read()
-                if not cell.label:
-                    yield name, values
-                    continue
-                for value_of_label, value in list(values.items()):
-                    yield name + _label_text({cell.label: value_of_label}), value
+                for value_of_label, value in list(values.items()) if cell.label else [("", values)]:
+                    yield name + _label_text({cell.label: value_of_label} if cell.label else {}), value
             elif family.kind == "histogram":
-                yield from self._histogram_samples(name, labels, cell)
+                yield from self._histogram_samples(name, labels, family.labels[labels], cell)
             else:
                 yield name + labels, cell[0]
 
     @staticmethod
-    def _histogram_samples(name: str, labels: str, cell: list[Any]) -> Iterator[tuple[str, float]]:
-        inner = labels[1:-1] + "," if labels else ""
+    def _histogram_samples(name: str, text: str, labels: dict[str, object],
+                           cell: list[Any]) -> Iterator[tuple[str, float]]:
         running = 0
         for bound, count in zip((*cell[0], math.inf), cell[2:]):
             running += count
-            yield f'{name}_bucket{{{inner}le="{_number_text(bound)}"}}', running
-        yield f"{name}_sum{labels}", cell[1]
-        yield f"{name}_count{labels}", running
+            yield name + "_bucket" + _label_text({**labels, "le": _number_text(bound)}), running
+        yield f"{name}_sum{text}", cell[1]
+        yield f"{name}_count{text}", running
 
     def _samples(self) -> dict[str, float]:
         samples: dict[str, float] = {}
@@ -468,7 +486,7 @@ class Metrics(Mapping[str, float]):
             lines += [f"{sample} {_number_text(value)}\n" for sample, value in samples]
         if openmetrics:
             lines.append("# EOF\n")
-        return "".join(lines).encode()
+        return "".join(lines).encode(errors="replace")
 
 
 # =============================================================================
@@ -618,10 +636,10 @@ def _skip_group(data: _Bytes, at: int, end: int, end_tag: int, depth: int) -> in
 #             else: write_varint(out, uint32(value))
 #         elif value != 0: raise TypeError(f'{value!r} is not of type uint32')
 #         value = self.x
-#         if value or minus_zero(value):
+#         raw = pack_float(value)
+#         if raw != b'\x00\x00\x00\x00':
 #             out += b'\x15'
-#             out += pack_float(value)
-#         elif value != 0: raise TypeError(f'{value!r} is not of type float')
+#             out += raw
 #         if self._unknown: out += self._unknown
 
 
@@ -648,10 +666,6 @@ def _in_range(name: str, low: int, high: int) -> Callable[[Any], int]:
     return check
 
 
-def _minus_zero(value: Any) -> bool:
-    return value == 0 and math.copysign(1, value) < 0
-
-
 def _bool_byte(value: Any) -> int:
     if not isinstance(value, int):
         raise TypeError(f"{value!r} is not of type bool")
@@ -666,9 +680,23 @@ def _pack_float(value: Any) -> bytes:
 
 
 def _as_bytes(value: Any) -> _Bytes:
-    if not isinstance(value, bytes | bytearray | memoryview):
+    if isinstance(value, memoryview):
+        return bytes(value)         # whatever its items and strides are
+    if not isinstance(value, bytes | bytearray):
         raise TypeError(f"{value!r} is not of type bytes")
     return value
+
+
+def _as_text(value: Any) -> bytes:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not of type string")
+    return value.encode()
+
+
+def _items(values: Any) -> list[Any] | tuple[Any, ...]:
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"{values!r} is not a list")
+    return values
 
 
 def _sized(size: int) -> int:
@@ -736,15 +764,23 @@ _KINDS = {
     "sfixed64": _fixed_kind("sfixed64", _I64),
     "sfixed32": _fixed_kind("sfixed32", _I32),
     "string": _Kind(
-        _LEN, "", f"raw = value.encode()\nsize = len(raw)\n{_PUT_LENGTH}\nout += raw",
-        "sized(len(value) if value.isascii() else len(value.encode()))",
+        _LEN, "", f"raw = as_text(value)\nsize = len(raw)\n{_PUT_LENGTH}\nout += raw",
+        "sized(len(as_text(value)))",
         f"{_GET_LENGTH}\nvalue = str(data[at:stop], 'utf-8')\nat = stop"),
     "bytes": _Kind(
         _LEN, b"", f"raw = as_bytes(value)\nsize = len(raw)\n{_PUT_LENGTH}\nout += raw",
         "sized(len(as_bytes(value)))",
         f"{_GET_LENGTH}\nvalue = bytes(data[at:stop])\nat = stop"),
 }
-_MAP_KEYS = frozenset(_KINDS) - {"enum", "double", "float", "bytes"}
+_ZEROS = {"float": bytes(4), "double": bytes(8)}
+_MAP_KEYS = [each for each in _KINDS if each not in ("enum", "double", "float", "bytes")]
+
+
+def _sub_size(value: Any, depth: int) -> int:
+    if depth <= 0:
+        raise RecursionError(f"nested deeper than {_MAX_DEPTH}")
+    size: int = value._size(depth - 1)
+    return size
 
 
 def _map_value(entry: Any) -> Any:
@@ -764,8 +800,8 @@ _GENERATED_NAMES: dict[str, Any] = {        # what generated text may call
     "MASK64": _MASK64, "read_varint": _read_varint, "write_varint": _write_varint,
     "varint_size": _varint_size, "zigzag": _zigzag, "unzigzag": _unzigzag,
     "sign32": _sign32, "sign64": _sign64, "sized": _sized, "skip": _skip,
-    "close_length": _close_length, "minus_zero": _minus_zero, "bool_byte": _bool_byte,
-    "as_bytes": _as_bytes, "map_value": _map_value, "too_long": _too_long, "too_deep": _too_deep,
+    "close_length": _close_length, "bool_byte": _bool_byte,
+    "as_bytes": _as_bytes, "as_text": _as_text, "items": _items, "map_value": _map_value, "sub_size": _sub_size, "too_long": _too_long, "too_deep": _too_deep,
     "pack_float": _pack_float, "pack_double": struct.Struct("<d").pack,
     "pack_fixed64": struct.Struct("<Q").pack, "pack_fixed32": struct.Struct("<I").pack,
     "pack_sfixed64": struct.Struct("<q").pack, "pack_sfixed32": struct.Struct("<i").pack,
@@ -827,15 +863,17 @@ def field(number: int, type: Any = None, /, *, repeated: bool = False, packed: b
         SchemaError: the number is outside 1 to 536,870,911 or in protobuf's reserved range
             19,000 to 19,999, or the options do not go together.
     """
-    if not isinstance(number, int) or not 1 <= number <= _MAX_FIELD or 19000 <= number < 20000:
+    if number.__class__ is not int or not 1 <= number <= _MAX_FIELD or 19000 <= number < 20000:
         raise SchemaError(f"field number {number!r}: use 1 to {_MAX_FIELD}, not 19000 to 19999")
     if (type is None) == (map is None):
         raise SchemaError(f"field {number}: give it either a type or map=(key, value)")
     if repeated + optional + bool(oneof) + bool(map) > 1:
         raise SchemaError(f"field {number}: repeated, optional, oneof and map exclude each other")
-    if map is not None and map[0] not in _MAP_KEYS:
-        raise SchemaError(f"field {number}: {map[0]!r} can't be a map's key; "
-                          "any integer type, bool or string can")
+    if map is not None and (not isinstance(map, tuple) or len(map) != 2 or map[0] not in _MAP_KEYS):
+        raise SchemaError(f"field {number}: map={map!r} must be (key type, value type), and a key "
+                          "is bool, string or any integer type")
+    if oneof and not (isinstance(oneof, str) and oneof.isidentifier()):
+        raise SchemaError(f"field {number}: oneof={oneof!r} must be a name")
     made = _Field(number, type)
     made.repeated = repeated or map is not None
     made.packed = packed
@@ -863,6 +901,7 @@ def _put_text(field_: _Field) -> str:
     n = field_.number
     return (f"if not isinstance(value, class_{n}): raise TypeError(f'{{value!r}} is not of type "
             f"{{class_{n}.__name__}}')\n"
+            f"if depth <= 0: raise RecursionError('nested deeper than {_MAX_DEPTH}')\n"
             "mark = len(out)\nout.append(0)\nvalue._write(out, depth - 1)\n"
             "close_length(out, mark)")
 
@@ -875,44 +914,47 @@ def _write_lines(field_: _Field) -> str:
         return (f"for item in self.{field_.name}.items():\n"
                 f"    value = class_{field_.number}(*item)\n" + _indent(out + _put_text(field_), 1))
     if field_.repeated and field_.packed and wire_type != _LEN:
-        return (f"if self.{field_.name}:\n    out += {_tag(field_.number, _LEN)!r}\n"
+        return (f"if items(self.{field_.name}):\n    out += {_tag(field_.number, _LEN)!r}\n"
                 "    mark = len(out)\n    out.append(0)\n"
                 f"    for value in self.{field_.name}:\n{_indent(_put_text(field_), 2)}"
                 "    close_length(out, mark)\n")
     if field_.repeated:
-        return f"for value in self.{field_.name}:\n" + _indent(out + _put_text(field_), 1)
+        return f"for value in items(self.{field_.name}):\n" + _indent(out + _put_text(field_), 1)
     text = f"value = self.{field_.name}\n"
     if field_.always:
         return text + out + _put_text(field_) + "\n"
     if field_.explicit:
         return text + "if value is not None:\n" + _indent(out + _put_text(field_), 1)
-    test = "value or minus_zero(value)" if field_.kind in ("float", "double") else "value"
-    blank = repr(_KINDS[field_.kind].default)
-    blank = "0" if blank in ("0.0", "False") else blank
-    return (text + f"if {test}:\n" + _indent(out + _put_text(field_), 1)
+    if field_.kind in ("float", "double"):      # -0.0 is kept, and what underflows to 0.0 is not
+        return (text + f"raw = pack_{field_.kind}(value)\nif raw != {_ZEROS[field_.kind]!r}:\n"
+                + _indent(out + "out += raw", 1))
+    blank = repr(_KINDS[field_.kind].default).replace("False", "0")
+    return (text + "if value:\n" + _indent(out + _put_text(field_), 1)
             + f"elif value != {blank}: "
             f"raise TypeError(f'{{value!r}} is not of type {field_.kind}')\n")
 
 
 def _size_lines(field_: _Field) -> str:
     n = field_.number
-    one = "sized(value._size(depth - 1))" if _is_message(field_) else _KINDS[field_.kind].size
+    one = "sized(sub_size(value, depth))" if _is_message(field_) else _KINDS[field_.kind].size
     tag = len(_tag(n, 0))
     if field_.map:
         return (f"for item in self.{field_.name}.items():\n"
-                f"    total += {tag} + sized(class_{n}(*item)._size(depth - 1))\n")
+                f"    total += {tag} + sized(class_{n}(*item)._size(depth))\n")
     scalar = not _is_message(field_) and _KINDS[field_.kind].wire_type != _LEN
     if field_.repeated and field_.packed and scalar:
-        return (f"if self.{field_.name}:\n"
+        return (f"if items(self.{field_.name}):\n"
                 f"    total += {tag} + sized(sum([{one} for value in self.{field_.name}]))\n")
     if field_.repeated:
-        return f"for value in self.{field_.name}: total += {tag} + {one}\n"
+        return f"for value in items(self.{field_.name}): total += {tag} + {one}\n"
     text = f"value = self.{field_.name}\n"
     if field_.always:
         return text + f"total += {tag} + {one}\n"
     if field_.explicit:
         return text + f"if value is not None: total += {tag} + {one}\n"
-    test = "value or minus_zero(value)" if field_.kind in ("float", "double") else "value"
+    test = "value"
+    if field_.kind in ("float", "double"):
+        test = f"pack_{field_.kind}(value) != {_ZEROS[field_.kind]!r}"
     return text + f"if {test}: total += {tag} + {one}\n"
 
 
@@ -929,7 +971,7 @@ def _read_lines(field_: _Field) -> str:
     number, store = field_.number, _store_text(field_)
     if _is_message(field_):
         old = "" if field_.repeated else f"self.{field_.name} or "
-        get = (f"{_GET_LENGTH}\nif depth <= 1: raise too_deep(at)\n"
+        get = (f"{_GET_LENGTH}\nif depth <= 0: raise too_deep(at)\n"
                f"value = {old}class_{number}()\nvalue._read(data, at, stop, depth - 1)\nat = stop")
         return f"elif tag == {number << 3 | _LEN}:\n" + _indent(f"{get}\n{store}", 1)
     kind = _KINDS[field_.kind]
@@ -950,14 +992,12 @@ def _codec_source(fields: list[_Field]) -> str:
     write = "".join(map(_write_lines, ordered))
     size = "".join(map(_size_lines, ordered))
     read = "".join(map(_read_lines, ordered)).replace("elif", "if", 1)
-    guard = "if not depth: raise RecursionError('nested too deep')\n" if any(
-        map(_is_message, fields)) else ""
     unknown = ("at = skip(data, at, end, tag, depth)\nunknown.append(bytes(data[start:at]))")
     return (
-        "def _write(self, out, depth):\n" + _indent(guard + write, 1)
+        "def _write(self, out, depth):\n" + _indent(write, 1)
         + "    if self._unknown: out += self._unknown\n\n"
-        "def _size(self, depth):\n" + _indent(guard, 1)
-        + "    total = len(self._unknown)\n" + _indent(size, 1) + "    return total\n\n"
+        "def _size(self, depth):\n"
+        "    total = len(self._unknown)\n" + _indent(size, 1) + "    return total\n\n"
         "def _read(self, data, at, end, depth):\n"
         "    unknown = []\n"
         "    while at < end:\n"
@@ -996,6 +1036,10 @@ def _init_source(fields: list[_Field]) -> str:
 def _compile(source: str, label: str, names: dict[str, Any]) -> dict[str, Any]:
     """Execute generated text and return what it defines; tracebacks can show its lines."""
     filename = f"<horizon_lite {label}>"
+    number = 1
+    while filename in linecache.cache and "".join(linecache.getlines(filename)) != source:
+        number += 1                 # another class of that name
+        filename = f"<horizon_lite {label} {number}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
     namespace = dict(names)
     exec(compile(source, filename, "exec"), namespace)
@@ -1023,19 +1067,24 @@ def _oneof_member(name: str, group: str) -> property:
 
 
 def _find_class(owner: type, name: str) -> Any:
-    """Resolve a class given by name: the module, the classes around *owner*, then its siblings."""
-    scope: Any = sys.modules.get(owner.__module__)
-    found = getattr(scope, name, None)
-    for part in owner.__qualname__.split(".")[:-1]:
-        scope = getattr(scope, part, None)
-        found = getattr(scope, name, found)
-    if found is None:               # a class inside a function can only be found by its kin
-        kin = [each for each in Message.__subclasses__()
-               if each.__name__ == name and each.__module__ == owner.__module__]
-        found = kin[-1] if kin else None
-    if not isinstance(found, type):
-        raise SchemaError(f"{owner.__name__}: there is no class {name!r}")
-    return found
+    """Return the class called *name*: in the module, then in the classes around *owner*."""
+    if name == owner.__name__:
+        return owner
+    module: Any = sys.modules.get(owner.__module__)
+    around = owner.__qualname__.rpartition(".")[0]
+    if "<locals>" in around:        # a class inside a function can only be found by its kin
+        kin = [each for each in Message.__subclasses__() if each.__name__ == name
+               and (each.__module__, each.__qualname__.rpartition(".")[0]) == (owner.__module__, around)]
+        if kin:
+            return kin[-1]
+    scopes = [module]
+    for part in around.split("."):
+        scopes.append(getattr(scopes[-1], part, None))
+    for scope in scopes:
+        found = getattr(scope, name, None)
+        if isinstance(found, type) and issubclass(found, Message | enum.IntEnum):
+            return found
+    return None
 
 
 def _resolve_kind(field_: _Field, target: Any, owner: type) -> None:
@@ -1043,6 +1092,7 @@ def _resolve_kind(field_: _Field, target: Any, owner: type) -> None:
     if isinstance(target, str) and target in _KINDS and target != "enum":
         field_.kind = target
         return
+    said = target
     if isinstance(target, str):
         target = _find_class(owner, target)
     if isinstance(target, type) and issubclass(target, enum.IntEnum):
@@ -1050,8 +1100,10 @@ def _resolve_kind(field_: _Field, target: Any, owner: type) -> None:
     elif isinstance(target, type) and issubclass(target, Message):
         field_.kind = "message"
     else:
-        raise SchemaError(f"{owner.__name__}.{field_.name}: {target!r} is not a field type; use "
-                          f"{', '.join(sorted(set(_KINDS) - {'enum'}))}, a Message or an IntEnum")
+        names = sorted(set(_KINDS) - {"enum"})
+        raise SchemaError(f"{owner.__name__}.{field_.name}: {said!r} is no field type"
+                          f"{_did_you_mean(said, names) if isinstance(said, str) else ''}; "
+                          f"use {', '.join(names)}, a Message or an IntEnum, or the name of one")
     field_.target = target
 
 
@@ -1059,8 +1111,14 @@ class _MessageMeta(type):
     """Turn field declarations into slots and, on first use, into generated code."""
 
     _fields: tuple[_Field, ...]
-    _ready: bool
-    __source__: dict[str, str]
+    _source: dict[str, str] | None          # None until the code is made
+
+    @property
+    def __source__(cls) -> dict[str, str]:
+        """The generated text, by function name."""
+        if cls._source is None:
+            cls._prepare()
+        return cls._source or {}
 
     def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> _MessageMeta:
         own = {key: value for key, value in namespace.items() if isinstance(value, _Field)}
@@ -1071,7 +1129,7 @@ class _MessageMeta(type):
         for key, each in own.items():
             each.name = key
             del namespace[key]
-            if key.startswith("_") or (bases and hasattr(Message, key)):
+            if key.startswith("_") or key == "self" or hasattr(Message, key):
                 raise SchemaError(f"{name}.{key}: this name is taken by Message; choose another")
         numbers = Counter(each.number for each in own.values())
         if twice := [n for n, count in numbers.items() if count > 1]:
@@ -1085,7 +1143,7 @@ class _MessageMeta(type):
                 namespace[key] = _oneof_member(key, each.oneof)
         made = super().__new__(mcs, name, bases, namespace)
         made._fields = tuple(own.values()) or tuple(inherited)
-        made._ready = False
+        made._source = None
         return made
 
     def _prepare(cls) -> None:
@@ -1104,12 +1162,11 @@ class _MessageMeta(type):
             for key in ("__init__", "clear", "_write", "_size", "_read"):
                 if key in made:
                     setattr(cls, key, made[key])
-        cls.__source__ = sources
-        cls._ready = True
+        cls._source = sources
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         # only the first construction comes here slowly: _prepare gives the class its __init__
-        if not cls._ready:
+        if cls._source is None:
             cls._prepare()
         return super().__call__(*args, **kwargs)
 
@@ -1148,7 +1205,6 @@ class Message(metaclass=_MessageMeta):
 
     if TYPE_CHECKING:               # generated for each class
         _fields: tuple[_Field, ...]
-        __source__: dict[str, str]
         def _write(self, out: bytearray, depth: int) -> None: ...
         def _size(self, depth: int) -> int: ...
         def _read(self, data: _Bytes, at: int, end: int, depth: int) -> None: ...
@@ -1214,7 +1270,10 @@ class Message(metaclass=_MessageMeta):
 
     def _merge(self, data: _Bytes) -> None:
         if type(data) is not bytes:
-            data = memoryview(data).cast("B")
+            try:
+                data = memoryview(data).cast("B")
+            except TypeError as error:
+                raise UsageError(f"decode reads bytes, not {type(data).__name__}: {error}") from None
         try:
             self._read(data, 0, len(data), _MAX_DEPTH)
         except (IndexError, struct.error):
@@ -1241,7 +1300,7 @@ class Message(metaclass=_MessageMeta):
         for each in self._fields:
             value = getattr(self, each.name)
             if value is not None and (each.explicit or value != each.default()
-                                      or isinstance(value, float) and _minus_zero(value)):
+                                      or isinstance(value, float) and math.copysign(1, value) < 0):
                 yield each, value
 
     def to_dict(self) -> dict[str, Any]:
@@ -1256,8 +1315,14 @@ class Message(metaclass=_MessageMeta):
         for key, value in values.items():
             if key not in fields:
                 raise UsageError(f"{cls.__name__} has no field {key!r}{_did_you_mean(key, fields)}")
-            setattr(message, key, _from_plain(fields[key], value))
+            try:
+                setattr(message, key, _from_plain(fields[key], value))
+            except (AttributeError, TypeError):
+                raise UsageError(f"{cls.__name__}.{key}: {value!r} does not fit") from None
         return message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).decode, (self.encode(),)
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
@@ -1265,20 +1330,16 @@ class Message(metaclass=_MessageMeta):
         return self._unknown == other._unknown and all(
             getattr(self, each.name) == getattr(other, each.name) for each in self._fields)
 
+    @reprlib.recursive_repr()
     def __repr__(self) -> str:
         shown = ", ".join(f"{each.name}={value!r}" for each, value in self._present())
         return f"{type(self).__name__}({shown})"
 
 
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, Message):
         return value.to_dict()
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
@@ -1289,12 +1350,16 @@ def _from_plain(field_: _Field, value: Any) -> Any:
     if field_.map:
         entry = {each.name: each for each in field_.target._fields}["value"]
         field_.target()             # resolves the entry's own types
-        return {key: _from_plain(entry, each) for key, each in value.items()}
-    if field_.kind != "message":
-        return value
+        return {key: _one_from_plain(entry, each) for key, each in value.items()}
     if field_.repeated:
-        return [field_.target.from_dict(each) for each in value]
-    return field_.target.from_dict(value) if isinstance(value, Mapping) else value
+        return [_one_from_plain(field_, each) for each in _items(value)]
+    return _one_from_plain(field_, value)
+
+
+def _one_from_plain(field_: _Field, value: Any) -> Any:
+    if field_.kind == "message" and not isinstance(value, Message):
+        return field_.target.from_dict(value)
+    return value
 
 
 def _generated_frame(error: BaseException) -> TracebackType | None:
@@ -1319,8 +1384,8 @@ def _name_field(error: Exception) -> Exception:
     filename = frame.tb_frame.f_code.co_filename
     for number in range(frame.tb_lineno, 0, -1):
         if match := re.search(r"self\.(\w+)", linecache.getline(filename, number)):
-            name = filename.removeprefix("<horizon_lite ").rpartition(".")[0]
-            return UsageError(f"{name}.{match[1]}: {error}")
+            message = frame.tb_frame.f_locals["self"]
+            return UsageError(f"{type(message).__name__}.{match[1]}: {error}")
     return UsageError(f"{filename}: {error}")
 
 
@@ -1346,13 +1411,14 @@ _TOKEN = re.compile(r"""
 class _ProtoReader:
     """Read the tokens of one proto3 text into classes."""
 
-    __slots__ = ("_tokens", "_at", "_lines", "_label")
+    __slots__ = ("_tokens", "_at", "_lines", "_label", "_package")
 
     def __init__(self, text: str, label: str) -> None:
         self._label = label
         self._tokens: list[str] = []
         self._lines: list[int] = []         # of each token, for errors
         self._at = 0
+        self._package = ""
         line = 1
         for match in _TOKEN.finditer(text):
             if match.lastgroup == "bad":
@@ -1413,8 +1479,10 @@ class _ProtoReader:
             elif word == "enum":
                 self._enum(types)
             elif word in ("syntax", "package", "option", "service", ";"):
-                if word == "syntax" and "proto3" not in self._tokens[self._at + 2]:
-                    raise self._fail("proto3; only that is read here")
+                if word == "syntax" and self._tokens[self._at + 2:][:1] not in (['"proto3"'], ["'proto3'"]):
+                    raise self._fail('syntax = "proto3"; only that is read here')
+                if word == "package":
+                    self._package = "".join(self._tokens[self._at + 1:][:1]) + "."
                 self._skip_statement()
             else:
                 raise self._fail("message, enum, package, option or service")
@@ -1434,13 +1502,18 @@ class _ProtoReader:
         self._expect("}")
         for each in namespace.values():
             if isinstance(each, _Field):
-                each.target = _Scoped(each.target, inner)
+                each.target = each.target and self._scoped(each.target, inner)
                 if each.map:
-                    each.map = (each.map[0], _Scoped(each.map[1], inner))
+                    each.map = (each.map[0], self._scoped(each.map[1], inner))
         made = _ProtoMeta(name, (Message,), namespace)
         scopes[0][name] = made
         for key, each in nested.items():
             setattr(made, key, each)
+
+    def _scoped(self, name: str, scopes: tuple[dict[str, Any], ...]) -> _Scoped:
+        if name.startswith("."):                # from the root
+            name, scopes = name[1:], scopes[-1:]
+        return _Scoped(name.removeprefix(self._package), scopes)
 
     def _member(self, namespace: dict[str, Any], scopes: tuple[dict[str, Any], ...], path: str) -> None:
         word = self._peek()
@@ -1480,11 +1553,12 @@ class _ProtoReader:
         if self._peek() == "[":
             at = self._at
             self._skip_statement()
-            if "packed" in (text := self._tokens[at:self._at]) and "false" in text:
-                options["packed"] = False
+            options["packed"] = "packed=false" not in "".join(self._tokens[at:self._at])
         else:
             self._expect(";")
-        while keyword.iskeyword(name) or hasattr(Message, name) or name in namespace:
+        if name in namespace:
+            raise SchemaError(f"{self._label}:{line}: field {name!r} is declared twice")
+        while keyword.iskeyword(name) or name == "self" or hasattr(Message, name) or name in namespace:
             name += "_"
         try:
             namespace[name] = field(number, target, **options)
@@ -1530,9 +1604,9 @@ class _ProtoMeta(_MessageMeta):
 
 
 def _look_up(owner: type, target: Any) -> Any:
-    if not isinstance(target, _Scoped) or target.name is None or target.name in _KINDS:
+    if not isinstance(target, _Scoped) or target.name in _KINDS:
         return target.name if isinstance(target, _Scoped) else target
-    first, *rest = target.name.lstrip(".").split(".")
+    first, *rest = target.name.split(".")
     found = next((scope[first] for scope in target.scopes if first in scope), None)
     for part in rest:
         found = getattr(found, part, None)
@@ -1726,28 +1800,36 @@ def builtin_schema() -> SimpleNamespace:
 _Position = tuple[float, float, float]
 
 
-@functools.lru_cache(maxsize=256)
+_MOVES_AT_ONCE = 512
+
+
+@functools.lru_cache(maxsize=32)    # a Struct of 512 players holds 50 KB
 def _moves_struct(count: int, wide: bool) -> struct.Struct:
-    return struct.Struct("<I" + ("16sddd" if wide else "16sfff") * count)
+    return struct.Struct("<" + ("16sddd" if wide else "16sfff") * count)
 
 
 def pack_moves(moves: Mapping[bytes, _Position], *, wide: bool = False) -> bytes:
     """Return one block of positions: ``u32 count``, then ``uuid16 x y z`` a player.
 
     *moves* maps 16-byte ids to coordinates; *wide* writes them as f64 instead of f32.
-    Little-endian (DESIGN 3, Packed movement; seed 000 item 8). Cost: one struct call.
+    Little-endian (DESIGN 3, Packed movement; seed 000 item 8). Cost: a struct call per 512.
 
     Raises:
         UsageError: an id that is not 16 bytes, or a coordinate that is not a number.
     """
     flat: list[Any] = []
     for player, position in moves.items():
-        if len(player) != 16:
-            raise UsageError(f"player id {player!r} must be 16 bytes")
+        if len(player) != 16 or len(position) != 3:
+            raise UsageError(f"{player!r}: {position!r} must be 16 bytes and three numbers")
         flat.append(player)
         flat += position
+    block = len(moves).to_bytes(4, "little")
+    step = 4 * _MOVES_AT_ONCE
     try:
-        return _moves_struct(len(moves), wide).pack(len(moves), *flat)
+        for at in range(0, len(flat), step):
+            part = flat[at:at + step]
+            block += _moves_struct(len(part) // 4, wide).pack(*part)
+        return block
     except (struct.error, OverflowError) as error:
         raise UsageError(f"a position does not fit {'f64' if wide else 'f32'}: {error}") from None
 
@@ -1932,7 +2014,8 @@ class Handler:
         self.filter = filter
         self.ignore_cancelled = ignore_cancelled
         self.spawned = spawned              # async or blocking: runs elsewhere, afterwards
-        self.invoke = self._guarded if once or filter or ignore_cancelled else fn
+        # only handlers that are always called can let their routes count for them
+        self.invoke = self._guarded if once or filter or ignore_cancelled or spawned else fn
         self.errors = self.time_ns = self.timed = self.slowest_ns = 0
         self._bus = bus
         self._calls = 0
@@ -1958,13 +2041,19 @@ class Handler:
             return False
         return self.filter is None or bool(self.filter(event))
 
+    def take(self, event: Event) -> bool:
+        """Whether this handler wants *event*; counts it, and ends what is for once."""
+        if self.once and not self._routes:      # a nested emit was first
+            return False
+        if not self.passes(event):
+            return False
+        if self.once:
+            self.remove()
+        self._calls += 1
+        return True
+
     def _guarded(self, event: Event) -> None:
-        if self.passes(event):
-            if self.once:
-                if not self._routes:        # a nested emit was first
-                    return
-                self.remove()
-            self._calls += 1
+        if self.take(event):
             self.fn(event)
 
     def remove(self) -> None:
@@ -1975,13 +2064,15 @@ class Handler:
 class _Route:
     """The handlers of one key, ready to run."""
 
-    __slots__ = ("key", "calls", "handlers", "spawned", "emits", "settled", "errors", "time_ns", "timed")
+    __slots__ = ("key", "handlers", "direct", "spawned", "pinned", "emits", "settled", "errors",
+                 "time_ns", "timed")
 
     def __init__(self, key: str) -> None:
         self.key = key
-        self.calls: tuple[Callable[[Any], Any], ...] = ()
         self.handlers: tuple[Handler, ...] = ()
+        self.direct: tuple[Handler, ...] = ()       # those that run at once
         self.spawned: tuple[Handler, ...] = ()
+        self.pinned = False                         # an emitter counts here
         self.emits = self.settled = self.errors = self.time_ns = self.timed = 0
 
     def set(self, handlers: list[Handler]) -> None:
@@ -1992,7 +2083,7 @@ class _Route:
         self.settled = self.emits
         handlers.sort(key=lambda handler: handler.order)
         self.handlers = tuple(handlers)
-        self.calls = tuple(each.invoke for each in handlers if not each.spawned)
+        self.direct = tuple(each for each in handlers if not each.spawned)
         self.spawned = tuple(each for each in handlers if each.spawned)
         for handler in handlers:
             handler._routes.append(self)
@@ -2017,7 +2108,7 @@ class Bus:
     """
 
     __slots__ = ("_spawn", "_clock", "_on_time", "_mask", "_exact", "_wild", "_routes", "_strange",
-                 "_shared", "_nobody", "_numbers")
+                 "_shared", "_nobody", "_numbers", "errors")
 
     def __init__(self, *, spawn: Callable[[Handler, Event], object] | None = None,
                  clock: Callable[[], int] = time.monotonic_ns, debug: bool = False,
@@ -2033,6 +2124,7 @@ class Bus:
         self._shared: dict[tuple[str, ...], _Route] = {}    # their routes, by patterns matched
         self._nobody = _Route("")                   # counts what no handler wanted
         self._numbers = itertools.count()
+        self.errors = 0                             # handler calls that raised
 
     # -- registering --
 
@@ -2059,13 +2151,17 @@ class Bus:
             UsageError: a malformed key, something that can't be called, or an ``async def`` or
                 blocking handler on a bus without *spawn*.
         """
+        segments = _check_key(key)
+        if type(priority) not in (int, float):
+            raise UsageError(f"priority of {key!r} must be a number, not {priority!r}")
+        if filter is not None and not callable(filter):
+            raise UsageError(f"filter of {key!r} must be callable, got {filter!r}")
         if fn is None:
             def decorate(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
                 self.on(key, function, priority=priority, once=once, filter=filter,
                         ignore_cancelled=ignore_cancelled, blocking=blocking)
                 return function
             return decorate
-        segments = _check_key(key)
         if not callable(fn):
             raise UsageError(f"handler of {key!r} must be callable, got {fn!r}")
         spawned = blocking or _is_async(fn)
@@ -2102,14 +2198,24 @@ class Bus:
                 self._strange.pop(key, None)
                 route = self._routes[key] = _Route(key)
             route.set(self._exact.get(key, []) + self._matching(key)[1])
+            if key not in self._exact and not route.pinned:
+                self._retire(route)
+                del self._routes[key]
             return
         self._strange.clear()
         for patterns, route in list(self._shared.items()):
             route.set([handler for p in patterns for handler in self._wild.get(p, ())])
-            if not route.handlers and not route.emits:
+            if not all(p in self._wild for p in patterns):
+                self._retire(route)
                 del self._shared[patterns]
         for name, route in self._routes.items():
             route.set(self._exact.get(name, []) + self._matching(name)[1])
+
+    def _retire(self, route: _Route) -> None:
+        """Let go of a route that is no longer needed; the totals keep its counts."""
+        route.set([])
+        self._nobody.emits += route.emits
+        self._nobody.settled = self._nobody.emits
 
     def _matching(self, key: str) -> tuple[tuple[str, ...], list[Handler]]:
         """Return the wildcard patterns that cover *key*, and their handlers."""
@@ -2122,6 +2228,7 @@ class Bus:
         route = self._strange.get(key)
         if route is not None:
             return route
+        _check_key(key)
         patterns, handlers = self._matching(key)
         route = self._shared.get(patterns, self._nobody) if patterns else self._nobody
         if patterns and patterns not in self._shared:
@@ -2150,13 +2257,14 @@ class Bus:
         route.emits = emits = route.emits + 1
         if not emits & self._mask:
             return self._run_timed(route, event)
-        for call in route.calls:
+        spawned = route.spawned
+        for handler in route.direct:
             try:
-                call(event)
+                handler.invoke(event)
             except Exception:
-                self._failed(route, call)
-        if route.spawned and event._reason is None:
-            self._spawn_all(route, event)
+                self.failed(handler, route)
+        if spawned and event._reason is None:
+            self._spawn_all(spawned, event)
         return event
 
     def emit_many(self, key: str, items: Iterable[Any]) -> int:
@@ -2170,29 +2278,31 @@ class Bus:
     def emitter(self, key: str) -> Callable[..., Event]:
         """Return ``emit`` for one key, which gets statistics of its own."""
         _check_key(key)
-        if key not in self._routes:
-            self._changed(key)
+        route = self._routes.get(key)
+        if route is None:
+            self._strange.pop(key, None)
+            route = self._routes[key] = _Route(key)
+            route.set(self._matching(key)[1])
+        route.pinned = True
         return functools.partial(self.emit, key)
 
     def _run_timed(self, route: _Route, event: Event) -> Event:
         """Do what emit does, with a clock around every handler."""
-        clock = self._clock
+        clock, spawned = self._clock, route.spawned
         began = now = clock()
-        for handler in route.handlers:
-            if handler.spawned:
-                continue
+        for handler in route.direct:
             try:
                 handler.invoke(event)
             except Exception:
-                self._failed(route, handler.invoke)
+                self.failed(handler, route)
             before, now = now, clock()
             self.timed(handler, now - before)
         route.time_ns += now - began
         route.timed += 1
         if self._on_time is not None and route.handlers:
             self._on_time((now - began) / 1e9)
-        if route.spawned and event._reason is None:
-            self._spawn_all(route, event)
+        if spawned and event._reason is None:
+            self._spawn_all(spawned, event)
         return event
 
     @staticmethod
@@ -2203,28 +2313,22 @@ class Bus:
         if spent_ns > handler.slowest_ns:
             handler.slowest_ns = spent_ns
 
-    def _spawn_all(self, route: _Route, event: Event) -> None:
+    def _spawn_all(self, handlers: tuple[Handler, ...], event: Event) -> None:
         assert self._spawn is not None
         event._sealed = True
-        for handler in route.spawned:
-            if handler.invoke is handler.fn or handler.passes(event):
-                if handler.invoke is not handler.fn:
-                    handler._calls += 1
-                if handler.once:
-                    handler.remove()
-                self._spawn(handler, event)
-
-    def _failed(self, route: _Route, call: Callable[[Any], Any]) -> None:
-        """Count and log the exception being handled."""
-        route.errors += 1
-        for handler in route.handlers:
-            if handler.invoke is call or handler.invoke == call:
+        for handler in handlers:
+            try:
+                if handler.take(event):
+                    self._spawn(handler, event)
+            except Exception:
                 self.failed(handler)
-                return
 
-    def failed(self, handler: Handler) -> None:
+    def failed(self, handler: Handler, route: _Route | None = None) -> None:
         """Count the exception being handled as *handler*'s; log it, once a second at most."""
         handler.errors += 1
+        self.errors += 1
+        if route is not None:
+            route.errors += 1
         now = self._clock()
         if now - handler._logged_ns < 1_000_000_000:
             handler._unlogged += 1
@@ -2239,11 +2343,6 @@ class Bus:
     def emits(self) -> int:
         """How many events were emitted, wanted or not."""
         return self._nobody.emits + sum(route.emits for route in self._all_routes())
-
-    @property
-    def errors(self) -> int:
-        """How many handler calls raised."""
-        return sum(handler.errors for handler in self._handlers())
 
     def _all_routes(self) -> Iterator[_Route]:
         return itertools.chain(list(self._routes.values()), list(self._shared.values()))
@@ -2291,7 +2390,7 @@ def _is_async(fn: Any) -> bool:
 #
 # A sink that is subscribed twice, exactly and by a wildcard, gets a message once.
 
-_TOPIC_TOKEN = re.compile(r"[^\s.*>\x00-\x20\x7f]+")
+_TOPIC_TOKEN = re.compile(r"[^\s.*>\x00-\x20\x7f\ud800-\udfff]+")
 _MAX_TOPIC_LENGTH = 255
 _MAX_IDLE_TOPICS = 10_000           # records of topics that nobody is subscribed to
 
@@ -2324,7 +2423,7 @@ class Publication:
     starts anew.
     """
 
-    __slots__ = ("topic", "payload", "offset", "epoch", "critical", "seq", "size", "_json",
+    __slots__ = ("topic", "payload", "offset", "epoch", "critical", "seq", "size", "_body", "_json",
                  "_envelope")
 
     key = None                      # see Outbox: publications are never coalesced
@@ -2338,27 +2437,36 @@ class Publication:
         self.critical = critical
         self.seq = seq              # counts over all topics, to keep their order
         self.size = 0               # as JSON, once it is rendered
+        self._body = b""            # the payload as JSON
         self._json = b""
         self._envelope = b""
 
     def measure(self) -> int:
-        """Render it as JSON and return, and keep in ``size``, how many bytes that takes."""
-        self.size = len(self.json())
+        """Render the payload and set and return ``size``; later changes to it don't matter.
+
+        Raises:
+            UsageError: it can't be JSON.
+        """
+        if not self._body:
+            self._body = _json_bytes(self.payload)
+            self.size = len(self._body) + 64
         return self.size
 
     def json(self) -> bytes:
-        """Return the JSON object a client gets (raises UsageError if it can't be)."""
+        """Return the JSON object a client gets."""
         if not self._json:
-            body = {"topic": self.topic, "payload": self.payload,
-                    "offset": self.offset, "epoch": self.epoch}
-            self._json = _json_bytes(body if self.topic else self.payload)
+            self.measure()
+            self._json = self._body if not self.topic else (
+                b'{"topic":%b,"payload":%b,"offset":%d,"epoch":"%b"}' % (
+                    _json_bytes(self.topic), self._body, self.offset, self.epoch.encode()))
         return self._json
 
     def envelope(self, form: str) -> bytes:
         """Return it as one member of an encoded EventBatch."""
         if not self._envelope:
             schema = builtin_schema()
-            message = schema.TopicMessage(topic=self.topic, payload=_json_bytes(self.payload),
+            self.measure()
+            message = schema.TopicMessage(topic=self.topic, payload=self._body,
                                           offset=self.offset, epoch=self.epoch)
             self._envelope = _batch_of(type="TOPIC_MESSAGE", topic_message=message)
         return self._envelope
@@ -2399,7 +2507,7 @@ class Subscription:
 class _Topic:
     """One topic's record."""
 
-    __slots__ = ("offset", "epoch", "exact", "sinks", "batched", "version", "pending")
+    __slots__ = ("offset", "epoch", "exact", "sinks", "batched", "version", "pending", "size")
 
     def __init__(self, epoch: str) -> None:
         self.offset = 0
@@ -2409,6 +2517,7 @@ class _Topic:
         self.batched: tuple[Callable[[Batch], object], ...] = ()
         self.version = -1           # of the wildcards, when these were made; -1: make them anew
         self.pending: list[Publication] = []        # for the batched ones
+        self.size = 0                               # bytes of these
 
 
 class _Branch:
@@ -2426,7 +2535,8 @@ class Topics:
 
     Plain sinks are called at once. Batched ones get a Batch per topic at ``flush``: what a
     tick brings costs them once per topic, not once per message. Who subscribes or leaves in
-    between gets exactly what was published while it was subscribed.
+    between gets exactly what was published while it was subscribed. A sink's exception is
+    logged and counted, and the others get their message all the same.
 
     >>> topics, got = Topics(), []
     >>> subscription = topics.subscribe("chat.*", lambda message: got.append(message.payload))
@@ -2435,9 +2545,9 @@ class Topics:
     """
 
     __slots__ = ("_topics", "_root", "_version", "_epoch", "_epochs", "_pending", "_max_batch",
-                 "seq", "published", "delivered")
+                 "_max_bytes", "seq", "published", "delivered", "errors")
 
-    def __init__(self, max_batch: int = 256) -> None:
+    def __init__(self, max_batch: int = 256, max_bytes: int = 1 << 20) -> None:
         self._topics: dict[str, _Topic] = {}
         self._root = _Branch()
         self._version = 0
@@ -2445,8 +2555,9 @@ class Topics:
         self._epochs = itertools.count(1)
         self._pending: list[_Topic] = []    # those with something for batched sinks
         self._max_batch = max_batch or sys.maxsize
+        self._max_bytes = max_bytes or sys.maxsize
         self.seq = itertools.count(1)
-        self.published = self.delivered = 0
+        self.published = self.delivered = self.errors = 0
 
     def __len__(self) -> int:
         return len(self._topics)
@@ -2527,7 +2638,11 @@ class Topics:
         if record.batched:
             self._enqueue(record, publication)
         for sink in record.sinks:
-            sink(publication)
+            try:
+                sink(publication)
+            except Exception:
+                self.errors += 1
+                _log.exception("subscriber of %s failed", topic)
         count = len(record.sinks) + len(record.batched)
         self.published += 1
         self.delivered += count
@@ -2547,8 +2662,11 @@ class Topics:
             raise
         if not record.pending:
             self._pending.append(record)
+            record.size = 0
         record.pending.append(publication)
-        if publication.critical or len(record.pending) >= self._max_batch:
+        record.size += publication.size
+        if publication.critical or (
+                len(record.pending) >= self._max_batch or record.size >= self._max_bytes):
             self.flush()
 
     def flush(self) -> None:
@@ -2556,7 +2674,7 @@ class Topics:
         while self._pending:
             record = self._pending.pop()
             items, record.pending = tuple(record.pending), []
-            batch = Batch(items, sum([each.size for each in items]), items[-1].critical)
+            batch = Batch(items, record.size, items[-1].critical)
             for sink in record.batched:
                 sink(batch)
 
@@ -2712,9 +2830,9 @@ class Movement:
             fits = -_MAX_COORDINATE < x < _MAX_COORDINATE and (
                 -_MAX_COORDINATE < y < _MAX_COORDINATE and -_MAX_COORDINATE < z < _MAX_COORDINATE)
             position = (float(x), float(y), float(z))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             fits = False
-        if not fits or len(player) != 16:
+        if not fits or not isinstance(player, bytes) or len(player) != 16:
             raise UsageError(f"can't move {player!r} to ({x!r}, {y!r}, {z!r}): "
                              "an id has 16 bytes, coordinates are finite numbers")
         self.coalesced += player in self._moved
@@ -2760,12 +2878,12 @@ class Ticker:
 
     def __init__(self, hz: float, clock: Callable[[], int] = time.monotonic_ns, *,
                  max_catchup: int = 5) -> None:
-        if not 0 < hz <= 10_000:
-            raise UsageError(f"hz must be above 0 and at most 10000, got {hz!r}")
+        if not 1e-6 <= hz <= 10_000:
+            raise UsageError(f"hz must be 0.000001 to 10000, got {hz!r}")
         self.hz = hz
         self.dropped = 0
         self._clock = clock
-        self._max_catchup = max_catchup
+        self._max_catchup = max_catchup or sys.maxsize      # a limit of 0 means none
         self._start_ns = clock()
         self._done = 0              # ticks run or forgiven since the start
 
@@ -2858,12 +2976,17 @@ class Outbox:
         if len(items) > self._max_items or self.size + ahead > self._max_bytes:
             self._make_room(ahead)
 
+    def overflows(self, count: int, size: int) -> bool:
+        """Whether so much more would pass the bound."""
+        return len(self.items) + count > self._max_items or self.size + size > self._max_bytes
+
     def _replace(self, item: Any) -> bool:
         for at, old in enumerate(self.items):
             if old.key == item.key:
                 newest = item.replaces(old)
                 self.size += newest.size - old.size
                 self.items = (*self.items[:at], newest, *self.items[at + 1:])
+                self._mixed = True
                 self.coalesced += 1
                 return True
         return False
@@ -2875,6 +2998,8 @@ class Outbox:
             # droppable before latest: of state there is only one, and it is wanted
             at = next((n for n, each in enumerate(items) if not each.critical and each.key is None),
                       next((n for n, each in enumerate(items) if not each.critical), None))
+            if at is None and not items:
+                break                       # what is ahead fills the bound alone
             if at is None:
                 raise SlowPeer(f"{len(items)} critical messages, {self.size} bytes wait")
             self.size -= items.pop(at).size
@@ -2909,7 +3034,8 @@ class Outbox:
 
 _TOKEN_CHARS = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"                          # RFC 9110 5.6.2
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN_CHARS.encode() + rb") ([!-~]+) HTTP/(\d)\.(\d)")
-_HEADER_LINE = re.compile(rb"(" + _TOKEN_CHARS.encode() + rb"):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
+_HEADER_LINE = re.compile(rb"(" + _TOKEN_CHARS.encode() + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)")
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 _MAX_TARGET = 8192                  # RFC 9112 3: at least 8000 should work
 _REASONS = {
     100: "Continue", 101: "Switching Protocols", 200: "OK", 204: "No Content",
@@ -2978,6 +3104,8 @@ class Response:
         for name, value in self.headers.items():
             if not re.fullmatch(_TOKEN_CHARS, name) or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", value):
                 raise UsageError(f"header {name!r}: {value!r} can't be sent")
+            if name.lower() in ("content-length", "transfer-encoding"):
+                raise UsageError(f"header {name!r} is set by the server itself")
         if body or content_type:
             self.headers.setdefault("Content-Type", content_type or guess)
 
@@ -2985,12 +3113,13 @@ class Response:
         """Return the bytes on the wire; *head_only* answers HEAD (RFC 9110 9.3.2)."""
         lines = [f"HTTP/1.1 {self.status} {_REASONS.get(self.status, 'Unknown')}"]
         lines += [f"{name}: {value}" for name, value in self.headers.items()]
-        if self.status >= 200 and self.status not in (204, 304):
+        bodiless = self.status < 200 or self.status in (204, 304)       # RFC 9112 6.3
+        if not bodiless:
             lines.append(f"Content-Length: {len(self.body)}")
         if close:
             lines.append("Connection: close")
         head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
-        return head if head_only else head + self.body
+        return head if head_only or bodiless else head + self.body
 
 
 class HTTPConnection:
@@ -3100,10 +3229,10 @@ class HTTPConnection:
                 if len(self._buffer) > 256:
                     raise FrameError("chunk size line is too long", label="bad_chunk")
                 return False
-            digits = bytes(self._buffer[:end]).partition(b";")[0].rstrip(b" \t")
-            if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", digits):
-                raise FrameError(f"chunk size {digits[:20]!r}", label="bad_chunk")
-            size = int(digits, 16)
+            match = _CHUNK_LINE.fullmatch(self._buffer, 0, end)
+            if match is None:
+                raise FrameError("malformed chunk size", label="bad_chunk")
+            size = int(match[1], 16)
             if len(self._chunks) + size > self._max_body:
                 raise TooBig("chunked body", label="body_too_big")
             if size == 0:
@@ -3119,6 +3248,8 @@ class HTTPConnection:
         """Pass over trailer fields after the last chunk."""
         end = self._buffer.find(b"\r\n", at)
         while end > at:
+            if not _HEADER_LINE.fullmatch(self._buffer, at, end):
+                raise FrameError("malformed trailer", label="bad_chunk")
             at = end + 2
             end = self._buffer.find(b"\r\n", at)
         if end < 0:
@@ -3156,7 +3287,7 @@ def _parse_head(head: bytes) -> Request:
         match = _HEADER_LINE.fullmatch(line)    # no obs-fold, no space before the colon
         if match is None:
             raise FrameError(f"malformed header line {line[:40]!r}", label="bad_request")
-        name, value = match[1].decode().lower(), match[2].decode("latin-1")
+        name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
         if name in headers:
             if name in ("host", "content-length", "transfer-encoding", "sec-websocket-key",
                         "sec-websocket-version", "origin", "authorization"):
@@ -3264,7 +3395,7 @@ class WebSocketConnection:
     """
 
     __slots__ = ("_client", "_max_bytes", "_buffer", "_parts", "_size", "_decoder", "_fault",
-                 "closed_by_peer", "close_sent")
+                 "frames", "closed_by_peer", "close_sent")
 
     def __init__(self, role: str = "server", max_message_bytes: int = 65536) -> None:
         if role not in ("server", "client"):
@@ -3276,6 +3407,7 @@ class WebSocketConnection:
         self._size = 0
         self._decoder: codecs.IncrementalDecoder | None = None     # of an unfinished text
         self._fault: PeerError | None = None
+        self.frames = 0                     # received, fragments and control frames included
         self.closed_by_peer = False
         self.close_sent = False
 
@@ -3343,6 +3475,7 @@ class WebSocketConnection:
         end = start + size
         if len(data) < end:
             return at
+        self.frames += 1
         payload = data[start:end] if self._client else _mask(data[start:end], data[start - 4:start])
         if opcode >= 8:
             events.append(self._control(opcode, payload))
@@ -3379,11 +3512,13 @@ class WebSocketConnection:
         final = bool(first & 0x80)
         if self._decoder is not None:           # RFC 6455 8.1: fail as soon as it can't be UTF-8
             try:
-                self._parts.append(self._decoder.decode(payload, final))
+                part: str | bytes = self._decoder.decode(payload, final)
             except UnicodeDecodeError:
                 raise _bad_text() from None
         else:
-            self._parts.append(payload)
+            part = payload
+        if part:                                # empty fragments must not grow anything
+            self._parts.append(part)
         self._size += len(payload)
         if final:
             events.append(("" if self._decoder is not None else b"").join(self._parts))
@@ -3465,8 +3600,8 @@ def _check_upgrade(request: Request) -> None:
     Raises:
         HandshakeError: with the status to answer.
     """
-    if request.method != "GET" or request.version < (1, 1):
-        raise HandshakeError("upgrade with GET and HTTP/1.1", label="bad_handshake")
+    if request.version < (1, 1):
+        raise HandshakeError("upgrade with HTTP/1.1", label="bad_handshake")
     if not _header_has(request, "upgrade", "websocket") or (
             not _header_has(request, "connection", "upgrade")):
         raise HandshakeError("this address speaks WebSocket", http_status=426, label="not_websocket")
@@ -3502,11 +3637,11 @@ def _accept_upgrade(request: Request, subprotocol: str) -> bytes:
 #
 # A connection is open, then finishing (its last bytes go out, input is thrown away, then our
 # half is shut and the peer's end awaited, so that no reset eats the goodbye), then closed.
-# PeerError is caught in exactly one place, Connection._readable.
+# PeerError is caught in exactly one place, Connection._advance.
 
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 _RECV_BYTES = 65536
-_FINISH_NS = 2_000_000_000          # how long a goodbye may take
+_FINISH_S = 2.0                     # how long a goodbye may take
 _HTTP_BACKLOG = 1 << 20             # pipelined requests wait while this much is unsent
 _MAX_ACCEPTS = 64                   # per pass, so that a flood of connects starves nobody
 
@@ -3542,14 +3677,14 @@ class Application(Protocol):
 class Loop:
     """The selector loop: sockets, timers, and calls from other threads."""
 
-    __slots__ = ("selector", "clock", "now_ns", "passes", "_calls", "_timers", "_numbers",
+    __slots__ = ("selector", "clock", "now_ns", "closed", "_calls", "_timers", "_numbers",
                  "_dirty", "_waker", "_wakee")
 
     def __init__(self, clock: Callable[[], int] = time.monotonic_ns) -> None:
         self.selector = selectors.DefaultSelector()
         self.clock = clock
         self.now_ns = clock()               # of this pass
-        self.passes = 0
+        self.closed = False
         self._calls: deque[tuple[Callable[..., Any], tuple[Any, ...], Any]] = deque()
         self._timers: list[tuple[int, int, Callable[[], object]]] = []
         self._numbers = itertools.count()
@@ -3575,6 +3710,8 @@ class Loop:
         future: Future[Any] = Future()
         self._calls.append((fn, args, future))
         self.wake()
+        if self.closed:             # close() may have looked before the append
+            self._cancel_calls()
         return future
 
     def call_later(self, delay_s: float, fn: Callable[[], object]) -> None:
@@ -3586,15 +3723,18 @@ class Loop:
         """Flush *connection* at the end of this pass."""
         self._dirty.append(connection)
 
+    def wait_s(self) -> float:
+        """Return how long a pass may wait if no socket has anything to tell."""
+        if self._calls or self._dirty:
+            return 0.0
+        if not self._timers:
+            return 3600.0
+        return max(0.0, (self._timers[0][0] - self.clock()) / 1e9)
+
     def run_once(self, timeout_s: float) -> None:
         """Run one pass; wait at most *timeout_s* for something to happen."""
-        if self._timers:
-            timeout_s = min(timeout_s, (self._timers[0][0] - self.clock()) / 1e9)
-        if self._calls or self._dirty:
-            timeout_s = 0
-        ready = self.selector.select(max(0, timeout_s))
+        ready = self.selector.select(max(0.0, min(timeout_s, self.wait_s())))
         self.now_ns = self.clock()
-        self.passes += 1
         for key, mask in ready:
             key.data(mask)
         for _ in range(len(self._calls)):       # what these call comes next pass
@@ -3619,19 +3759,25 @@ class Loop:
 
     def close(self) -> None:
         """Give the file descriptors back; calls still waiting are cancelled."""
-        for _, _, future in self._calls:
-            future.cancel()
+        self.closed = True
+        self._cancel_calls()
         self.selector.close()
         self._waker.close()
         self._wakee.close()
+
+
+    def _cancel_calls(self) -> None:
+        with contextlib.suppress(IndexError):       # several threads may be at it
+            while True:
+                self._calls.popleft()[2].cancel()
 
 
 class Connection:
     """One accepted socket: HTTP at first, WebSocket once it is upgraded."""
 
     __slots__ = ("server", "sock", "address", "owner", "http", "ws", "heard_ns", "_out", "_queued",
-                 "unsent", "_state", "_since_ns", "_pings", "_tokens", "_refilled_ns", "_mask",
-                 "_end")
+                 "unsent", "_state", "_since_ns", "_fresh", "_slow", "_pings", "_tokens",
+                 "_refilled_ns", "_mask", "_end")
 
     def __init__(self, server: Server, sock: socket.socket, address: str) -> None:
         now = server.loop.now_ns
@@ -3642,14 +3788,16 @@ class Connection:
         self.http: HTTPConnection | None = HTTPConnection(
             server.limits.max_header_bytes, server.limits.max_message_bytes)
         self.ws: WebSocketConnection | None = None
-        self.heard_ns = now                 # last sign of life
+        self.heard_ns = now                 # last sign of life: bytes came, or were taken
         self._out: list[bytes] | None = None        # this pass's; no container until first use
         self._queued = 0                    # bytes in _out
         self.unsent: bytes | memoryview = b""      # what the socket did not take
         self._state = "open"
-        self._since_ns = now                # when it began to wait for a request, or to finish
+        self._since_ns = now                # when the request began, the last was answered, it finished
+        self._fresh = True                  # no request was answered yet
+        self._slow = False                  # given up on
         self._pings = 0                     # unanswered
-        self._tokens = float(server.limits.burst)
+        self._tokens = max(1.0, server.limits.burst or server.limits.max_messages_per_s)
         self._refilled_ns = now
         self._mask = _READ
         self._end: tuple[int, str] | None = None    # what on_close was told
@@ -3689,15 +3837,22 @@ class Connection:
         self.server.bytes_received += len(data)
         self.heard_ns = self.server.loop.now_ns
         self._pings = 0
-        if self._state != "open":
-            return self._await_close(data)
+        if self._state == "open":
+            self._advance(data)
+        else:
+            self._await_close(data)
+
+    def _advance(self, data: bytes) -> None:
+        """Do what *data*, and what was left before it, asks; a peer's fault ends the connection."""
         try:
             if self.ws is not None:
                 self._feed_websocket(data)
-            else:
-                assert self.http is not None
-                self.http.receive(data)
-                self._serve_http()
+                return
+            assert self.http is not None
+            if data and not (self._fresh or self.http.started):
+                self._since_ns = self.server.loop.now_ns
+            self.http.receive(data)
+            self._serve_http()
         except PeerError as error:
             self._goodbye(error)
 
@@ -3705,11 +3860,13 @@ class Connection:
         ws = self.ws
         assert ws is not None
         ws.receive(data)
+        before = ws.frames
         while events := ws.take_events():
+            self.charge(ws.frames - before)
+            before = ws.frames
             for event in events:
                 if self._state != "open":
                     return
-                self._take_token()
                 if isinstance(event, str | bytes):
                     self.server.messages_received += 1
                     self.server.app.on_message(self, event)
@@ -3717,6 +3874,7 @@ class Connection:
                     self.send(ws.send_pong(event.data))
                 elif isinstance(event, Close):
                     self.close(event.code, event.reason)
+        self.charge(ws.frames - before)         # fragments of what is not complete yet
 
     def _await_close(self, data: bytes) -> None:
         """Look for nothing but the peer's close frame; then the server closes first (7.1.1)."""
@@ -3728,15 +3886,20 @@ class Connection:
             if self.ws.closed_by_peer and not self.backlog:
                 self.abort("closed")
 
-    def _take_token(self) -> None:
-        """Charge one frame to the peer's bucket (DESIGN 4: rate)."""
+    def charge(self, messages: int) -> None:
+        """Take *messages* from the peer's bucket (DESIGN 4: rate).
+
+        Raises:
+            PeerError: the bucket is empty; 1008.
+        """
         limits = self.server.limits
-        if not limits.max_messages_per_s:
+        if not limits.max_messages_per_s or not messages:
             return
         now = self.server.loop.now_ns
         earned = (now - self._refilled_ns) * limits.max_messages_per_s / 1e9
         self._refilled_ns = now
-        self._tokens = min(float(limits.burst or limits.max_messages_per_s), self._tokens + earned) - 1
+        most = max(1.0, limits.burst or limits.max_messages_per_s)
+        self._tokens = min(most, self._tokens + earned) - messages
         if self._tokens < 0:
             raise PeerError("too many messages", close_code=1008, label="rate")
 
@@ -3761,6 +3924,7 @@ class Connection:
             close = not request.keep_alive or "upgrade" in request.headers or self.server.draining
             self.send(response.encode(head_only=request.method == "HEAD", close=close))
             self._since_ns = self.server.loop.now_ns
+            self._fresh = False
             if close:
                 self._finish()
 
@@ -3778,11 +3942,11 @@ class Connection:
         _log.debug("%s refused: %s", self.address, error)
         if self.ws is not None:
             return self.close(error.close_code, error.reason)
-        headers = {"Sec-WebSocket-Version": "13", "Upgrade": "websocket"} if (
-            error.http_status == 426) else {}
-        if error.http_status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
-        self.send(Response(error.reason + "\n", error.http_status, headers).encode(close=True))
+        headers = {"Connection": "close"}
+        if error.http_status == 426:            # RFC 9110 7.8, 15.5.22
+            headers = {"Connection": "Upgrade, close", "Upgrade": "websocket",
+                       "Sec-WebSocket-Version": "13"}
+        self.send(Response(error.reason + "\n", error.http_status, headers).encode())
         self._finish()
 
     # -- writing --
@@ -3793,7 +3957,9 @@ class Connection:
             return
         bound = self.server.limits.outbox_bytes
         if self.ws is not None and bound and self.backlog > bound:
-            return self.slow()
+            self.flush()                        # perhaps it only was not asked yet
+            if self.backlog > bound:
+                return self.slow()
         self._queue(data)
 
     def _queue(self, data: bytes) -> None:
@@ -3804,9 +3970,19 @@ class Connection:
         self._queued += len(data)
 
     def slow(self) -> None:
-        """Give up on a peer that does not read: 1013, and no more waiting for it."""
+        """Give up on a peer that does not read: 1013, in the next pass.
+
+        Why not at once: closing tells handlers, and these may send to others as slow.
+        """
+        if not self._slow:
+            self._slow = True
+            self.server.loop.call_later(0.0, self._close_slow)
+
+    def _close_slow(self) -> None:
+        if self._state != "open":
+            return
         self.server.refused["slow"] += 1
-        _log.warning("%s reads too slowly, %d bytes wait; closed with 1013", self.address, self.backlog)
+        _log.warning("%s reads too slowly; closed with 1013", self.address)
         self._out, self._queued = None, 0
         self.close(SlowPeer.close_code, "too slow")
 
@@ -3821,11 +3997,16 @@ class Connection:
             self.server.writes += 1
             self.server.bytes_sent += len(data)
             self.send_now(data)
-        if self._state == "finishing" and not self.unsent:
+        if self.unsent:
+            return
+        if self._state == "finishing":
             if self.ws is not None and self.ws.closed_by_peer:
                 return self.abort("closed")
+            self._since_ns = self.server.loop.now_ns
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_WR)
+        elif self._state == "open" and self.http is not None and self.http.started:
+            self._advance(b"")                  # requests that waited for room
 
     def send_now(self, data: bytes) -> None:
         """Write *data* in one call; the caller counts it, what the socket does not take waits."""
@@ -3855,18 +4036,14 @@ class Connection:
                 return self.abort("reset")
             self.server.bytes_sent += sent
             self.unsent = self.unsent[sent:]
-            if self.ws is None:
-                self.heard_ns = self.server.loop.now_ns     # it reads, so it lives
+            self.heard_ns = self.server.loop.now_ns     # it reads, so it lives
             if self.unsent:
                 return
         self.unsent = b""
         self._watch(_READ)
         self.flush()
-        if self._state == "open" and not self.unsent:
-            if self.ws is not None:
-                self.server.app.on_drain(self)
-            else:
-                self._serve_http()
+        if self._state == "open" and self.ws is not None and not self.unsent:
+            self.server.app.on_drain(self)
 
     def _watch(self, mask: int) -> None:
         # an HTTP peer that does not take its answers is not read from either
@@ -3913,10 +4090,11 @@ class Connection:
         quiet_s = (now - self.heard_ns) / 1e9
         waited_s = (now - self._since_ns) / 1e9
         if self._state == "finishing":
-            if now - self._since_ns > _FINISH_NS:
+            patience_s = limits.idle_s if self.backlog and self.http is not None else _FINISH_S
+            if patience_s and min(quiet_s, waited_s) > patience_s:
                 self.abort("finish_timeout")
         elif self.ws is not None:
-            self._check_ping(quiet_s, limits.ping_s)
+            self._check_ping(quiet_s, limits)
         elif self.backlog:
             if limits.idle_s and quiet_s > limits.idle_s:
                 self._time_out("write_timeout", 0)
@@ -3924,13 +4102,16 @@ class Connection:
             if limits.handshake_s and waited_s > limits.handshake_s:
                 self._time_out("handshake_timeout", 408)
         else:
-            fresh = self._since_ns == self._refilled_ns     # it never sent a request
-            limit_s = limits.handshake_s if fresh else limits.idle_s
+            limit_s = limits.handshake_s if self._fresh else limits.idle_s
             if limit_s and waited_s > limit_s:
-                self._time_out("handshake_timeout" if fresh else "idle", 0)
+                self._time_out("handshake_timeout" if self._fresh else "idle", 0)
 
-    def _check_ping(self, quiet_s: float, ping_s: float) -> None:
+    def _check_ping(self, quiet_s: float, limits: Limits) -> None:
         """Ping a quiet peer; after two unanswered ones it is dead (DESIGN 4)."""
+        ping_s = limits.ping_s
+        if not ping_s and limits.idle_s and quiet_s > limits.idle_s:
+            self.server.refused["idle"] += 1
+            return self.close(1001, "idle")
         if not ping_s or quiet_s < ping_s * (self._pings + 1):
             return
         if self._pings == 2:
@@ -4065,7 +4246,8 @@ class Server:
 
 def is_loopback(address: str) -> bool:
     """Whether a peer's or a bind address is this machine's own."""
-    return address in ("unix", "localhost", "::1") or address.startswith(("127.", "::ffff:127."))
+    return address in ("unix", "localhost", "::1") or bool(
+        re.fullmatch(r"(::ffff:)?127\.\d+\.\d+\.\d+", address))
 
 
 # =============================================================================
@@ -4183,13 +4365,14 @@ class Config:
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
-            value = getattr(self, each.name)
+            value = _config_value(each.name, getattr(self, each.name))
+            object.__setattr__(self, each.name, value)
             if isinstance(value, int | float) and not 0 <= value < math.inf:
                 raise ConfigError(f"{each.name} = {value!r} must be 0 or more")
         if self.port > 65535:
             raise ConfigError(f"port = {self.port} must be 0 to 65535")
-        if self.tick_hz > 10_000:
-            raise ConfigError(f"tick_hz = {self.tick_hz} must be at most 10000")
+        if self.tick_hz and not 0.001 <= self.tick_hz <= 10_000:
+            raise ConfigError(f"tick_hz = {self.tick_hz} must be 0, or 0.001 to 10000")
         for name, known in (("profile", _PRESETS), ("log_level", _LOG_LEVELS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(known)}")
@@ -4216,7 +4399,10 @@ class Config:
             values.setdefault("firm_port", True)
         profile = str(values.get("profile", "prod"))
         merged = {**_PRESETS.get(profile, {}), **values}
-        return cls(**{key: _config_value(key, value) for key, value in merged.items()})
+        for key in merged:
+            if key not in _CONFIG_TYPES:
+                raise ConfigError(f"there is no setting {key!r}{_did_you_mean(key, _CONFIG_TYPES)}")
+        return cls(**merged)
 
 
 _CONFIG_TYPES: dict[str, type] = {
@@ -4237,6 +4423,8 @@ def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         for key, value in tables.pop().items():
             if isinstance(value, dict):
                 tables.append(value)
+            elif key in values:
+                raise ConfigError(f"{os.fspath(path)}: {key} is given twice")
             else:
                 values[key] = value
     return values
@@ -4244,12 +4432,11 @@ def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _config_value(key: str, value: Any) -> Any:
     """Return *value* in the type of setting *key*; text, from wherever, is converted."""
-    wanted = _CONFIG_TYPES.get(key)
-    if wanted is None:
-        raise ConfigError(f"there is no setting {key!r}{_did_you_mean(key, _CONFIG_TYPES)}")
+    wanted = _CONFIG_TYPES[key]
     try:
         if wanted is tuple:
-            return tuple(value.split(",") if isinstance(value, str) else map(str, value))
+            parts = value.split(",") if isinstance(value, str) else list(map(str, value))
+            return tuple(part.strip() for part in parts if part.strip())
         if wanted is bool:
             return value if isinstance(value, bool) else _TRUTHS[str(value).lower()]
         if wanted is str and isinstance(value, str):
@@ -4258,7 +4445,7 @@ def _config_value(key: str, value: Any) -> Any:
             number = float(value) if wanted is float else int(value)
             if isinstance(value, str) or number == value:
                 return number
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         pass
     raise ConfigError(f"{key} = {value!r} must be a {wanted.__name__}")
 
@@ -4629,7 +4816,21 @@ def _parse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-_load_json = json.JSONDecoder(parse_constant=_parse_constant).decode
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text} is out of range")
+    return number
+
+
+_load_json = json.JSONDecoder(parse_constant=_parse_constant, parse_float=_finite).decode
+
+
+def _plain_function(fn: _F) -> _F:
+    """Return *fn*, unless it is one whose result nobody would await."""
+    if _is_async(fn):
+        raise UsageError(f"{fn.__qualname__} is async; only handlers of events can be")
+    return fn
 
 
 def _depth(value: Any) -> int:
@@ -4649,14 +4850,14 @@ class Session:
     where from, ``backlog`` the bytes that wait for it, ``metadata`` a dict of your own.
     """
 
-    __slots__ = ("id", "player", "user", "connection", "render", "packed", "outbox", "engine",
+    __slots__ = ("id", "player", "_user", "connection", "render", "packed", "outbox", "engine",
                  "handler", "subscriptions", "_metadata")
 
     def __init__(self, engine: Engine, connection: Connection, subprotocol: str,
                  handler: Callable[[Session, str | bytes], object] | None) -> None:
         self.player = os.urandom(16)            # the id in its 16-byte form
         self.id = _uuid_text(self.player)
-        self.user = "guest-" + self.id[:8]
+        self._user = "guest-" + self.id[:8]
         self.connection = connection
         self.render = _FORMS.get(subprotocol, _render_objects)
         self.packed = ""                        # "f32", "f64": asked for packed movement
@@ -4665,6 +4866,19 @@ class Session:
         self.handler = handler                  # of a route of the user's own
         self.subscriptions: dict[str, Subscription | None] | None = None
         self._metadata: dict[str, Any] | None = None
+
+    @property
+    def user(self) -> str:
+        """Who it is; set it when you know better than the "guest-..." it begins as."""
+        return self._user
+
+    @user.setter
+    def user(self, user: str) -> None:
+        self.engine._on_loop("client.user")
+        if self.connection.is_open:
+            self.engine._forget_user(self)
+            self._user = user
+            self.engine._know_user(self)
 
     @property
     def address(self) -> str:
@@ -4705,40 +4919,54 @@ class Session:
         self.engine._on_loop("client.close")
         if not _sendable_code(code):
             raise UsageError(f"close code {code} can't be sent; use 1000 to 1014 or 3000 to 4999")
+        self.engine.topics.flush()
+        self.engine._flush([self])              # what was sent before goes before
         self.connection.close(code, reason)
 
     def put(self, item: Sendable) -> None:
         """Queue a shared item for the tick, or for the end of this pass if it is critical."""
-        outbox = self._filling(item.critical)
-        try:
-            outbox.put(item, len(self.connection.unsent))
-        except SlowPeer:
-            self.connection.slow()
+        outbox = self._filling(1, item.size or item.measure(), item.critical)
+        if outbox is not None:
+            try:
+                outbox.put(item, len(self.connection.unsent))
+            except SlowPeer:
+                self._give_up()
 
     def put_many(self, batch: Batch) -> None:
         """Queue what was published on one topic; the sink of this session's subscriptions."""
         # HOT: once per subscriber per topic per tick (bench 14.fanout)
         outbox = self.outbox
         if outbox is None or outbox.items or batch.critical:
-            outbox = self._filling(batch.critical)
+            outbox = self._filling(len(batch.items), batch.size, batch.critical)
+            if outbox is None:
+                return
         else:
             self.engine._waiting.append(self)
         try:
             outbox.put_many(batch.items, batch.size, len(self.connection.unsent))
         except SlowPeer:
-            self.connection.slow()
+            self._give_up()
 
-    def _filling(self, urgent: bool) -> Outbox:
-        """Return the outbox, listed to be emptied at the tick or with this pass."""
+    def _filling(self, count: int, size: int, urgent: bool) -> Outbox | None:
+        """Return the outbox, listed to be emptied; None when the session has ended."""
         outbox = self.outbox
+        if not self.connection.is_open:
+            return None
         if outbox is None:
             config = self.engine.config
             outbox = self.outbox = Outbox(config.outbox_messages, config.outbox_bytes)
+        if outbox.items and outbox.overflows(count, size) and not self.connection.unsent:
+            self.engine._flush([self])          # a peer that reads loses nothing
         if not outbox.items:
             self.engine._waiting.append(self)
         if urgent:
             self.engine._urgent.append(self)
         return outbox
+
+    def _give_up(self) -> None:
+        if self.outbox is not None:
+            self.outbox.take()
+        self.connection.slow()
 
     def __repr__(self) -> str:
         return f"Session({self.user!r} from {self.address})"
@@ -4797,7 +5025,15 @@ class _Worker:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
         if self._asyncio is not None:
-            self._asyncio.call_soon_threadsafe(self._asyncio.stop)
+            self._asyncio.call_soon_threadsafe(self._stop_asyncio)
+
+    def _stop_asyncio(self) -> None:
+        import asyncio
+        loop = asyncio.get_running_loop()
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        asyncio.gather(*tasks, return_exceptions=True).add_done_callback(lambda _: loop.stop())
 
 
 class _Endpoint(NamedTuple):
@@ -4845,7 +5081,7 @@ class Engine:
             raise UsageError("give either a Config or settings, not both")
         self.config = config or Config.load(None, **settings)
         self.metrics = Metrics()
-        self.topics = Topics(self.config.outbox_messages)
+        self.topics = Topics(self.config.outbox_messages, self.config.outbox_bytes)
         self.presence = Presence()
         self.movement = Movement()
         self.sessions: dict[str, Session] = {}
@@ -4859,7 +5095,7 @@ class Engine:
         self.refusals: Counter[str] = Counter()         # requests answered with an error, by code
         self._users: dict[str, list[Session]] = {}
         self._movers: dict[Session, None] = {}          # who gets movement
-        self._watchers: list[Session] = []              # who just asked for presence
+        self._watchers: dict[Session, None] = {}        # who just asked for presence
         self._waiting: list[Session] = []               # whose outbox is not empty
         self._urgent: list[Session] = []                # whose outbox leaves with this pass
         self._repeats: list[tuple[Ticker, Callable[[], object]]] = []
@@ -4868,6 +5104,8 @@ class Engine:
         self._gc = GCWatch()
         self._ticker: Ticker | None = None
         self._thread_id: int | None = None
+        self._stepping = False                          # inside a pass
+        self._signals = 0
         self._thread: threading.Thread | None = None
         self._done = threading.Event()                  # everything is given back
         self._state = "new"                             # "open", "stopping", "stopped"
@@ -4932,20 +5170,14 @@ class Engine:
         rate = hz if hz is not None else 1 / seconds if seconds else 0.0
 
         def decorate(fn: _F) -> _F:
-            self._register(self._repeats.append, (Ticker(rate, max_catchup=1), fn))
+            self._register(self._repeats.append, (Ticker(rate, max_catchup=1), _plain_function(fn)))
             return fn
         return decorate
 
     def subscribe(self, pattern: str) -> Callable[[_F], _F]:
         """Decorate a function that gets every Publication *pattern* covers, in process."""
         def decorate(fn: _F) -> _F:
-            def sink(publication: Publication) -> None:
-                try:
-                    fn(publication)
-                except Exception:
-                    self.metrics.inc("horizon_subscriber_errors_total")
-                    _log.exception("subscriber of %s failed", pattern)
-            self._register(self.topics.subscribe, pattern, sink)
+            self._register(self.topics.subscribe, pattern, _plain_function(fn))
             return fn
         return decorate
 
@@ -4955,17 +5187,17 @@ class Engine:
         The function gets the Request, and the names as keywords, and returns a Response, or
         the body of one: str, bytes, dict or list.
         """
-        return self._route("GET", path)
+        return self._endpoint("GET", path)
 
     def post(self, path: str) -> Callable[[_F], _F]:
         """Decorate the answer to POST *path*; see ``get``."""
-        return self._route("POST", path)
+        return self._endpoint("POST", path)
 
     def websocket(self, path: str) -> Callable[[_F], _F]:
         """Decorate ``handler(client, message: str | bytes)`` for WebSockets at *path*."""
-        return self._route("WEBSOCKET", path)
+        return self._endpoint("WEBSOCKET", path)
 
-    def _route(self, method: str, path: str) -> Callable[[_F], _F]:
+    def _endpoint(self, method: str, path: str) -> Callable[[_F], _F]:
         if not path.startswith("/"):
             raise UsageError(f"path {path!r} must start with '/'")
         parts = re.split(r"\{(\w+)\}", path)
@@ -4973,7 +5205,8 @@ class Engine:
                                      for at, part in enumerate(parts)))
 
         def decorate(fn: _F) -> _F:
-            self._register(self._routes.insert, 0, _Endpoint(method, pattern, fn))     # newest first
+            route = _Endpoint(method, pattern, _plain_function(fn))
+            self._register(self._routes.insert, 0, route)       # newest first
             return fn
         return decorate
 
@@ -5063,12 +5296,13 @@ class Engine:
             return
         first = self.config.port
         tries = 1 if self.config.firm_port or not first else _PORTS_TO_TRY
-        for port in range(first, min(first + tries, 65536)):
+        last = min(first + tries - 1, 65535)
+        for port in range(first, last + 1):
             try:
                 self._port = self.server.listen(self.config.host, port)
                 break
             except OSError as error:
-                if error.errno != errno.EADDRINUSE or port == first + tries - 1:
+                if error.errno != errno.EADDRINUSE or port == last:
                     raise
         if first and self._port != first:
             _log.warning("port %d is taken, listening on %d", first, self._port)
@@ -5089,8 +5323,13 @@ class Engine:
             OSError: the address can't be used (errno EADDRINUSE: taken).
         """
         self._set_up_logging()
+        self._must_be_unstarted()
         _log.info("listening on %s (Ctrl-C stops)", self.url)
         self._run_until_signal()
+
+    def _must_be_unstarted(self) -> None:
+        if self._thread is not None or self._state not in ("new", "open"):
+            raise StateError("this engine was started already; make a new one")
 
     def _set_up_logging(self) -> None:
         """Show our log on stderr, unless the program set up logging by itself."""
@@ -5115,24 +5354,26 @@ class Engine:
                 signal.signal(each, handler)
 
     def _signalled(self, number: int, _frame: Any) -> None:
-        if self._state == "stopping":
+        self._signals += 1
+        if self._signals > 1:
             os._exit(128 + number)          # asked twice: now
-        self._begin_stop(5.0)
-        self.loop.wake()
+        self.loop.call_soon(self._begin_stop, 5.0)      # not in the middle of something
 
     def _run_loop(self) -> None:
         self._thread_id = threading.get_ident()
         try:
             while self._state != "stopped":
-                self.step(3600.0)
+                try:
+                    self.step(3600.0)
+                except Exception:           # ours, for handlers' are caught: never end for it
+                    _log.exception("a pass of the loop failed")
         finally:
             if self._state != "stopped":       # something worse than an end
                 self._closed()
 
     def start(self) -> Self:
         """Serve from a thread of its own and return when it listens (notebooks, tests)."""
-        if self._thread is not None or self._state not in ("new", "open"):
-            raise StateError("this engine was started already; make a new one")
+        self._must_be_unstarted()
         self._open()
         self._thread = threading.Thread(target=self._run_loop, name="horizon_lite", daemon=True)
         self._thread.start()
@@ -5142,15 +5383,14 @@ class Engine:
     def stop(self, grace_s: float = 5.0) -> None:
         """End gracefully: no new connections, what waits is sent, clients get 1001.
 
-        From another thread it returns when all is closed; from a handler at once.
+        It returns when all is closed; from a handler at once.
         """
         if self._state == "stopped":
             return
         if self._thread_id in (None, threading.get_ident()):
             self._begin_stop(grace_s)
-            if self._thread_id is None:             # nobody drives it
-                while self._state != "stopped":
-                    self.step(0.1)
+            while self._state != "stopped" and not self._stepping:      # nobody else drives it
+                self.step(0.1)
             return
         with contextlib.suppress(StateError):       # stopped meanwhile
             self.call_soon(self._begin_stop, grace_s)
@@ -5196,18 +5436,33 @@ class Engine:
 
     def wait_s(self) -> float:
         """Return how long ``step`` may be put off if ``fileno`` stays unreadable, in seconds."""
-        waits = [ticker.wait_s() for ticker, _ in self._repeats]
+        waits = [self.loop.wait_s(), *(ticker.wait_s() for ticker, _ in self._repeats)]
+        if self._urgent or self._waiting and self._ticker is None:
+            return 0.0
         if self._ticker is not None:
             waits.append(self._ticker.wait_s())
         if self._state == "stopping":
             waits.append(0.05)
-        return min(waits, default=1.0)
+        return min(waits)
 
     def step(self, timeout_s: float = 0.0) -> None:
         """Run one pass of the loop, from whatever loop you have; wait at most *timeout_s*."""
-        self._open()
+        if self._state == "stopped" or self._stepping:
+            raise StateError("the engine is stopped" if not self._stepping else "step() within a step")
         if self._thread_id is None:
             self._thread_id = threading.get_ident()
+        self._on_loop("step")
+        self._open()
+        self._stepping = True
+        try:
+            self._pass(timeout_s)
+        finally:
+            self._stepping = False
+        if self._state == "stopping" and (
+                not self.server.connections or self.loop.clock() > self._stop_at_ns):
+            self._closed()
+
+    def _pass(self, timeout_s: float) -> None:
         self.loop.run_once(min(timeout_s, self.wait_s()))
         for ticker, fn in self._repeats:
             if ticker.take_due():
@@ -5220,9 +5475,6 @@ class Engine:
             urgent, self._urgent = self._urgent, []
             self._flush(urgent)
         self.loop.flush()
-        if self._state == "stopping" and (
-                not self.server.connections or self.loop.clock() > self._stop_at_ns):
-            self._closed()
 
     def _repeat(self, fn: Callable[[], object]) -> None:
         try:
@@ -5258,11 +5510,11 @@ class Engine:
 
     def _tell_presence(self) -> None:
         users = self.presence.take_changes()
-        audience = self._watchers       # nobody new, but somebody new who asks
+        audience = list(self._watchers)         # nobody new, but somebody new who asks
         if users is not None:
             audience = [each for each in self.sessions.values()
                         if each.subscriptions and _PRESENCE_TOPIC in each.subscriptions]
-        self._watchers = []
+        self._watchers.clear()
         if audience:
             users = self.presence.users()
             update = Publication("", {"type": "presence_update", "users": users}, 0, "", False,
@@ -5315,14 +5567,14 @@ class Engine:
             if match is None:
                 continue
             request.params = match.groupdict()
-            if route.method == "WEBSOCKET":
+            if (request.method, route.method) == ("GET", "WEBSOCKET"):
                 self._upgrade(connection, request, route)
                 return None
             if request.method == route.method or (request.method, route.method) == ("HEAD", "GET"):
                 if request.method == "POST":
                     self._check_origin(request)
                 return self._answer(route, request)
-            allowed += ["GET", "HEAD"] if route.method == "GET" else [route.method]
+            allowed += {"GET": ["GET", "HEAD"], "WEBSOCKET": ["GET"]}.get(route.method, [route.method])
         self.server.refused["bad_method" if allowed else "not_found"] += 1
         if allowed:
             return Response("method not allowed\n", 405, {"Allow": ", ".join(dict.fromkeys(allowed))})
@@ -5332,6 +5584,8 @@ class Engine:
         try:
             result = route.answer(request, **request.params)
             return result if isinstance(result, Response) else Response(result)
+        except PeerError:               # say, of a body that was decoded: the peer's fault
+            raise
         except Exception:
             self.metrics.inc("horizon_route_errors_total")
             _log.exception("%s %s failed", request.method, request.path)
@@ -5364,10 +5618,8 @@ class Engine:
         subprotocol = _choose_subprotocol(request, [name for name in _FORMS if name]) if ours else ""
         session = Session(self, connection, subprotocol, None if ours else route.answer)
         self.sessions[session.id] = session
-        self._users.setdefault(session.user, []).append(session)
+        self._know_user(session)
         connection.upgrade(request, subprotocol, session)
-        if ours:
-            self.presence.join(session.user)
         event = self.bus.emit("core:player_connected", {
             "player_id": session.id, "connection_id": session.id,
             "remote_addr": session.address, "timestamp": time.time()}, session)
@@ -5398,18 +5650,25 @@ class Engine:
             self.coalesced += session.outbox.coalesced
             session.outbox = None
         self._movers.pop(session, None)
-        if session in self._watchers:
-            self._watchers.remove(session)
+        self._watchers.pop(session, None)
         self.movement.remove(session.player)
         del self.sessions[session.id]
+        self._forget_user(session)
+        self.bus.emit("core:player_disconnected", {
+            "player_id": session.id, "connection_id": session.id, "remote_addr": session.address,
+            "reason": reason, "code": code, "timestamp": time.time()}, session)
+
+    def _know_user(self, session: Session) -> None:
+        self._users.setdefault(session.user, []).append(session)
+        if session.handler is None:
+            self.presence.join(session.user)
+
+    def _forget_user(self, session: Session) -> None:
         self._users[session.user].remove(session)
         if not self._users[session.user]:
             del self._users[session.user]
         if session.handler is None:
             self.presence.leave(session.user)
-        self.bus.emit("core:player_disconnected", {
-            "player_id": session.id, "connection_id": session.id, "remote_addr": session.address,
-            "reason": reason, "code": code, "timestamp": time.time()}, session)
 
     def on_drain(self, connection: Connection) -> None:
         """Send a client that reads again what waited for it."""
@@ -5430,13 +5689,17 @@ class Engine:
                 except WireError as error:
                     error.label = "bad_protobuf"
                     raise
+                session.connection.charge(len(batch.events) - 1)        # the frame was charged
                 for envelope in batch.events:
-                    self._on_envelope(session, envelope)
+                    if session.connection.is_open:      # one may have ended it
+                        self._on_envelope(session, envelope)
 
     def _parse(self, text: str) -> Any:
         try:
             value = _load_json(text)
-        except (ValueError, RecursionError):
+            if "\\u" in text:
+                _json_bytes(value)          # half a surrogate pair can't be sent on
+        except (ValueError, RecursionError, UsageError):
             raise PeerError("that is not JSON", close_code=1007, label="bad_json") from None
         limit = self.config.max_json_depth
         if limit and text.count("[") + text.count("{") > limit and _depth(value) > limit:
@@ -5526,6 +5789,8 @@ class Engine:
             self._move(session, move.x, move.y, move.z)
 
     def _move(self, session: Session, x: Any, y: Any, z: Any) -> None:
+        if not session.connection.is_open:      # a handler ended it
+            return
         try:
             self.movement.move(session.player, x, y, z)
         except UsageError:
@@ -5588,7 +5853,7 @@ class Engine:
             mine[topic] = None
             return
         if topic == _PRESENCE_TOPIC:
-            self._watchers.append(session)
+            self._watchers[session] = None
             mine[topic] = None
             return
         mine[topic] = self.topics.subscribe(topic, session.put_many, batched=True)
@@ -5659,6 +5924,7 @@ class Engine:
             "horizon_outbox_coalesced_total": (
                 lambda: self._outboxes("coalesced") + self.movement.coalesced, "States replaced unsent."),
             "horizon_moves_total": (lambda: self.movement.moves, "Positions accepted."),
+            "horizon_topics_errors_total": (lambda: self.topics.errors, "Subscribers' calls that raised."),
             "horizon_topics_published_total": (lambda: self.topics.published, "Publications."),
             "horizon_topics_delivered_total": (lambda: self.topics.delivered, "Publications times sinks."),
             "horizon_pool_hits_total": (lambda: self._batches.hits, "Objects reused from a pool."),
@@ -5778,7 +6044,9 @@ class Client:
                 self._sock = ssl.create_default_context().wrap_socket(self._sock, server_hostname=host)
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             subprotocol = f"horizon.{protocol}.v1"
-            self._ws.receive(_shake_hands(self._sock, f"{host}:{port}", path, subprotocol, headers))
+            name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            self._ws.receive(_shake_hands(self._sock, name, path, subprotocol, headers))
+            self._take_events()             # a welcome may have come along
         except BaseException:
             self._sock.close()
             raise
@@ -6107,26 +6375,27 @@ def _serve(args: argparse.Namespace) -> int:
 
     def run(app: Engine) -> None:       # also for files that call app.run() themselves
         ran.append(app)
-        app.configure(**_said(args))
+        if said := _said(args):
+            app.configure(**said)
         _serve_engine(app, f"serving {args.app}.")
 
     original, Engine.run = Engine.run, run      # type: ignore[method-assign, assignment]
     try:
-        app = _find_engine(args.app)
+        module = _import_app(args.app)
         if not ran:
-            run(app)
+            run(_find_engine(module, args.app))
     finally:
         Engine.run = original           # type: ignore[method-assign]
     return 0
 
 
-def _find_engine(target: str) -> Engine:
-    """Import ``file.py`` or ``module:name`` and return the Engine in it."""
+def _import_app(target: str) -> ModuleType:
+    """Import ``file.py``, ``module`` or ``module:name``."""
     import importlib
     import importlib.util
-    name, _, attribute = target.partition(":")
+    name = target.partition(":")[0]
     if name.endswith(".py"):
-        if not os.path.exists(name):
+        if not os.path.isfile(name):
             raise UsageError(f"there is no file {name!r}")
         sys.path.insert(0, os.path.dirname(os.path.abspath(name)))
         spec = importlib.util.spec_from_file_location(os.path.basename(name)[:-3], name)
@@ -6134,14 +6403,21 @@ def _find_engine(target: str) -> Engine:
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
-    else:
-        sys.path.insert(0, os.getcwd())
-        try:
-            module = importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name != name:
-                raise
-            raise UsageError(f"there is no module {name!r}; for a file say {name}.py") from None
+        return module
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise UsageError(f"{target!r} is neither a file.py nor a module:name")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name + ".").startswith(error.name + "."):
+            raise                       # the module is there, what it imports is not
+        raise UsageError(f"there is no module {name!r}; for a file say {name}.py") from None
+
+
+def _find_engine(module: ModuleType, target: str) -> Engine:
+    """Return the Engine of *module*: the one that is named, ``app``, or the only one."""
+    attribute = target.partition(":")[2]
     found = getattr(module, attribute or "app", None)
     if found is None and not attribute:
         engines = [each for each in vars(module).values() if isinstance(each, Engine)]
@@ -6241,24 +6517,28 @@ class _Load:
         player = _Player(client, decodes=number % 10 == 0)
         client.subscribe(self.topic)
         client.emit("system", "hello")
-        while (envelope := client.recv(10.0)).which("payload") != "topic_message":
+        while (envelope := client.recv(10.0)) is not None and (
+                envelope.which("payload") != "topic_message"):
             pass
+        if envelope is None:
+            raise HandshakeError(f"the server closed: {client.closed}")
         hello = json.loads(envelope.topic_message.payload)["data"]
         player.id = bytes.fromhex(hello["id"].replace("-", ""))
         return player
 
     def send(self, player: _Player, data: bytes) -> None:
         """Send all of *data*; a full socket is waited for, and counted."""
-        sock = player.client._sock
+        sock, sent = player.client._sock, 0
         try:
-            sent = sock.send(data)
-        except BlockingIOError:
-            sent = 0
-        if sent < len(data):
-            self._blocked += 1
-            sock.settimeout(10.0)
-            sock.sendall(data[sent:])
-            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                sent = sock.send(data)
+            if sent < len(data):
+                self._blocked += 1
+                sock.settimeout(10.0)
+                sock.sendall(data[sent:])
+                sock.setblocking(False)
+        except OSError as error:
+            raise HandshakeError(f"the server hung up: {error}") from None
 
     def run(self, progress: Callable[[float, _Load], None]) -> None:
         """Drive all players for the time that was asked, then wait for what is under way.
@@ -6355,10 +6635,18 @@ class _Load:
 
 
 def _fetch_report(url: str) -> dict[str, Any]:
-    from urllib.request import urlopen
-    with urlopen(re.sub(r"^ws", "http", url.rstrip("/")) + "/stats.json", timeout=10) as answer:
-        report: dict[str, Any] = json.load(answer)
+    import http.client              # not urllib, which would ask a proxy
+    host, port, _, secure = _split_url(url)
+    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    connection = kind(host, port, timeout=10)
+    try:
+        connection.request("GET", "/stats.json")
+        report: dict[str, Any] = json.load(connection.getresponse())
         return report
+    except (http.client.HTTPException, ValueError) as error:
+        raise HandshakeError(f"{url} has no /stats.json: {error}") from None
+    finally:
+        connection.close()
 
 
 @contextlib.contextmanager
@@ -6383,6 +6671,7 @@ def _own_server(hz: float) -> Iterator[str]:
 def _load(args: argparse.Namespace) -> int:
     """Run the load test and say what it measured."""
     _raise_file_limit()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with _own_server(args.hz) if args.url is None else contextlib.nullcontext(args.url) as url:
         load = _Load(url, args.players, args.hz, args.seconds)
         before = _fetch_report(url)
@@ -6419,21 +6708,14 @@ def _load_text(result: dict[str, Any]) -> str:
 
 # -- the arguments --
 
-def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+def _number(kind: Callable[[str], Any], least: float, most: float) -> Callable[[str], Any]:
     def convert(text: str) -> Any:
         value = kind(text)
-        if not 0 < value < 1e6:
+        if not least <= value <= most:
             raise ValueError
         return value
-    convert.__name__ = f"positive {kind.__name__}"      # argparse names it in its error
+    convert.__name__ = f"{kind.__name__} from {least:g} to {most:g}"    # argparse says so
     return convert
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if not 0 <= value <= 100_000:
-        raise ValueError
-    return value
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -6448,7 +6730,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         if isinstance(each.default, bool):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
-            group.add_argument(flag, metavar="N" if isinstance(each.default, int | float) else "TEXT", **options)
+            number = isinstance(each.default, int | float)
+            options["type"] = type(each.default) if number else str
+            group.add_argument(flag, metavar="N" if number else "TEXT", **options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -6466,16 +6750,16 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     demo = command("demo", _demo, "a world of simulated players (what no command at all runs)")
-    demo.add_argument("--players", type=_count, default=100, help="how many, default 100")
+    demo.add_argument("--players", type=_number(int, 0, 100_000), default=100, help="how many, default 100")
     _add_settings(demo)
     serve = command("serve", _serve, "run your own engine file, or an empty world")
     serve.add_argument("app", nargs="?", help="app.py, or module:name")
     _add_settings(serve)
     load = command("load", _load, "drive a server with real WebSocket clients and measure it")
     load.add_argument("--url", help="a running server; without it one is started")
-    load.add_argument("--players", type=_positive(int), default=100, help="clients, default 100")
-    load.add_argument("--hz", type=_positive(float), default=50.0, help="moves per second each, default 50")
-    load.add_argument("--for", dest="seconds", type=_positive(float), default=10.0, metavar="SECONDS",
+    load.add_argument("--players", type=_number(int, 1, 10_000), default=100, help="clients, default 100")
+    load.add_argument("--hz", type=_number(float, 0.1, 1000), default=50.0, help="moves per second each, default 50")
+    load.add_argument("--for", dest="seconds", type=_number(float, 0.1, 86_400), default=10.0, metavar="SECONDS",
                       help="how long, default 10")
     load.add_argument("--json", action="store_true", help="print one JSON object")
     command("proto", _print_proto, "print the built-in .proto schema")
@@ -6499,9 +6783,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except ConfigError as problem:
-        status, error = 3, str(problem)
-    except (HorizonError, TimeoutError) as problem:
+    except UsageError as problem:
+        status, error = 3 if isinstance(problem, ConfigError) else 2, str(problem)
+    except (HorizonError, TimeoutError, UnicodeError) as problem:
         error = str(problem)
     except OSError as problem:
         status = 4 if problem.errno == errno.EADDRINUSE else 1
