@@ -76,7 +76,8 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType, SimpleNamespace, TracebackType
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, Self, TypeVar, dataclass_transform, overload
+from typing import (TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, Self, TypeVar,
+                    dataclass_transform, overload)
 
 if TYPE_CHECKING:                   # costly to import, and needed only by those who use it
     import argparse
@@ -401,7 +402,9 @@ class Metrics(Mapping[str, float]):
             name += "_total"
         family = self._families.get(name)
         # OpenMetrics knows a counter by its name without the suffix: that must be free, too
-        rival = self._families.get(name.removesuffix("_total") if kind == "counter" else name + "_total")
+        rival = self._families.get(
+            name.removesuffix("_total") if kind == "counter" else name + "_total"
+        )
         if rival is not None and rival is not family:
             raise UsageError(f"metric {name!r} is too like another one, a {rival.kind}")
         if family is None:
@@ -437,7 +440,10 @@ class Metrics(Mapping[str, float]):
             if isinstance(cell, _Watch):
                 values = cell.read()
                 for value_of_label, value in list(values.items()) if cell.label else [("", values)]:
-                    yield name + _label_text({cell.label: value_of_label} if cell.label else {}), value
+                    yield (
+                        name + _label_text({cell.label: value_of_label} if cell.label else {}),
+                        value,
+                    )
             elif family.kind == "histogram":
                 yield from self._histogram_samples(name, labels, family.labels[labels], cell)
             else:
@@ -796,24 +802,20 @@ def _too_deep(at: int) -> WireError:
     return WireError(f"nested deeper than {_MAX_DEPTH}", at=at)
 
 
+_FIXED = {"double": "<d", "float": "<f", "fixed64": "<Q", "fixed32": "<I", "sfixed64": "<q",
+          "sfixed32": "<i"}
+_RANGES = {"int32": (-1 << 31, (1 << 31) - 1), "int64": (-1 << 63, (1 << 63) - 1),
+           "uint32": (0, (1 << 32) - 1), "uint64": (0, _MASK64),
+           "sint32": (-1 << 31, (1 << 31) - 1), "sint64": (-1 << 63, (1 << 63) - 1)}
 _GENERATED_NAMES: dict[str, Any] = {        # what generated text may call
-    "MASK64": _MASK64, "read_varint": _read_varint, "write_varint": _write_varint,
-    "varint_size": _varint_size, "zigzag": _zigzag, "unzigzag": _unzigzag,
-    "sign32": _sign32, "sign64": _sign64, "sized": _sized, "skip": _skip,
-    "close_length": _close_length, "bool_byte": _bool_byte,
-    "as_bytes": _as_bytes, "as_text": _as_text, "items": _items, "map_value": _map_value, "sub_size": _sub_size, "too_long": _too_long, "too_deep": _too_deep,
-    "pack_float": _pack_float, "pack_double": struct.Struct("<d").pack,
-    "pack_fixed64": struct.Struct("<Q").pack, "pack_fixed32": struct.Struct("<I").pack,
-    "pack_sfixed64": struct.Struct("<q").pack, "pack_sfixed32": struct.Struct("<i").pack,
-    "unpack_float": struct.Struct("<f").unpack_from, "unpack_double": struct.Struct("<d").unpack_from,
-    "unpack_fixed64": struct.Struct("<Q").unpack_from, "unpack_fixed32": struct.Struct("<I").unpack_from,
-    "unpack_sfixed64": struct.Struct("<q").unpack_from, "unpack_sfixed32": struct.Struct("<i").unpack_from,
-    "int32": _in_range("int32", -1 << 31, (1 << 31) - 1),
-    "int64": _in_range("int64", -1 << 63, (1 << 63) - 1),
-    "uint32": _in_range("uint32", 0, (1 << 32) - 1),
-    "uint64": _in_range("uint64", 0, _MASK64),
-    "sint32": _in_range("sint32", -1 << 31, (1 << 31) - 1),
-    "sint64": _in_range("sint64", -1 << 63, (1 << 63) - 1),
+    "MASK64": _MASK64,
+    **{name: _in_range(name, *bounds) for name, bounds in _RANGES.items()},
+    **{f"pack_{name}": struct.Struct(form).pack for name, form in _FIXED.items()},
+    **{f"unpack_{name}": struct.Struct(form).unpack_from for name, form in _FIXED.items()},
+    **{each.__name__[1:]: each for each in (
+        _read_varint, _write_varint, _varint_size, _zigzag, _unzigzag, _sign32, _sign64, _sized,
+        _skip, _close_length, _bool_byte, _as_bytes, _as_text, _items, _map_value, _sub_size,
+        _too_long, _too_deep, _pack_float)},
 }
 
 
@@ -1073,8 +1075,13 @@ def _find_class(owner: type, name: str) -> Any:
     module: Any = sys.modules.get(owner.__module__)
     around = owner.__qualname__.rpartition(".")[0]
     if "<locals>" in around:        # a class inside a function can only be found by its kin
-        kin = [each for each in Message.__subclasses__() if each.__name__ == name
-               and (each.__module__, each.__qualname__.rpartition(".")[0]) == (owner.__module__, around)]
+        kin = [
+            each
+            for each in Message.__subclasses__()
+            if each.__name__ == name
+            and (each.__module__, each.__qualname__.rpartition(".")[0])
+            == (owner.__module__, around)
+        ]
         if kin:
             return kin[-1]
     scopes = [module]
@@ -1175,8 +1182,12 @@ def _map_entry(owner: type, field_: _Field) -> type:
     """Return the message that protobuf defines for a map's entries: 1 key, 2 value."""
     assert field_.map is not None
     key, value = field_.map
-    members = {"key": field(1, key), "value": field(2, value),
-               "__module__": owner.__module__, "__qualname__": f"{owner.__qualname__}.{field_.name}"}
+    members = {
+        "key": field(1, key),
+        "value": field(2, value),
+        "__module__": owner.__module__,
+        "__qualname__": f"{owner.__qualname__}.{field_.name}",
+    }
     for each in (members["key"], members["value"]):
         each.always = True
     return _MessageMeta(f"{owner.__name__}.{field_.name}", (Message,), members)
@@ -1273,7 +1284,9 @@ class Message(metaclass=_MessageMeta):
             try:
                 data = memoryview(data).cast("B")
             except TypeError as error:
-                raise UsageError(f"decode reads bytes, not {type(data).__name__}: {error}") from None
+                raise UsageError(
+                    f"decode reads bytes, not {type(data).__name__}: {error}"
+                ) from None
         try:
             self._read(data, 0, len(data), _MAX_DEPTH)
         except (IndexError, struct.error):
@@ -1479,7 +1492,10 @@ class _ProtoReader:
             elif word == "enum":
                 self._enum(types)
             elif word in ("syntax", "package", "option", "service", ";"):
-                if word == "syntax" and self._tokens[self._at + 2:][:1] not in (['"proto3"'], ["'proto3'"]):
+                if word == "syntax" and self._tokens[self._at + 2 :][:1] not in (
+                    ['"proto3"'],
+                    ["'proto3'"],
+                ):
                     raise self._fail('syntax = "proto3"; only that is read here')
                 if word == "package":
                     self._package = "".join(self._tokens[self._at + 1:][:1]) + "."
@@ -1515,7 +1531,9 @@ class _ProtoReader:
             name, scopes = name[1:], scopes[-1:]
         return _Scoped(name.removeprefix(self._package), scopes)
 
-    def _member(self, namespace: dict[str, Any], scopes: tuple[dict[str, Any], ...], path: str) -> None:
+    def _member(
+        self, namespace: dict[str, Any], scopes: tuple[dict[str, Any], ...], path: str
+    ) -> None:
         word = self._peek()
         if word == "message":
             self._message(scopes, path)
@@ -1558,7 +1576,9 @@ class _ProtoReader:
             self._expect(";")
         if name in namespace:
             raise SchemaError(f"{self._label}:{line}: field {name!r} is declared twice")
-        while keyword.iskeyword(name) or name == "self" or hasattr(Message, name) or name in namespace:
+        while (
+            keyword.iskeyword(name) or name == "self" or hasattr(Message, name) or name in namespace
+        ):
             name += "_"
         try:
             namespace[name] = field(number, target, **options)
@@ -1762,7 +1782,12 @@ message TopicMessage {
   uint64 offset = 3;
   string epoch = 4;
 }
-message ZoneEnter { string object_id = 1; string object_type = 2; uint32 channel = 3; bytes data = 4; }
+message ZoneEnter {
+  string object_id = 1;
+  string object_type = 2;
+  uint32 channel = 3;
+  bytes data = 4;
+}
 message ZoneExit { string object_id = 1; string object_type = 2; uint32 channel = 3; }
 message ClientRequest {
   string id = 1;                      // empty: no answer wanted
@@ -2166,7 +2191,9 @@ class Bus:
             raise UsageError(f"handler of {key!r} must be callable, got {fn!r}")
         spawned = blocking or _is_async(fn)
         if spawned and self._spawn is None:
-            raise UsageError(f"handler of {key!r} is async or blocking; this bus has no spawn= for it")
+            raise UsageError(
+                f"handler of {key!r} is async or blocking; this bus has no spawn= for it"
+            )
         handler = Handler(self, key, fn, (priority, next(self._numbers)), once, filter,
                           ignore_cancelled, spawned)
         (self._wild if "*" in segments else self._exact).setdefault(key, []).append(handler)
@@ -2248,7 +2275,10 @@ class Bus:
         """
         # HOT: 2.5 x pyee, 4 x blinker (bench 7.bus.emit_1, emit_4). Twin: PlainBus in the tests.
         # Event is built in place: its __init__ would cost a third of the whole.
-        route = self._routes.get(key) or self._strange_route(key)
+        try:
+            route = self._routes[key]
+        except KeyError:
+            route = self._strange_route(key)
         event = _new_event(Event)
         event.key = key
         event.data = data
@@ -2259,8 +2289,9 @@ class Bus:
             return self._run_timed(route, event)
         spawned = route.spawned
         for handler in route.direct:
+            invoke = handler.invoke     # two steps: as a method call it costs twice as much
             try:
-                handler.invoke(event)
+                invoke(event)
             except Exception:
                 self.failed(handler, route)
         if spawned and event._reason is None:
@@ -2347,8 +2378,10 @@ class Bus:
     def _all_routes(self) -> Iterator[_Route]:
         return itertools.chain(list(self._routes.values()), list(self._shared.values()))
 
-    def _handlers(self) -> list[Handler]:
-        return [h for t in (self._exact, self._wild) for each in list(t.values()) for h in each]
+    @property
+    def handler_count(self) -> int:
+        """How many registrations there are."""
+        return sum(len(each) for t in (self._exact, self._wild) for each in list(t.values()))
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Return per key: emits, errors, mean sampled time, and the same per handler."""
@@ -2366,8 +2399,11 @@ class Bus:
         """Return what looks wrong: keys emitted to nobody, keys with over 100 handlers."""
         found = [f"nobody listens to {route.key!r}" for route in self._all_routes()
                  if route.emits and not route.handlers]
-        found += [f"{route.key!r} has {len(route.handlers)} handlers" for route in self._all_routes()
-                  if len(route.handlers) > 100]
+        found += [
+            f"{route.key!r} has {len(route.handlers)} handlers"
+            for route in self._all_routes()
+            if len(route.handlers) > 100
+        ]
         return found
 
 
@@ -2416,6 +2452,11 @@ def _check_topic(name: str, *, wildcards: bool) -> list[str]:
     return tokens
 
 
+@functools.lru_cache(maxsize=1024)
+def _topic_json(topic: str) -> bytes:
+    return _json_bytes(topic)
+
+
 class Publication:
     """One message on a topic, rendered at most once per form, whatever the audience.
 
@@ -2458,7 +2499,7 @@ class Publication:
             self.measure()
             self._json = self._body if not self.topic else (
                 b'{"topic":%b,"payload":%b,"offset":%d,"epoch":"%b"}' % (
-                    _json_bytes(self.topic), self._body, self.offset, self.epoch.encode()))
+                    _topic_json(self.topic), self._body, self.offset, self.epoch.encode()))
         return self._json
 
     def envelope(self, form: str) -> bytes:
@@ -2634,7 +2675,9 @@ class Topics:
         if record.version != self._version:
             self._find_sinks(topic, record)
         record.offset += 1
-        publication = Publication(topic, payload, record.offset, record.epoch, critical, next(self.seq))
+        publication = Publication(
+            topic, payload, record.offset, record.epoch, critical, next(self.seq)
+        )
         if record.batched:
             self._enqueue(record, publication)
         for sink in record.sinks:
@@ -2677,6 +2720,11 @@ class Topics:
             batch = Batch(items, record.size, items[-1].critical)
             for sink in record.batched:
                 sink(batch)
+
+    @property
+    def pending(self) -> bool:
+        """Whether batched sinks have something to come."""
+        return bool(self._pending)
 
     def _record(self, topic: str) -> _Topic:
         """Return a topic's record, made if need be; forget idle ones when there are many."""
@@ -2944,15 +2992,15 @@ class Outbox:
     replaced by the newest; all else is dropped, oldest first, when the bound is passed.
     """
 
-    __slots__ = ("items", "size", "dropped", "coalesced", "_max_items", "_max_bytes", "_mixed")
+    __slots__ = ("items", "size", "dropped", "coalesced", "_max_items", "max_bytes", "mixed")
 
     def __init__(self, max_items: int, max_bytes: int) -> None:
         self.items: tuple[Any, ...] = ()    # never changed in place: peers share them
         self.size = 0
         self.dropped = self.coalesced = 0
-        self._mixed = False                 # filled from several topics: to be sorted
+        self.mixed = False                 # filled from several topics: to be sorted
         self._max_items = max_items or sys.maxsize      # a limit of 0 means none
-        self._max_bytes = max_bytes or sys.maxsize
+        self.max_bytes = max_bytes or sys.maxsize
 
     def put(self, item: Any, ahead: int = 0) -> None:
         """Add *item*; *ahead* bytes are waiting elsewhere for the same peer.
@@ -2962,23 +3010,23 @@ class Outbox:
         """
         if item.key is None or not self._replace(item):
             self.put_many((item,), item.size or item.measure(), ahead)
-        elif self.size + ahead > self._max_bytes:
+        elif self.size + ahead > self.max_bytes:
             self._make_room(ahead)
 
     def put_many(self, items: tuple[Any, ...], size: int, ahead: int = 0) -> None:
         """Add items of *size* bytes in all, none of which replaces another; raises as ``put``."""
         # HOT: once per subscriber per topic per tick (bench 14.fanout)
         if self.items:
-            self._mixed = True
+            self.mixed = True
             items = self.items + items
         self.items = items
         self.size += size
-        if len(items) > self._max_items or self.size + ahead > self._max_bytes:
+        if len(items) > self._max_items or self.size + ahead > self.max_bytes:
             self._make_room(ahead)
 
     def overflows(self, count: int, size: int) -> bool:
         """Whether so much more would pass the bound."""
-        return len(self.items) + count > self._max_items or self.size + size > self._max_bytes
+        return len(self.items) + count > self._max_items or self.size + size > self.max_bytes
 
     def _replace(self, item: Any) -> bool:
         for at, old in enumerate(self.items):
@@ -2986,7 +3034,7 @@ class Outbox:
                 newest = item.replaces(old)
                 self.size += newest.size - old.size
                 self.items = (*self.items[:at], newest, *self.items[at + 1:])
-                self._mixed = True
+                self.mixed = True
                 self.coalesced += 1
                 return True
         return False
@@ -2994,7 +3042,7 @@ class Outbox:
     def _make_room(self, ahead: int) -> None:
         self._sort()
         items = list(self.items)
-        while len(items) > self._max_items or self.size + ahead > self._max_bytes:
+        while len(items) > self._max_items or self.size + ahead > self.max_bytes:
             # droppable before latest: of state there is only one, and it is wanted
             at = next((n for n, each in enumerate(items) if not each.critical and each.key is None),
                       next((n for n, each in enumerate(items) if not each.critical), None))
@@ -3007,13 +3055,13 @@ class Outbox:
         self.items = tuple(items)
 
     def _sort(self) -> None:
-        if self._mixed:
+        if self.mixed:
             self.items = tuple(sorted(self.items, key=operator.attrgetter("seq")))
-            self._mixed = False
+            self.mixed = False
 
     def take(self) -> tuple[Any, ...]:
         """Return everything in order and be empty."""
-        if self._mixed:
+        if self.mixed:
             self._sort()
         items, self.items, self.size = self.items, (), 0
         return items
@@ -3071,7 +3119,9 @@ class Request:
 
     def tokens(self, name: str) -> list[str]:
         """Return a comma-separated header's members, lower case."""
-        return [each.strip().lower() for each in self.headers.get(name, "").split(",") if each.strip()]
+        return [
+            each.strip().lower() for each in self.headers.get(name, "").split(",") if each.strip()
+        ]
 
     def __repr__(self) -> str:
         return f"Request({self.method} {self.target})"
@@ -3095,14 +3145,19 @@ class Response:
         if isinstance(body, dict | list):
             body, guess = _json_bytes(body), "application/json"
         elif isinstance(body, str):
-            body, guess = body.encode(), "text/html; charset=utf-8" if body.lstrip()[:1] == "<" else guess
+            body, guess = (
+                body.encode(),
+                "text/html; charset=utf-8" if body.lstrip()[:1] == "<" else guess,
+            )
         elif not isinstance(body, bytes):
             raise UsageError(f"a response's body is str, bytes, dict or list, not {body!r}")
         self.status = status
         self.body: bytes = body
         self.headers = dict(headers or {})
         for name, value in self.headers.items():
-            if not re.fullmatch(_TOKEN_CHARS, name) or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", value):
+            if not re.fullmatch(_TOKEN_CHARS, name) or re.search(
+                r"[\x00-\x08\x0a-\x1f\x7f]", value
+            ):
                 raise UsageError(f"header {name!r}: {value!r} can't be sent")
             if name.lower() in ("content-length", "transfer-encoding"):
                 raise UsageError(f"header {name!r} is set by the server itself")
@@ -3189,7 +3244,9 @@ class HTTPConnection:
         self._scanned = len(buffer)
         if max(end, 0 if end >= 0 else len(buffer)) > self._max_header:
             status = 414 if b"\r\n" not in buffer[:_MAX_TARGET] else 431
-            raise TooBig("the header block is too large", http_status=status, label="header_too_big")
+            raise TooBig(
+                "the header block is too large", http_status=status, label="header_too_big"
+            )
         if end < 0:
             self._check_early()
             return False
@@ -3317,7 +3374,9 @@ def _body_length(request: Request) -> int:
         if length is not None or request.version < (1, 1):      # smuggling: RFC 9112 6.1
             raise FrameError("Transfer-Encoding can't be here", label="bad_request")
         if coding.strip().lower() != "chunked":
-            raise FrameError(f"transfer coding {coding[:20]!r}", http_status=501, label="bad_request")
+            raise FrameError(
+                f"transfer coding {coding[:20]!r}", http_status=501, label="bad_request"
+            )
         return -1
     if length is None:
         return 0
@@ -3496,8 +3555,10 @@ class WebSocketConnection:
         if opcode >= 8:
             if opcode > 10:
                 raise FrameError(f"reserved opcode {opcode}", at=at, label="reserved_opcode")
-            if not first & 0x80 or second & 0x7F > 125:     # RFC 6455 5.5
-                raise FrameError("control frame is fragmented or too long", at=at, label="bad_control")
+            if not first & 0x80 or second & 0x7F > 125:  # RFC 6455 5.5
+                raise FrameError(
+                    "control frame is fragmented or too long", at=at, label="bad_control"
+                )
         elif opcode > 2:
             raise FrameError(f"reserved opcode {opcode}", at=at, label="reserved_opcode")
         elif (opcode == _CONTINUATION) == (self._parts is None):    # RFC 6455 5.4
@@ -3604,7 +3665,9 @@ def _check_upgrade(request: Request) -> None:
         raise HandshakeError("upgrade with HTTP/1.1", label="bad_handshake")
     if not _header_has(request, "upgrade", "websocket") or (
             not _header_has(request, "connection", "upgrade")):
-        raise HandshakeError("this address speaks WebSocket", http_status=426, label="not_websocket")
+        raise HandshakeError(
+            "this address speaks WebSocket", http_status=426, label="not_websocket"
+        )
     if request.headers.get("sec-websocket-version") != "13":
         raise HandshakeError("WebSocket version 13 is needed", http_status=426, label="ws_version")
     if not re.fullmatch(r"[A-Za-z0-9+/]{21}[AQgw]==", request.headers.get("sec-websocket-key", "")):
@@ -3613,7 +3676,9 @@ def _check_upgrade(request: Request) -> None:
 
 def _choose_subprotocol(request: Request, known: Iterable[str]) -> str:
     """Return the first protocol the client offers that we know, or "" (RFC 6455 4.2.2)."""
-    offered = [each.strip() for each in request.headers.get("sec-websocket-protocol", "").split(",")]
+    offered = [
+        each.strip() for each in request.headers.get("sec-websocket-protocol", "").split(",")
+    ]
     return next((each for each in offered if each and each in known), "")
 
 
@@ -3793,7 +3858,7 @@ class Connection:
         self._queued = 0                    # bytes in _out
         self.unsent: bytes | memoryview = b""      # what the socket did not take
         self._state = "open"
-        self._since_ns = now                # when the request began, the last was answered, it finished
+        self._since_ns = now  # when the request began, the last was answered, it finished
         self._fresh = True                  # no request was answered yet
         self._slow = False                  # given up on
         self._pings = 0                     # unanswered
@@ -4340,8 +4405,8 @@ class Config:
     """Every setting. Times in seconds, sizes in bytes, 0 means no limit (DESIGN 2, 4)."""
 
     host: str = "127.0.0.1"
-    port: int = 8080                            # 0: any free one
-    firm_port: bool = False                     # fail if it is taken; load() sets it when port is said
+    port: int = 8080  # 0: any free one
+    firm_port: bool = False  # fail if it is taken; load() sets it when port is said
     profile: str = "prod"
     tick_hz: float = 50.0                       # 0: no ticks, everything leaves at once
     max_catchup_ticks: int = 5
@@ -4375,7 +4440,9 @@ class Config:
             raise ConfigError(f"tick_hz = {self.tick_hz} must be 0, or 0.001 to 10000")
         for name, known in (("profile", _PRESETS), ("log_level", _LOG_LEVELS)):
             if getattr(self, name) not in known:
-                raise ConfigError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(known)}")
+                raise ConfigError(
+                    f"{name} = {getattr(self, name)!r} must be one of {', '.join(known)}"
+                )
         if not is_loopback(self.host) and not self.insecure:
             raise ConfigError(f"host = {self.host!r} lets strangers in, and nothing asks who they "
                               "are; bind to 127.0.0.1, or say insecure = true")
@@ -4919,7 +4986,7 @@ class Session:
         self.engine._on_loop("client.close")
         if not _sendable_code(code):
             raise UsageError(f"close code {code} can't be sent; use 1000 to 1014 or 3000 to 4999")
-        self.engine.topics.flush()
+        self.engine._flush_topics()
         self.engine._flush([self])              # what was sent before goes before
         self.connection.close(code, reason)
 
@@ -4936,12 +5003,15 @@ class Session:
         """Queue what was published on one topic; the sink of this session's subscriptions."""
         # HOT: once per subscriber per topic per tick (bench 14.fanout)
         outbox = self.outbox
-        if outbox is None or outbox.items or batch.critical:
+        if outbox is None or outbox.items or batch.critical or (
+                batch.size > outbox.max_bytes or self.connection.unsent):
             outbox = self._filling(len(batch.items), batch.size, batch.critical)
-            if outbox is None:
-                return
-        else:
+        else:                                   # the common case: the outbox becomes the batch
+            outbox.items, outbox.size = batch.items, batch.size
             self.engine._waiting.append(self)
+            return
+        if outbox is None:
+            return
         try:
             outbox.put_many(batch.items, batch.size, len(self.connection.unsent))
         except SlowPeer:
@@ -5044,6 +5114,48 @@ class _Endpoint(NamedTuple):
     answer: Callable[..., Any]
 
 
+_WATCHED = (                        # name, kind, where in the engine it is counted, help
+    ("server_active_connections", "gauge", "server.websockets", "Open WebSockets."),
+    ("server_memory_usage_mb", "gauge", "_resident_mb", "Resident memory."),
+    ("memory_resident_mb", "gauge", "_resident_mb", "Resident memory."),
+    ("memory_virtual_mb", "gauge", "_virtual_mb", "Virtual memory."),
+    ("server_uptime_seconds", "gauge", "_uptime_s", "Time since the engine was made."),
+    ("event_handlers_registered", "gauge", "bus.handler_count", "Handlers on the bus."),
+    ("horizon_presence_users", "gauge", "presence.online", "Users with a connection."),
+    ("horizon_topics_known", "gauge", "topics.__len__", "Topics with a record."),
+    ("horizon_transport_connections", "gauge", "server.connections.__len__", "Open sockets."),
+    ("events_processed_total", "counter", "bus.emits", "Events emitted on the bus."),
+    ("horizon_bus_errors_total", "counter", "bus.errors", "Handler calls that raised."),
+    ("horizon_messages_received_total", "counter", "server.messages_received", "From WebSockets."),
+    ("horizon_bytes_received_total", "counter", "server.bytes_received", "Read from sockets."),
+    ("horizon_bytes_sent_total", "counter", "server.bytes_sent", "Written to sockets."),
+    ("horizon_writes_total", "counter", "server.writes", "Calls that wrote to a socket."),
+    ("horizon_http_requests_total", "counter", "server.requests", "Requests, upgrades included."),
+    ("horizon_accepts_total", "counter", "server.accepted", "Connections accepted."),
+    ("horizon_ticks_total", "counter", "tick_count", "Ticks run."),
+    ("horizon_tick_overruns_total", "counter", "overruns", "Ticks that outlasted their period."),
+    ("horizon_ticks_dropped_total", "counter", "_ticks_dropped", "Ticks forgiven after a stall."),
+    ("horizon_outbox_dropped_total", "counter", "_drops", "Messages dropped."),
+    ("horizon_outbox_coalesced_total", "counter", "_replaced", "States replaced unsent."),
+    ("horizon_moves_total", "counter", "movement.moves", "Positions accepted."),
+    ("horizon_topics_errors_total", "counter", "topics.errors", "Subscribers' calls that raised."),
+    ("horizon_topics_published_total", "counter", "topics.published", "Publications."),
+    ("horizon_topics_delivered_total", "counter", "topics.delivered", "Publications times sinks."),
+    ("horizon_pool_hits_total", "counter", "_batches.hits", "Objects reused from a pool."),
+    ("horizon_pool_misses_total", "counter", "_batches.misses", "Objects a pool had to make."),
+    ("horizon_events_sent_total", "counter", "events_sent", "Events sent, by type."),
+    ("horizon_refused_total", "counter", "server.refused", "Peers' faults and our limits."),
+    ("horizon_requests_refused_total", "counter", "refusals", "Requests answered with an error."),
+)
+_TIMED = (                          # name, help, buckets
+    ("event_processing_duration", "Seconds per emitted event; sampled.", BUCKETS_S),
+    ("horizon_tick_seconds", "Time a tick takes.", BUCKETS_S),
+    ("horizon_marshal_seconds", "Time to render one tick's messages.", BUCKETS_S),
+    ("horizon_gc_pause_seconds", "Pauses by the garbage collector.", BUCKETS_S),
+    ("horizon_batch_messages", "Messages per write.", (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)),
+)
+
+
 _CSP = ("default-src 'none'; script-src '{script}'; style-src '{style}'; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
@@ -5087,20 +5199,27 @@ class Engine:
         self.sessions: dict[str, Session] = {}
         self.loop = Loop()
         self._worker = _Worker(lambda: self.bus, self.loop)
-        self.bus = Bus(spawn=self._worker.spawn, debug=self.config.log_level == "debug",
-                       on_time=lambda spent_s: self.metrics.observe("event_processing_duration", spent_s))
+        self.bus = Bus(
+            spawn=self._worker.spawn,
+            debug=self.config.log_level == "debug",
+            on_time=lambda spent_s: self.metrics.observe("event_processing_duration", spent_s),
+        )
         self.server = Server(self.loop, self, self._limits())
         self.tick_count = self.overruns = self.dropped = self.coalesced = 0
         self.events_sent: Counter[str] = Counter()      # by type
         self.refusals: Counter[str] = Counter()         # requests answered with an error, by code
         self._users: dict[str, list[Session]] = {}
+        self._listeners = 0                             # sessions on /ws/data
+        self._broadcasts: list[Publication] = []        # for all of these, at the tick
         self._movers: dict[Session, None] = {}          # who gets movement
         self._watchers: dict[Session, None] = {}        # who just asked for presence
         self._waiting: list[Session] = []               # whose outbox is not empty
         self._urgent: list[Session] = []                # whose outbox leaves with this pass
         self._repeats: list[tuple[Ticker, Callable[[], object]]] = []
         self._routes: list[_Endpoint] = []
-        self._batches: Pool[Any] = Pool(builtin_schema().EventBatch, reset=lambda batch: batch.clear())
+        self._batches: Pool[Any] = Pool(
+            builtin_schema().EventBatch, reset=lambda batch: batch.clear()
+        )
         self._gc = GCWatch()
         self._ticker: Ticker | None = None
         self._thread_id: int | None = None
@@ -5220,7 +5339,7 @@ class Engine:
     # -- sending --
 
     def emit(self, key: str, data: Any = None) -> Event:
-        """Emit on the bus, in process only; returns the event, which a handler may have cancelled."""
+        """Emit on the bus, in process only; returns the event, perhaps cancelled by a handler."""
         self._on_loop("emit")
         return self.bus.emit(key, data)
 
@@ -5254,18 +5373,29 @@ class Engine:
         self._on_loop("broadcast")
         publication = Publication("", payload, 0, "", critical, next(self.topics.seq))
         publication.measure()
-        audience = [each for each in self.sessions.values() if each.handler is None]
-        for session in audience:
-            session.put(publication)
-        return len(audience)
+        self._broadcasts.append(publication)
+        if critical or len(self._broadcasts) == self.config.outbox_messages:
+            self._flush_topics()
+        return self._listeners
+
+    def _flush_topics(self) -> None:
+        """Bring what was published and broadcast into the outboxes."""
+        self.topics.flush()
+        if self._broadcasts:
+            items, self._broadcasts = tuple(self._broadcasts), []
+            batch = Batch(items, sum([each.size for each in items]), items[-1].critical)
+            for session in list(self.sessions.values()):
+                if session.handler is None:
+                    session.put_many(batch)
 
     def send(self, to: str | Session, payload: Any) -> int:
-        """Send *payload*, never dropped, to a session or all sessions of a user; return how many."""
+        """Send *payload*, never dropped, to a session or all of a user's; return how many."""
         self._on_loop("send")
         sessions = [to] if isinstance(to, Session) else self._users.get(to, [])
         sessions = [each for each in sessions if each.connection.is_open]
         publication = Publication("", payload, 0, "", True, next(self.topics.seq))
         publication.measure()
+        self._flush_topics()                    # what was said before arrives before
         for session in sessions:
             session.put(publication)
         return len(sessions)
@@ -5338,7 +5468,9 @@ class Engine:
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
             _log.addHandler(handler)
         if _log.level == logging.NOTSET:
-            _log.setLevel({"warn": "WARNING"}.get(self.config.log_level, self.config.log_level.upper()))
+            _log.setLevel(
+                {"warn": "WARNING"}.get(self.config.log_level, self.config.log_level.upper())
+            )
 
     def _run_until_signal(self) -> None:
         signals = (signal.SIGINT, signal.SIGTERM)
@@ -5409,7 +5541,7 @@ class Engine:
         self._stop_at_ns = self.loop.clock() + int(grace_s * 1e9)
         self.bus.emit("core:server_stopping", {"timestamp": time.time()})
         self.server.stop_accepting()
-        self.topics.flush()
+        self._flush_topics()
         self._flush(self._waiting)
         for connection in list(self.server.connections.values()):
             # somebody who still has to read gets the goodbye after the rest, in on_drain
@@ -5429,7 +5561,7 @@ class Engine:
         self._done.set()
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable when ``step`` has something to do (not on Windows)."""
+        """Return a descriptor that is readable when ``step`` has work (not on Windows)."""
         self._open()
         number: int = self.loop.selector.fileno()   
         return number
@@ -5437,7 +5569,8 @@ class Engine:
     def wait_s(self) -> float:
         """Return how long ``step`` may be put off if ``fileno`` stays unreadable, in seconds."""
         waits = [self.loop.wait_s(), *(ticker.wait_s() for ticker, _ in self._repeats)]
-        if self._urgent or self._waiting and self._ticker is None:
+        if self._urgent or self._ticker is None and (
+                self._waiting or self._broadcasts or self.topics.pending):
             return 0.0
         if self._ticker is not None:
             waits.append(self._ticker.wait_s())
@@ -5448,7 +5581,9 @@ class Engine:
     def step(self, timeout_s: float = 0.0) -> None:
         """Run one pass of the loop, from whatever loop you have; wait at most *timeout_s*."""
         if self._state == "stopped" or self._stepping:
-            raise StateError("the engine is stopped" if not self._stepping else "step() within a step")
+            raise StateError(
+                "the engine is stopped" if not self._stepping else "step() within a step"
+            )
         if self._thread_id is None:
             self._thread_id = threading.get_ident()
         self._on_loop("step")
@@ -5504,7 +5639,7 @@ class Engine:
             for session in list(self._movers):
                 session.put(moves)
         self._tell_presence()
-        self.topics.flush()
+        self._flush_topics()
         waiting, self._waiting = self._waiting, []
         self._flush(waiting)
 
@@ -5526,15 +5661,25 @@ class Engine:
         """Render and write the outboxes of *sessions*; equal contents are rendered once."""
         # HOT: once per client per tick (bench 14.fanout)
         rendered: dict[tuple[Any, ...], list[Any]] = {}
+        known: dict[tuple[Any, ...], list[Any]] = {}        # the same by the tuple's identity
+        kept = []                                           # so that no identity is given twice
         for session in sessions:
             outbox, connection = session.outbox, session.connection
             if outbox is None or not outbox.items or connection.unsent:
                 continue                # gone, sent already, or to be sent by on_drain
-            items = outbox.take()
-            key = (session.render, session.packed, *items)
-            entry = rendered.get(key)
+            if outbox.mixed:
+                items = outbox.take()
+            else:                               # the common case, in line
+                items, outbox.items, outbox.size = outbox.items, (), 0
+            key = (session.render, session.packed, id(items))
+            entry = known.get(key)
             if entry is None:
-                entry = rendered[key] = [self._render(session, items), items, 0]
+                whole = (session.render, session.packed, *items)
+                entry = rendered.get(whole)
+                if entry is None:
+                    entry = rendered[whole] = [self._render(session, items), items, 0]
+                known[key] = entry
+                kept.append(items)
             entry[2] += 1
             connection.send_now(entry[0])
         for entry in rendered.values():
@@ -5574,10 +5719,14 @@ class Engine:
                 if request.method == "POST":
                     self._check_origin(request)
                 return self._answer(route, request)
-            allowed += {"GET": ["GET", "HEAD"], "WEBSOCKET": ["GET"]}.get(route.method, [route.method])
+            allowed += {"GET": ["GET", "HEAD"], "WEBSOCKET": ["GET"]}.get(
+                route.method, [route.method]
+            )
         self.server.refused["bad_method" if allowed else "not_found"] += 1
         if allowed:
-            return Response("method not allowed\n", 405, {"Allow": ", ".join(dict.fromkeys(allowed))})
+            return Response(
+                "method not allowed\n", 405, {"Allow": ", ".join(dict.fromkeys(allowed))}
+            )
         return Response("not found\n", 404)
 
     def _answer(self, route: _Endpoint, request: Request) -> Response:
@@ -5596,9 +5745,13 @@ class Engine:
         if not is_loopback(self.config.host):
             return
         host = re.sub(r":\d*$", "", request.headers.get("host", "localhost").lower())
-        names = {origin.partition("://")[2].partition(":")[0] for origin in self.config.allowed_origins}
+        names = {
+            origin.partition("://")[2].partition(":")[0] for origin in self.config.allowed_origins
+        }
         if host not in {"localhost", "127.0.0.1", "[::1]", self.config.host, *names}:
-            raise HandshakeError(f"this server is not {host[:60]!r}", http_status=421, label="bad_host")
+            raise HandshakeError(
+                f"this server is not {host[:60]!r}", http_status=421, label="bad_host"
+            )
 
     def _check_origin(self, request: Request) -> None:
         """Refuse browsers that come from another site; absent passes, "null" fails."""
@@ -5615,9 +5768,13 @@ class Engine:
         _check_upgrade(request)
         self._check_origin(request)
         ours = route.answer == self._on_data
-        subprotocol = _choose_subprotocol(request, [name for name in _FORMS if name]) if ours else ""
+        subprotocol = (
+            _choose_subprotocol(request, [name for name in _FORMS if name]) if ours else ""
+        )
         session = Session(self, connection, subprotocol, None if ours else route.answer)
+        self._flush_topics()            # what was broadcast before is not for it
         self.sessions[session.id] = session
+        self._listeners += ours
         self._know_user(session)
         connection.upgrade(request, subprotocol, session)
         event = self.bus.emit("core:player_connected", {
@@ -5653,6 +5810,7 @@ class Engine:
         self._watchers.pop(session, None)
         self.movement.remove(session.player)
         del self.sessions[session.id]
+        self._listeners -= session.handler is None
         self._forget_user(session)
         self.bus.emit("core:player_disconnected", {
             "player_id": session.id, "connection_id": session.id, "remote_addr": session.address,
@@ -5712,7 +5870,9 @@ class Engine:
             request_id = None
         self._answer_request(session, request_id, self._do_json, message)
 
-    def _answer_request(self, session: Session, request_id: Any, act: Callable[..., Any], *args: Any) -> None:
+    def _answer_request(
+        self, session: Session, request_id: Any, act: Callable[..., Any], *args: Any
+    ) -> None:
         """Do what a client asked; answer if it gave an id, and always if it can't be done."""
         try:
             data = act(session, *args)
@@ -5723,7 +5883,9 @@ class Engine:
             if request_id is not None:
                 self._reply(session, request_id, data, None)
 
-    def _reply(self, session: Session, request_id: Any, data: Any, refusal: _Refused | None) -> None:
+    def _reply(
+        self, session: Session, request_id: Any, data: Any, refusal: _Refused | None
+    ) -> None:
         if session.render is _render_batch:
             reply = builtin_schema().Reply(
                 id=str(request_id or ""), ok=refusal is None,
@@ -5751,7 +5913,9 @@ class Engine:
                 session, message["namespace"], message.get("event"), message.get("data"))
         if "action" in message:
             return self._action(session, message.get("action"), message.get("topic"), message)
-        raise _Refused("bad_request", 'a message has "namespace" and "event", or "action" and "topic"')
+        raise _Refused(
+            "bad_request", 'a message has "namespace" and "event", or "action" and "topic"'
+        )
 
     def _on_envelope(self, session: Session, envelope: Any) -> None:
         """Do what one protobuf envelope asks."""
@@ -5895,56 +6059,34 @@ class Engine:
 
     def _add_metrics(self) -> None:
         """Name what is counted elsewhere; the README's table lists these."""
-        server, watch = self.server, self.metrics.watch
-        gauges: dict[str, tuple[Callable[[], Any], str]] = {
-            "server_active_connections": (lambda: server.websockets, "Open WebSockets."),
-            "server_memory_usage_mb": (lambda: _memory_bytes()[0] / 1e6, "Resident memory."),
-            "memory_resident_mb": (lambda: _memory_bytes()[0] / 1e6, "Resident memory."),
-            "memory_virtual_mb": (lambda: _memory_bytes()[1] / 1e6, "Virtual memory."),
-            "server_uptime_seconds": (self._uptime_s, "Time since the engine was made."),
-            "event_handlers_registered": (lambda: len(self.bus._handlers()), "Handlers on the bus."),
-            "horizon_presence_users": (self.presence.online, "Users with a connection."),
-            "horizon_topics_known": (lambda: len(self.topics), "Topics with a record."),
-            "horizon_transport_connections": (lambda: len(server.connections), "Open sockets."),
-        }
-        counters: dict[str, tuple[Callable[[], Any], str]] = {
-            "events_processed_total": (lambda: self.bus.emits, "Events emitted on the bus."),
-            "horizon_bus_errors_total": (lambda: self.bus.errors, "Handler calls that raised."),
-            "horizon_messages_received_total": (lambda: server.messages_received, "From WebSockets."),
-            "horizon_bytes_received_total": (lambda: server.bytes_received, "Read from sockets."),
-            "horizon_bytes_sent_total": (lambda: server.bytes_sent, "Written to sockets."),
-            "horizon_writes_total": (lambda: server.writes, "Calls that wrote to a socket."),
-            "horizon_http_requests_total": (lambda: server.requests, "HTTP requests, upgrades included."),
-            "horizon_accepts_total": (lambda: server.accepted, "Connections accepted."),
-            "horizon_ticks_total": (lambda: self.tick_count, "Ticks run."),
-            "horizon_tick_overruns_total": (lambda: self.overruns, "Ticks that took over their period."),
-            "horizon_ticks_dropped_total": (
-                lambda: self._ticker.dropped if self._ticker else 0, "Ticks forgiven after a stall."),
-            "horizon_outbox_dropped_total": (lambda: self._outboxes("dropped"), "Messages dropped."),
-            "horizon_outbox_coalesced_total": (
-                lambda: self._outboxes("coalesced") + self.movement.coalesced, "States replaced unsent."),
-            "horizon_moves_total": (lambda: self.movement.moves, "Positions accepted."),
-            "horizon_topics_errors_total": (lambda: self.topics.errors, "Subscribers' calls that raised."),
-            "horizon_topics_published_total": (lambda: self.topics.published, "Publications."),
-            "horizon_topics_delivered_total": (lambda: self.topics.delivered, "Publications times sinks."),
-            "horizon_pool_hits_total": (lambda: self._batches.hits, "Objects reused from a pool."),
-            "horizon_pool_misses_total": (lambda: self._batches.misses, "Objects a pool had to make."),
-        }
-        for kind, table in (("gauge", gauges), ("counter", counters)):
-            for name, (read, text) in table.items():
-                watch(name, read, text, kind=kind)
-        watch("horizon_events_sent_total", lambda: self.events_sent, "Events sent.", label="type")
-        watch("horizon_refused_total", lambda: server.refused,
-              "What peers did wrong, or a limit refused.", label="reason")
-        watch("horizon_requests_refused_total", lambda: self.refusals,
-              "Clients' requests answered with an error.", label="code")
-        for name, text, buckets in (
-                ("event_processing_duration", "Seconds per emitted event; sampled.", BUCKETS_S),
-                ("horizon_tick_seconds", "Time a tick takes.", BUCKETS_S),
-                ("horizon_marshal_seconds", "Time to render one tick's messages.", BUCKETS_S),
-                ("horizon_gc_pause_seconds", "Pauses by the garbage collector.", BUCKETS_S),
-                ("horizon_batch_messages", "Messages per write.", (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0))):
+        def reader(path: str) -> Callable[[], Any]:
+            find = operator.attrgetter(path)
+
+            def read() -> Any:
+                value = find(self)
+                return value() if callable(value) else value
+            return read
+
+        for name, kind, path, text in _WATCHED:
+            label = {"events_sent": "type", "server.refused": "reason", "refusals": "code"}
+            self.metrics.watch(name, reader(path), text, kind=kind, label=label.get(path, ""))
+        for name, text, buckets in _TIMED:
             self.metrics.describe(name, text, kind="histogram", buckets=buckets)
+
+    def _resident_mb(self) -> float:
+        return _memory_bytes()[0] / 1e6
+
+    def _virtual_mb(self) -> float:
+        return _memory_bytes()[1] / 1e6
+
+    def _ticks_dropped(self) -> int:
+        return self._ticker.dropped if self._ticker else 0
+
+    def _drops(self) -> int:
+        return self._outboxes("dropped")
+
+    def _replaced(self) -> int:
+        return self._outboxes("coalesced") + self.movement.coalesced
 
     def _uptime_s(self) -> float:
         return (time.monotonic_ns() - self._started_ns) / 1e9
@@ -5972,11 +6114,14 @@ class Engine:
     def _live_figures(self) -> dict[str, Any]:
         ticks = sorted(self._tick_ns)
         return {
-            **self._rates, "connections": self.server.websockets, "players": len(self.movement.positions),
+            **self._rates,
+            "connections": self.server.websockets,
+            "players": len(self.movement.positions),
             "tick_ms": round(ticks[len(ticks) // 2] / 1e6, 3) if ticks else 0.0,
             "tick_p99_ms": round(ticks[len(ticks) * 99 // 100] / 1e6, 3) if ticks else 0.0,
             "budget_ms": round(1000 / self.config.tick_hz, 3) if self.config.tick_hz else 0.0,
-            "overruns": self.overruns, "drops": self._outboxes("dropped"),
+            "overruns": self.overruns,
+            "drops": self._drops(),
         }
 
     def report(self) -> dict[str, Any]:
@@ -5985,22 +6130,45 @@ class Engine:
         figures = self._live_figures()
         slow = self.server.refused["slow"]
         return {
-            "version": __version__, "uptime_s": round(self._uptime_s(), 3), "state": self._state,
+            "version": __version__,
+            "uptime_s": round(self._uptime_s(), 3),
+            "state": self._state,
             "healthy": self._state == "open" and not figures["drops"] and not slow,
-            "connections": {"websockets": self.server.websockets, "sockets": len(self.server.connections),
-                            "users": self.presence.online(), "accepted": self.server.accepted},
-            "throughput": {**self._rates, "messages_received": self.server.messages_received,
-                           "events_sent": sum(self.events_sent.values()), "writes": self.server.writes,
-                           "bytes_sent": self.server.bytes_sent, "events_processed": self.bus.emits},
-            "tick": {"hz": self.config.tick_hz, "count": self.tick_count, "overruns": self.overruns,
-                     "dropped": self._ticker.dropped if self._ticker else 0,
-                     **{key: figures[key] for key in ("tick_ms", "tick_p99_ms", "budget_ms")}},
-            "memory": {"rss_mb": round(resident / 1e6, 3), "virtual_mb": round(virtual / 1e6, 3),
-                       "gc_pauses": self._gc.pauses, "gc_slowest_ms": self._gc.slowest_ns / 1e6},
+            "connections": {
+                "websockets": self.server.websockets,
+                "sockets": len(self.server.connections),
+                "users": self.presence.online(),
+                "accepted": self.server.accepted,
+            },
+            "throughput": {
+                **self._rates,
+                "messages_received": self.server.messages_received,
+                "events_sent": sum(self.events_sent.values()),
+                "writes": self.server.writes,
+                "bytes_sent": self.server.bytes_sent,
+                "events_processed": self.bus.emits,
+            },
+            "tick": {
+                "hz": self.config.tick_hz,
+                "count": self.tick_count,
+                "overruns": self.overruns,
+                "dropped": self._ticks_dropped(),
+                **{key: figures[key] for key in ("tick_ms", "tick_p99_ms", "budget_ms")},
+            },
+            "memory": {
+                "rss_mb": round(resident / 1e6, 3),
+                "virtual_mb": round(virtual / 1e6, 3),
+                "gc_pauses": self._gc.pauses,
+                "gc_slowest_ms": self._gc.slowest_ns / 1e6,
+            },
             "cpu_s": round(_cpu_s(), 4),
-            "drops": {"dropped": figures["drops"], "slow_closed": slow,
-                      "coalesced": self._outboxes("coalesced") + self.movement.coalesced},
-            "refused": dict(self.server.refused), "requests_refused": dict(self.refusals),
+            "drops": {
+                "dropped": figures["drops"],
+                "slow_closed": slow,
+                "coalesced": self._replaced(),
+            },
+            "refused": dict(self.server.refused),
+            "requests_refused": dict(self.refusals),
             "handler_errors": self.bus.errors,
         }
 
@@ -6029,7 +6197,9 @@ class Client:
 
     __slots__ = ("url", "protocol", "_sock", "_ws", "_waiting", "_ids", "_closed")
 
-    def __init__(self, url: str, protocol: str, timeout_s: float, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, url: str, protocol: str, timeout_s: float, headers: Mapping[str, str]
+    ) -> None:
         self.url = url
         self.protocol = protocol
         self._waiting: deque[Any] = deque()
@@ -6041,7 +6211,10 @@ class Client:
         try:
             if secure:
                 import ssl
-                self._sock = ssl.create_default_context().wrap_socket(self._sock, server_hostname=host)
+
+                self._sock = ssl.create_default_context().wrap_socket(
+                    self._sock, server_hostname=host
+                )
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             subprotocol = f"horizon.{protocol}.v1"
             name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -6235,7 +6408,9 @@ def _shake_hands(sock: socket.socket, host: str, path: str, subprotocol: str,
     got = {name.strip().lower(): value.strip() for name, _, value in
            (line.partition(":") for line in fields)}
     if not re.match(r"HTTP/1\.1 101\b", status):
-        raise HandshakeError(f"the server answered {status!r} {rest[:200].decode(errors='replace').strip()}")
+        raise HandshakeError(
+            f"the server answered {status!r} {rest[:200].decode(errors='replace').strip()}"
+        )
     if got.get("sec-websocket-accept") != _accept_key(key):
         raise HandshakeError("the server's Sec-WebSocket-Accept is wrong")
     if got.get("sec-websocket-protocol", "") not in ("", subprotocol):
@@ -6287,8 +6462,16 @@ class DemoWorld:
         self._random = random.Random()
         roll = self._random.uniform
         # a walker: id, x, y, heading in radians, speed in units a second
-        self._walkers: list[list[Any]] = [[os.urandom(16), roll(0, _WORLD_SIZE), roll(0, _WORLD_SIZE),
-                          roll(-math.pi, math.pi), roll(20, 90)] for _ in range(players)]
+        self._walkers: list[list[Any]] = [
+            [
+                os.urandom(16),
+                roll(0, _WORLD_SIZE),
+                roll(0, _WORLD_SIZE),
+                roll(-math.pi, math.pi),
+                roll(20, 90),
+            ]
+            for _ in range(players)
+        ]
 
     def walk(self, seconds: float) -> None:
         """Let everybody walk for *seconds*, turning a little, and back from the walls."""
@@ -6370,7 +6553,9 @@ def _serve(args: argparse.Namespace) -> int:
         _add_chat(app)
         return _serve_engine(app, f"an empty world at {app.config.tick_hz:g} ticks/s.")
     if args.config is not None:
-        raise ConfigError("--config is for a server without an app; the app says hl.Engine(hl.Config.load(...))")
+        raise ConfigError(
+            "--config is for a server without an app; the app says hl.Engine(hl.Config.load(...))"
+        )
     ran: list[Engine] = []
 
     def run(app: Engine) -> None:       # also for files that call app.run() themselves
@@ -6596,8 +6781,13 @@ class _Load:
         self.send(player, player.client._ws.send_binary(_batch_of(player_move=move)))
         if self.sent % max(1, int(self.hz * len(self.players) / 10)) == 0:
             self.criticals += 1
-            request = schema.ClientRequest(id=str(self.criticals), action="publish", topic=self.topic,
-                                           payload=b'{"n":%d}' % self.criticals, critical=True)
+            request = schema.ClientRequest(
+                id=str(self.criticals),
+                action="publish",
+                topic=self.topic,
+                payload=b'{"n":%d}' % self.criticals,
+                critical=True,
+            )
             self.send(player, player.client._ws.send_binary(_batch_of(request=request)))
         self.sent += 1
 
@@ -6618,18 +6808,27 @@ class _Load:
 
         drops = grown("drops", "dropped") + grown("drops", "slow_closed")
         return {
-            "players": len(self.players), "hz": self.hz, "seconds": self.seconds,
-            "events_sent": self.sent + self.criticals, "events_received": events,
-            "frames_received": frames, "events_per_frame": round(events / max(frames, 1), 1),
+            "players": len(self.players),
+            "hz": self.hz,
+            "seconds": self.seconds,
+            "events_sent": self.sent + self.criticals,
+            "events_received": events,
+            "frames_received": frames,
+            "events_per_frame": round(events / max(frames, 1), 1),
             "critical_sent": self.criticals,
             "critical_received": sum(player.criticals for player in self.players),
-            "lost": self._missing() + drops, "server_drops": drops,
+            "lost": self._missing() + drops,
+            "server_drops": drops,
             "coalesced": grown("drops", "coalesced"),
-            "latency_ms": {name: round(latencies[int((len(latencies) - 1) * part)] / 1e6, 3)
-                           for name, part in (("p50", .5), ("p95", .95), ("p99", .99), ("max", 1.0))},
+            "latency_ms": {
+                name: round(latencies[int((len(latencies) - 1) * part)] / 1e6, 3)
+                for name, part in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99), ("max", 1.0))
+            },
             "latency_samples": len(self.latencies_ns),
-            "overruns": grown("tick", "overruns"), "ticks": grown("tick", "count"),
-            "server_cpu_s": round(after["cpu_s"] - before["cpu_s"], 3), "server_rss_mb": after["memory"]["rss_mb"],
+            "overruns": grown("tick", "overruns"),
+            "ticks": grown("tick", "count"),
+            "server_cpu_s": round(after["cpu_s"] - before["cpu_s"], 3),
+            "server_rss_mb": after["memory"]["rss_mb"],
             "sends_blocked": self._blocked,
         }
 
@@ -6680,7 +6879,7 @@ def _load(args: argparse.Namespace) -> int:
         result = load.result(before, _fetch_report(url))
     if show:
         print("\r\033[K", end="", file=sys.stderr)
-    print(json.dumps(result) if args.json else _load_text(result))
+    print(json.dumps(result) if args.json else _LOAD_TEXT.format(**result, **result["latency_ms"]))
     return 1 if result["lost"] else 0
 
 
@@ -6691,19 +6890,14 @@ def _progress(spent: float, load: _Load) -> None:
               f"{frames:,} frames received", end="", file=sys.stderr, flush=True)
 
 
-def _load_text(result: dict[str, Any]) -> str:
-    latency = result["latency_ms"]
-    return "\n".join((
-        f"players         {result['players']} at {result['hz']:g} moves/s for {result['seconds']:g} s",
-        f"events sent     {result['events_sent']:,}   ({result['critical_sent']} critical)",
-        f"events received {result['events_received']:,}   in {result['frames_received']:,} frames, "
-        f"{result['events_per_frame']:g} per frame",
-        f"lost            {result['lost']}   (server drops {result['server_drops']}, "
-        f"coalesced {result['coalesced']:,})",
-        f"latency ms      p50 {latency['p50']:g}   p95 {latency['p95']:g}   p99 {latency['p99']:g}   "
-        f"max {latency['max']:g}",
-        f"tick overruns   {result['overruns']} of {result['ticks']:,}",
-        f"server          {result['server_cpu_s']:g} s CPU, {result['server_rss_mb']:g} MB resident"))
+_LOAD_TEXT = """\
+players         {players} at {hz:g} moves/s for {seconds:g} s
+events sent     {events_sent:,}   ({critical_sent} critical)
+events received {events_received:,}   in {frames_received:,} frames, {events_per_frame:g} per frame
+lost            {lost}   (server drops {server_drops}, coalesced {coalesced:,})
+latency ms      p50 {p50:g}   p95 {p95:g}   p99 {p99:g}   max {max:g}
+tick overruns   {overruns} of {ticks:,}
+server          {server_cpu_s:g} s CPU, {server_rss_mb:g} MB resident"""
 
 
 # -- the arguments --
@@ -6725,7 +6919,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--config", metavar="FILE", help="a TOML file with settings")
     for each in dataclasses.fields(Config):
         flag = "--" + each.name.replace("_", "-")
-        shown = ",".join(each.default) or "none" if isinstance(each.default, tuple) else each.default
+        shown = (
+            ",".join(each.default) or "none" if isinstance(each.default, tuple) else each.default
+        )
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": f"default {shown}"}
         if isinstance(each.default, bool):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
@@ -6744,23 +6940,40 @@ def _parser() -> argparse.ArgumentParser:
                         version=f"horizon_lite {__version__} (Python {sys.version.split()[0]})")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    def command(name: str, act: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, act: Callable[[argparse.Namespace], int], text: str
+    ) -> argparse.ArgumentParser:
         made: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
         made.set_defaults(act=act)
         return made
 
     demo = command("demo", _demo, "a world of simulated players (what no command at all runs)")
-    demo.add_argument("--players", type=_number(int, 0, 100_000), default=100, help="how many, default 100")
+    demo.add_argument(
+        "--players", type=_number(int, 0, 100_000), default=100, help="how many, default 100"
+    )
     _add_settings(demo)
     serve = command("serve", _serve, "run your own engine file, or an empty world")
     serve.add_argument("app", nargs="?", help="app.py, or module:name")
     _add_settings(serve)
     load = command("load", _load, "drive a server with real WebSocket clients and measure it")
     load.add_argument("--url", help="a running server; without it one is started")
-    load.add_argument("--players", type=_number(int, 1, 10_000), default=100, help="clients, default 100")
-    load.add_argument("--hz", type=_number(float, 0.1, 1000), default=50.0, help="moves per second each, default 50")
-    load.add_argument("--for", dest="seconds", type=_number(float, 0.1, 86_400), default=10.0, metavar="SECONDS",
-                      help="how long, default 10")
+    load.add_argument(
+        "--players", type=_number(int, 1, 10_000), default=100, help="clients, default 100"
+    )
+    load.add_argument(
+        "--hz",
+        type=_number(float, 0.1, 1000),
+        default=50.0,
+        help="moves per second each, default 50",
+    )
+    load.add_argument(
+        "--for",
+        dest="seconds",
+        type=_number(float, 0.1, 86_400),
+        default=10.0,
+        metavar="SECONDS",
+        help="how long, default 10",
+    )
     load.add_argument("--json", action="store_true", help="print one JSON object")
     command("proto", _print_proto, "print the built-in .proto schema")
     return parser
