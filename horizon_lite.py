@@ -5454,8 +5454,7 @@ class Engine:
         """
         self._set_up_logging()
         self._must_be_unstarted()
-        _log.info("listening on %s (Ctrl-C stops)", self.url)
-        self._run_until_signal()
+        self._run_until_signal(lambda: _log.info("listening on %s (Ctrl-C stops)", self.url))
 
     def _must_be_unstarted(self) -> None:
         if self._thread is not None or self._state not in ("new", "open"):
@@ -5472,12 +5471,14 @@ class Engine:
                 {"warn": "WARNING"}.get(self.config.log_level, self.config.log_level.upper())
             )
 
-    def _run_until_signal(self) -> None:
+    def _run_until_signal(self, ready: Callable[[], object]) -> None:
+        """Serve; *ready* is called when the port is open and a signal would end it gracefully."""
         signals = (signal.SIGINT, signal.SIGTERM)
         main = threading.current_thread() is threading.main_thread()
         before = {each: signal.signal(each, self._signalled) for each in signals} if main else {}
         try:
             self._open()
+            ready()
             gc.collect()
             gc.freeze()             # what lives now lives on: the collector need not look again
             self._run_loop()
@@ -6515,8 +6516,8 @@ def _banner(app: Engine, what: str) -> None:
 def _serve_engine(app: Engine, what: str) -> int:
     _raise_file_limit()
     app._set_up_logging()
-    _banner(app, what)
-    app._run_until_signal()
+    app._must_be_unstarted()
+    app._run_until_signal(lambda: _banner(app, what))
     print("stopped", flush=True)
     return 0
 

@@ -3045,7 +3045,7 @@ def test_load_says_when_the_server_goes_away():
         load = subprocess.Popen([sys.executable, "-m", "horizon_lite", "load", "--url", url.replace("http", "ws") + "/ws/data",
                                  "--players", "3", "--for", "30"], cwd=HERE, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        while b"horizon_events_sent_total" not in urllib.request.urlopen(url + "/metrics").read():
+        while b'type="PLAYER_MOVE"' not in urllib.request.urlopen(url + "/metrics").read():
             time.sleep(0.1)
         process.terminate()
         out, error = load.communicate(timeout=20)
