@@ -4400,33 +4400,38 @@ _PRESETS: dict[str, dict[str, Any]] = {
 _LOG_LEVELS = ("debug", "info", "warn", "error")
 
 
+def _setting(default: _T, text: str) -> _T:
+    """Declare a setting; *text* is what --help says of it."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """Every setting. Times in seconds, sizes in bytes, 0 means no limit (DESIGN 2, 4)."""
 
-    host: str = "127.0.0.1"
-    port: int = 8080  # 0: any free one
-    firm_port: bool = False  # fail if it is taken; load() sets it when port is said
-    profile: str = "prod"
-    tick_hz: float = 50.0                       # 0: no ticks, everything leaves at once
-    max_catchup_ticks: int = 5
-    max_connections: int = 10_000
-    max_connections_per_address: int = 100      # loopback is exempt
-    idle_s: float = 60.0
-    handshake_s: float = 10.0
-    ping_s: float = 20.0                        # dead after two that are not answered
-    max_header_bytes: int = 16_384
-    max_message_bytes: int = 65_536
-    max_json_depth: int = 10
-    max_messages_per_s: float = 120.0           # per connection
-    burst: float = 240.0
-    max_subscriptions: int = 1_000              # per connection
-    allowed_origins: tuple[str, ...] = ()       # besides the server's own
-    insecure: bool = False                      # allow strangers beyond this machine
-    outbox_messages: int = 256                  # per client
-    outbox_bytes: int = 1 << 20
-    log_level: str = "info"
-    metrics: bool = True                        # serve /metrics
+    host: str = _setting("127.0.0.1", "address to listen on")
+    port: int = _setting(8080, "TCP port; 0 is any free one")
+    firm_port: bool = _setting(False, "fail if the port is taken; on when it is given")
+    profile: str = _setting("prod", "dev, prod or high-scale")
+    tick_hz: float = _setting(50.0, "ticks per second; 0: everything leaves at once")
+    max_catchup_ticks: int = _setting(5, "ticks made up for after a stall")
+    max_connections: int = _setting(10_000, "open sockets; more get 503")
+    max_connections_per_address: int = _setting(100, "of one address; this machine is exempt")
+    idle_s: float = _setting(60.0, "silence after which HTTP is closed")
+    handshake_s: float = _setting(10.0, "time for a complete request")
+    ping_s: float = _setting(20.0, "silence before a ping; after two unanswered ones it is dead")
+    max_header_bytes: int = _setting(16_384, "a request's header block; more gets 431")
+    max_message_bytes: int = _setting(65_536, "a message or body; more gets 1009 or 413")
+    max_json_depth: int = _setting(10, "nesting of a client's JSON; more gets 1008")
+    max_messages_per_s: float = _setting(120.0, "of one client, on average; more gets 1008")
+    burst: float = _setting(240.0, "messages of one client at once")
+    max_subscriptions: int = _setting(1_000, "of one client")
+    allowed_origins: tuple[str, ...] = _setting((), "browsers' origins, besides our own; by comma")
+    insecure: bool = _setting(False, "let strangers in from beyond this machine")
+    outbox_messages: int = _setting(256, "messages that may wait for one client")
+    outbox_bytes: int = _setting(1 << 20, "bytes that may wait for one client")
+    log_level: str = _setting("info", "debug, info, warn or error; debug times every handler")
+    metrics: bool = _setting(True, "serve /metrics")
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
@@ -5434,8 +5439,6 @@ class Engine:
             except OSError as error:
                 if error.errno != errno.EADDRINUSE or port == last:
                     raise
-        if first and self._port != first:
-            _log.warning("port %d is taken, listening on %d", first, self._port)
         self._state = "open"
         if self.config.tick_hz:
             self._ticker = Ticker(self.config.tick_hz, max_catchup=self.config.max_catchup_ticks)
@@ -5454,7 +5457,13 @@ class Engine:
         """
         self._set_up_logging()
         self._must_be_unstarted()
-        self._run_until_signal(lambda: _log.info("listening on %s (Ctrl-C stops)", self.url))
+        self._run_until_signal(lambda: _log.info("listening on %s%s - Ctrl-C stops", self.url,
+                                                 self._moved_text()))
+
+    def _moved_text(self) -> str:
+        """Say so when the port that was wanted is taken, and another is used."""
+        wanted = self.config.port
+        return f" (port {wanted} is taken)" if wanted and wanted != self._port else ""
 
     def _must_be_unstarted(self) -> None:
         if self._thread is not None or self._state not in ("new", "open"):
@@ -5508,6 +5517,8 @@ class Engine:
         """Serve from a thread of its own and return when it listens (notebooks, tests)."""
         self._must_be_unstarted()
         self._open()
+        if moved := self._moved_text():
+            _log.warning("listening on %s%s", self.url, moved)
         self._thread = threading.Thread(target=self._run_loop, name="horizon_lite", daemon=True)
         self._thread.start()
         self._thread_id = self._thread.ident
@@ -6501,12 +6512,9 @@ def _add_chat(app: Engine) -> None:
 
 def _banner(app: Engine, what: str) -> None:
     url = app.url
-    wanted = app.config.port
     print(f"horizon_lite {__version__}  pid {os.getpid()}  Python {sys.version.split()[0]}"
           f"  profile {app.config.profile}")
-    if wanted and not url.endswith(f":{wanted}"):
-        print(f"port {wanted} is taken, so this is the next free one")
-    print(f"listening {url}\n"
+    print(f"listening {url}{app._moved_text()}\n"
           f"  page       {url}/\n"
           f"  websocket  {url.replace('http', 'ws', 1)}/ws/data\n"
           f"  metrics    {url}/metrics\n"
@@ -6923,7 +6931,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         shown = (
             ",".join(each.default) or "none" if isinstance(each.default, tuple) else each.default
         )
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": f"default {shown}"}
+        text = f"{each.metadata['help']} (default {shown})".replace("%", "%%")
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         if isinstance(each.default, bool):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
@@ -6941,42 +6950,36 @@ def _parser() -> argparse.ArgumentParser:
                         version=f"horizon_lite {__version__} (Python {sys.version.split()[0]})")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    def command(
-        name: str, act: Callable[[argparse.Namespace], int], text: str
-    ) -> argparse.ArgumentParser:
-        made: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    def command(name: str, act: Callable[[argparse.Namespace], int], text: str, usage: str,
+                example: str) -> argparse.ArgumentParser:
+        start = "python -m horizon_lite "
+        made: argparse.ArgumentParser = commands.add_parser(
+            name, help=text, description=text, usage=f"{start}{name} {usage}",
+            epilog=f"example: {start}{example}")
         made.set_defaults(act=act)
         return made
 
-    demo = command("demo", _demo, "a world of simulated players (what no command at all runs)")
-    demo.add_argument(
-        "--players", type=_number(int, 0, 100_000), default=100, help="how many, default 100"
-    )
+    demo = command("demo", _demo, "a world of simulated players (what no command at all runs)",
+                   "[--players N] [settings]", "demo --players 500 --port 9000")
+    demo.add_argument("--players", type=_number(int, 0, 100_000), default=100, metavar="N",
+                      help="how many, default 100")
     _add_settings(demo)
-    serve = command("serve", _serve, "run your own engine file, or an empty world")
+    serve = command("serve", _serve, "run your own engine file, or an empty world",
+                    "[app.py | module:name] [settings]", "serve app.py --port 9000")
     serve.add_argument("app", nargs="?", help="app.py, or module:name")
     _add_settings(serve)
-    load = command("load", _load, "drive a server with real WebSocket clients and measure it")
+    load = command("load", _load, "drive a server with real WebSocket clients and measure it",
+                   "[--url URL] [--players N] [--hz N] [--for SECONDS] [--json]",
+                   "load --players 100 --hz 50 --for 10")
     load.add_argument("--url", help="a running server; without it one is started")
-    load.add_argument(
-        "--players", type=_number(int, 1, 10_000), default=100, help="clients, default 100"
-    )
-    load.add_argument(
-        "--hz",
-        type=_number(float, 0.1, 1000),
-        default=50.0,
-        help="moves per second each, default 50",
-    )
-    load.add_argument(
-        "--for",
-        dest="seconds",
-        type=_number(float, 0.1, 86_400),
-        default=10.0,
-        metavar="SECONDS",
-        help="how long, default 10",
-    )
+    load.add_argument("--players", type=_number(int, 1, 10_000), default=100, metavar="N",
+                      help="clients, default 100")
+    load.add_argument("--hz", type=_number(float, 0.1, 1000), default=50.0, metavar="N",
+                      help="moves per second each, default 50")
+    load.add_argument("--for", dest="seconds", type=_number(float, 0.1, 86_400), default=10.0,
+                      metavar="SECONDS", help="how long, default 10")
     load.add_argument("--json", action="store_true", help="print one JSON object")
-    command("proto", _print_proto, "print the built-in .proto schema")
+    command("proto", _print_proto, "print the built-in .proto schema", "", "proto > horizon.proto")
     return parser
 
 

@@ -2948,7 +2948,8 @@ def test_the_next_free_port_is_taken_and_said_unless_one_was_asked_for():
             taken.bind(("127.0.0.1", 8080))
             taken.listen()
         with program() as (process, url):
-            assert int(url.rpartition(":")[2]) > 8080 and "port 8080 is taken" in "".join(process.said)
+            assert int(url.rpartition(":")[2]) > 8080 and "(port 8080 is taken)" in process.said[-1]
+            assert "WARN" not in process.said[-1]
         done = run_cli("serve", "--port", "8080")
         assert done.returncode == 4 and "in use" in done.stderr and "Traceback" not in done.stderr
 
