@@ -2026,7 +2026,7 @@ class Handler:
     """One registration. ``remove()`` ends it; calls, errors and times are its statistics."""
 
     __slots__ = ("key", "fn", "order", "once", "filter", "ignore_cancelled", "spawned", "invoke",
-                 "errors", "time_ns", "timed", "slowest_ns", "_bus", "_calls", "_routes",
+                 "errors", "time_ns", "timed", "slowest_ns", "_bus", "_calls", "_routes", "_gone",
                  "_logged_ns", "_unlogged")
 
     def __init__(self, bus: Bus, key: str, fn: Callable[[Any], Any], order: tuple[int, int],
@@ -2045,6 +2045,7 @@ class Handler:
         self._bus = bus
         self._calls = 0
         self._routes: list[_Route] = []
+        self._gone = False
         self._logged_ns = -1 << 62
         self._unlogged = 0
 
@@ -2068,7 +2069,7 @@ class Handler:
 
     def take(self, event: Event) -> bool:
         """Whether this handler wants *event*; counts it, and ends what is for once."""
-        if self.once and not self._routes:      # a nested emit was first
+        if self.once and self._gone:            # a nested emit was first
             return False
         if not self.passes(event):
             return False
@@ -2212,6 +2213,7 @@ class Bus:
     def _remove(self, handler: Handler) -> None:
         for table in (self._exact, self._wild):
             if handler in table.get(handler.key, ()):
+                handler._gone = True
                 table[handler.key].remove(handler)
                 if not table[handler.key]:
                     del table[handler.key]
