@@ -5396,9 +5396,13 @@ class Engine:
                     session.put_many(batch)
 
     def send(self, to: str | Session, payload: Any) -> int:
-        """Send *payload*, never dropped, to a session or all of a user's; return how many."""
+        """Send *payload*, never dropped, to a session (or its id) or all sessions of a user.
+
+        Returns: to how many it goes.
+        """
         self._on_loop("send")
-        sessions = [to] if isinstance(to, Session) else self._users.get(to, [])
+        one = to if isinstance(to, Session) else self.sessions.get(to)
+        sessions = [one] if one is not None else self._users.get(str(to), [])
         sessions = [each for each in sessions if each.connection.is_open]
         publication = Publication("", payload, 0, "", True, next(self.topics.seq))
         publication.measure()

@@ -2122,7 +2122,7 @@ def test_broadcast_send_and_close_reach_whom_they_should():
         first, second = app.sessions.values()
         assert on_loop(app, app.broadcast, {"to": "all"}) == 2
         assert on_loop(app, app.send, first.user, {"to": "one"}) == 1
-        assert on_loop(app, app.send, second, {"to": "two"}) == 1
+        assert on_loop(app, app.send, second.id, {"to": "two"}) == 1
         assert on_loop(app, app.send, "nobody", {}) == 0
         got = [[client.recv(5) for _ in range(2)] for client in (one, two)]
         assert got == [[{"to": "all"}, {"to": "one"}], [{"to": "all"}, {"to": "two"}]]
