@@ -73,7 +73,7 @@ import struct
 import sys
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType, SimpleNamespace, TracebackType
 from typing import (TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, Self, TypeVar,
