@@ -866,7 +866,8 @@ def field(number: int, type: Any = None, /, *, repeated: bool = False, packed: b
             19,000 to 19,999, or the options do not go together.
     """
     if number.__class__ is not int or not 1 <= number <= _MAX_FIELD or 19000 <= number < 20000:
-        raise SchemaError(f"field number {number!r}: use 1 to {_MAX_FIELD}, not 19000 to 19999")
+        raise SchemaError(f"field(number, type): number is {number!r}; use 1 to {_MAX_FIELD}, "
+                          "not 19000 to 19999")
     if (type is None) == (map is None):
         raise SchemaError(f"field {number}: give it either a type or map=(key, value)")
     if repeated + optional + bool(oneof) + bool(map) > 1:
@@ -1985,9 +1986,10 @@ def _key_matches(pattern: list[str], key: list[str]) -> bool:
 class Event:
     """What a handler gets: the key, the data, and for client events who sent it."""
 
-    __slots__ = ("key", "data", "client", "_reason", "_sealed")
+    __slots__ = ("key", "data", "client", "_reason", "_sealed", "_failed")
 
     _sealed: bool                   # set when it is too late to cancel
+    _failed: bool                   # set when a handler raised
 
     def __init__(self, key: str, data: Any, client: Any = None) -> None:
         self.key = key
@@ -2004,6 +2006,11 @@ class Event:
     def reason(self) -> str:
         """The reason given when it was cancelled."""
         return self._reason or ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether a synchronous handler raised; the log says what."""
+        return getattr(self, "_failed", False)
 
     def cancel(self, reason: str = "cancelled") -> None:
         """Veto what the event announces; later handlers still run and see it.
@@ -2295,10 +2302,15 @@ class Bus:
             try:
                 invoke(event)
             except Exception:
+                event._failed = True
                 self.failed(handler, route)
         if spawned and event._reason is None:
             self._spawn_all(spawned, event)
         return event
+
+    def handles(self, key: str) -> bool:
+        """Whether somebody would get an event of *key*."""
+        return bool((self._routes.get(key) or self._strange_route(key)).handlers)
 
     def emit_many(self, key: str, items: Iterable[Any]) -> int:
         """Emit each of *items* under one key; return how many."""
@@ -2327,6 +2339,7 @@ class Bus:
             try:
                 handler.invoke(event)
             except Exception:
+                event._failed = True
                 self.failed(handler, route)
             before, now = now, clock()
             self.timed(handler, now - before)
@@ -2483,6 +2496,9 @@ class Publication:
         self._body = b""            # the payload as JSON
         self._json = b""
         self._envelope = b""
+
+    def __repr__(self) -> str:
+        return f"Publication({self.topic!r}, {self.payload!r}, offset={self.offset})"
 
     def measure(self) -> int:
         """Render the payload and set and return ``size``; later changes to it don't matter.
@@ -3088,13 +3104,16 @@ _HEADER_LINE = re.compile(rb"(" + _TOKEN_CHARS.encode() + rb"):([^\x00-\x08\x0a-
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 _MAX_TARGET = 8192                  # RFC 9112 3: at least 8000 should work
 _REASONS = {
-    100: "Continue", 101: "Switching Protocols", 200: "OK", 204: "No Content",
-    304: "Not Modified", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
-    404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 411: "Length Required",
-    413: "Content Too Large", 414: "URI Too Long", 417: "Expectation Failed",
-    421: "Misdirected Request", 426: "Upgrade Required", 429: "Too Many Requests",
-    431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented",
-    503: "Service Unavailable", 505: "HTTP Version Not Supported",
+    100: "Continue", 101: "Switching Protocols", 200: "OK", 201: "Created", 202: "Accepted",
+    204: "No Content", 301: "Moved Permanently", 302: "Found", 303: "See Other",
+    304: "Not Modified", 307: "Temporary Redirect", 308: "Permanent Redirect",
+    400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
+    405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 410: "Gone",
+    411: "Length Required", 413: "Content Too Large", 414: "URI Too Long",
+    417: "Expectation Failed", 421: "Misdirected Request", 422: "Unprocessable Content",
+    426: "Upgrade Required", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
+    500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable",
+    505: "HTTP Version Not Supported",
 }
 
 
@@ -3153,6 +3172,8 @@ class Response:
             )
         elif not isinstance(body, bytes):
             raise UsageError(f"a response's body is str, bytes, dict or list, not {body!r}")
+        if not isinstance(status, int) or not 100 <= status <= 599:
+            raise UsageError(f"status {status!r} must be a number from 100 to 599")
         self.status = status
         self.body: bytes = body
         self.headers = dict(headers or {})
@@ -3741,6 +3762,30 @@ class Application(Protocol):
         """Everything that waited for a slow peer is sent."""
 
 
+@functools.cache
+def _heeded_future() -> type[Future[Any]]:
+    """Return a Future class that logs an exception which nobody asks for."""
+    from concurrent.futures import Future
+
+    class HeededFuture(Future[Any]):
+        asked = False
+
+        def result(self, timeout: float | None = None) -> Any:
+            self.asked = True
+            return super().result(timeout)
+
+        def exception(self, timeout: float | None = None) -> BaseException | None:
+            self.asked = True
+            return super().exception(timeout)
+
+        def __del__(self) -> None:
+            error = self._exception
+            if error is not None and not self.asked and not self.cancelled():
+                _log.error("a function given to call_soon failed", exc_info=error)
+
+    return HeededFuture
+
+
 class Loop:
     """The selector loop: sockets, timers, and calls from other threads."""
 
@@ -3773,8 +3818,9 @@ class Loop:
 
     def call_soon(self, fn: Callable[..., Any], *args: Any) -> Future[Any]:
         """Run ``fn(*args)`` in the next pass; the one thread-safe door."""
-        from concurrent.futures import Future
-        future: Future[Any] = Future()
+        if not callable(fn):
+            raise UsageError(f"call_soon(fn, *args) needs a function, not {fn!r}")
+        future = _heeded_future()()
         self._calls.append((fn, args, future))
         self.wake()
         if self.closed:             # close() may have looked before the append
@@ -3816,6 +3862,7 @@ class Loop:
             future.set_result(fn(*args))
         except Exception as error:
             future.set_exception(error)
+        del future                  # else its traceback would keep it, and it the traceback
 
     def flush(self) -> None:
         """Write what this pass made, once per connection."""
@@ -4468,6 +4515,12 @@ class Config:
         for key in _CONFIG_TYPES:
             if (text := environ.get(f"HORIZON_{key.upper()}")) is not None:
                 values[key] = text
+        for name in environ:                    # a slip of the pen; others may be somebody else's
+            key = name.removeprefix("HORIZON_").lower()
+            if key != name.lower() and key not in _CONFIG_TYPES and (
+                    close := difflib.get_close_matches(key, _CONFIG_TYPES, 1, 0.7)):
+                raise ConfigError(f"{name} in the environment: did you mean "
+                                  f"HORIZON_{close[0].upper()}?")
         values.update(said)
         if "port" in values:
             values.setdefault("firm_port", True)
@@ -4481,6 +4534,8 @@ class Config:
 
 _CONFIG_TYPES: dict[str, type] = {
     each.name: type(each.default) for each in dataclasses.fields(Config)}
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text",
+               tuple: "a list of texts"}
 _TRUTHS = {"true": True, "yes": True, "on": True, "1": True,
            "false": False, "no": False, "off": False, "0": False}
 
@@ -4499,6 +4554,9 @@ def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
                 tables.append(value)
             elif key in values:
                 raise ConfigError(f"{os.fspath(path)}: {key} is given twice")
+            elif key not in _CONFIG_TYPES:
+                raise ConfigError(f"{os.fspath(path)}: there is no setting {key!r}"
+                                  f"{_did_you_mean(key, _CONFIG_TYPES)}")
             else:
                 values[key] = value
     return values
@@ -4521,7 +4579,7 @@ def _config_value(key: str, value: Any) -> Any:
                 return number
     except (ValueError, TypeError, KeyError, OverflowError):
         pass
-    raise ConfigError(f"{key} = {value!r} must be a {wanted.__name__}")
+    raise ConfigError(f"{key} = {value!r} must be {_TYPE_NAMES[wanted]}")
 
 
 # =============================================================================
@@ -4577,7 +4635,7 @@ input, button { font: inherit; color: inherit; padding: .35rem .6rem; border: 1p
 button { cursor: pointer; }
 #users { list-style: none; margin: 0; padding: 0; max-height: 9rem; overflow: auto; color: var(--soft); }
 #users .me { color: var(--me); }
-@media (max-width: 50rem) { body { height: auto; } main { grid-template-columns: 1fr; } figure { height: 75vh; } }
+@media (max-width: 50rem) { body { height: auto; } main { grid-template-columns: 1fr; } figure { height: 115vw; max-height: 80vh; } }
 </style>
 </head>
 <body>
@@ -4743,7 +4801,7 @@ function chat(from, text) {
   while (log.children.length > 200) log.firstChild.remove();
   if (below) log.scrollTop = log.scrollHeight;
 }
-const short = n => n >= 1e6 ? (n / 1e6).toFixed(1) + " M" : n >= 1e4 ? (n / 1e3).toFixed(0) + " k" : Math.round(n).toString();
+const short = n => n >= 1e6 ? (n / 1e6).toFixed(1) + " M" : n >= 1e4 ? (n / 1e3).toFixed(0) + " k" : Math.round(n).toLocaleString("en");
 function figures(data) {
   for (const name of ["messages_in_per_s", "messages_out_per_s", "bytes_out_per_s", "connections", "drops", "overruns"])
     $(name).textContent = short(data[name]);
@@ -4861,6 +4919,7 @@ requestAnimationFrame(draw);
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")        # namespaces and events that clients may give
 _RESERVED_TOPICS = ("system", "presence", "gorc", "world")
 _MOVES_TOPIC = Moves.topic
+_NO_HANDLER = "no_handler"          # told only to who wants an answer
 _PRESENCE_TOPIC = "presence"
 _STATS_TOPIC = "system.stats"
 _PORTS_TO_TRY = 100
@@ -4949,6 +5008,8 @@ class Session:
     @user.setter
     def user(self, user: str) -> None:
         self.engine._on_loop("client.user")
+        if not isinstance(user, str) or not 0 < len(user) <= 128:
+            raise UsageError(f"a user is a text of 1 to 128 characters, not {user!r}")
         if self.connection.is_open:
             self.engine._forget_user(self)
             self._user = user
@@ -5196,8 +5257,9 @@ class Engine:
     """
 
     def __init__(self, config: Config | None = None, **settings: Any) -> None:
-        if config is not None and settings:
-            raise UsageError("give either a Config or settings, not both")
+        if config is not None and (settings or not isinstance(config, Config)):
+            raise UsageError("settings are keywords, Engine(port=8080), or one Config; a file is read "
+                             "by Config.load(path, port=8080)")
         self.config = config or Config.load(None, **settings)
         self.metrics = Metrics()
         self.topics = Topics(self.config.outbox_messages, self.config.outbox_bytes)
@@ -5291,8 +5353,8 @@ class Engine:
     def every(self, seconds: float | None = None, *,
               hz: float | None = None) -> Callable[[_F], _F]:
         """Decorate a function that the loop calls at its own rate, without drift."""
-        if (hz is None) == (seconds is None):
-            raise UsageError("say either every(hz=5) or every(seconds=0.2)")
+        if (hz is None) == (seconds is None) or callable(seconds) or seconds is not None and seconds <= 0:
+            raise UsageError("write @app.every(hz=5) or @app.every(seconds=0.2)")
         rate = hz if hz is not None else 1 / seconds if seconds else 0.0
 
         def decorate(fn: _F) -> _F:
@@ -5326,6 +5388,8 @@ class Engine:
     def _endpoint(self, method: str, path: str) -> Callable[[_F], _F]:
         if not path.startswith("/"):
             raise UsageError(f"path {path!r} must start with '/'")
+        if path == "/ws/data" and self._routes:
+            raise UsageError("/ws/data is the engine's own; take another path, like /ws/game")
         parts = re.split(r"\{(\w+)\}", path)
         pattern = re.compile("".join(f"(?P<{part}>[^/]+)" if at % 2 else re.escape(part)
                                      for at, part in enumerate(parts)))
@@ -5369,7 +5433,8 @@ class Engine:
         dropped, a client that can't keep up with them is closed with 1013 instead.
 
         Raises:
-            UsageError: a malformed topic, or a payload that can't be JSON.
+            UsageError: a malformed topic, or a payload that can't be JSON and somebody subscribed
+                over the wire.
             StateError: called from another thread; use ``app.call_soon(app.publish, ...)``.
         """
         self._on_loop("publish")
@@ -5444,7 +5509,8 @@ class Engine:
                 break
             except OSError as error:
                 if error.errno != errno.EADDRINUSE or port == last:
-                    raise
+                    where = f"{self.config.host} port {port}"
+                    raise OSError(error.errno, f"{error.strerror or error}: {where}") from None
         self._state = "open"
         if self.config.tick_hz:
             self._ticker = Ticker(self.config.tick_hz, max_catchup=self.config.max_catchup_ticks)
@@ -5722,7 +5788,7 @@ class Engine:
     # -- what the transport tells (Application) --
 
     def on_request(self, connection: Connection, request: Request) -> Response | None:
-        """Answer an HTTP request by the routes."""
+        """Answer an HTTP request by the routes (the transport calls this)."""
         self._check_host(request)
         allowed = []
         for route in self._routes:
@@ -5803,7 +5869,7 @@ class Engine:
             connection.close(1013, event.reason)
 
     def on_message(self, connection: Connection, message: str | bytes) -> None:
-        """Take one message of a client."""
+        """Take one message of a client (the transport calls this)."""
         session: Session = connection.owner
         if session.handler is not None:
             try:
@@ -5815,7 +5881,7 @@ class Engine:
         self._on_data(session, message)
 
     def on_close(self, connection: Connection, code: int, reason: str) -> None:
-        """Drop every trace of a session."""
+        """Drop every trace of a session (the transport calls this)."""
         session: Session = connection.owner
         for subscription in (session.subscriptions or {}).values():
             if subscription is not None:
@@ -5847,7 +5913,7 @@ class Engine:
             self.presence.leave(session.user)
 
     def on_drain(self, connection: Connection) -> None:
-        """Send a client that reads again what waited for it."""
+        """Send a client that reads again what waited for it (the transport calls this)."""
         session: Session = connection.owner
         self._flush([session])
         if self._state == "stopping" and not connection.unsent:
@@ -5885,7 +5951,7 @@ class Engine:
     def _on_json(self, session: Session, message: Any) -> None:
         request_id = message.get("id") if isinstance(message, dict) else None
         if isinstance(request_id, dict | list):
-            request_id = None
+            request_id, message = None, None    # refused below: no id to answer with
         self._answer_request(session, request_id, self._do_json, message)
 
     def _answer_request(
@@ -5896,7 +5962,8 @@ class Engine:
             data = act(session, *args)
         except _Refused as refusal:
             self.refusals[refusal.code] += 1
-            self._reply(session, request_id, None, refusal)
+            if request_id is not None or refusal.code not in (_NO_HANDLER, "failed"):
+                self._reply(session, request_id, None, refusal)
         else:
             if request_id is not None:
                 self._reply(session, request_id, data, None)
@@ -5925,7 +5992,7 @@ class Engine:
     def _do_json(self, session: Session, message: Any) -> Any:
         """Do what one JSON message asks; return what the answer carries."""
         if not isinstance(message, dict):
-            raise _Refused("bad_request", "a message is a JSON object")
+            raise _Refused("bad_request", "a message is a JSON object; its id, text or a number")
         if "namespace" in message:
             return self._client_event(
                 session, message["namespace"], message.get("event"), message.get("data"))
@@ -5984,9 +6051,14 @@ class Engine:
                 raise _Refused("bad_name", f"namespace and event match {_NAME.pattern}")
         if namespace == "system":
             return self._system_event(session, event, data)
-        emitted = self.bus.emit(f"client:{namespace}:{event}", data, session)
+        key = f"client:{namespace}:{event}"
+        emitted = self.bus.emit(key, data, session)
         if emitted._reason is not None:
             raise _Refused("cancelled", emitted.reason)
+        if emitted.failed:
+            raise _Refused("failed", "a handler failed; the server's log says why")
+        if namespace != "movement" and not self.bus.handles(key):
+            raise _Refused(_NO_HANDLER, f"nobody handles {namespace}:{event}")
         if namespace == "movement" and event == "position":
             if not isinstance(data, dict):
                 raise _Refused("bad_position", 'data is {"x", "y", "z"}')
@@ -6010,7 +6082,7 @@ class Engine:
         if act is None:
             raise _Refused("unknown_action", "actions are subscribe, unsubscribe and publish")
         if not isinstance(topic, str):
-            raise _Refused("bad_topic", '"topic" is missing')
+            raise _Refused("bad_topic", '"topic" must be text')
         try:
             return act(session, topic, message)
         except UsageError as error:
@@ -6029,6 +6101,8 @@ class Engine:
             packed = message.get("packed") or ""
             if packed not in ("", "f32", "f64"):
                 raise _Refused("bad_request", '"packed" is "f32" or "f64"')
+            if packed and session.render is not _render_batch:
+                raise _Refused("bad_request", '"packed" needs the subprotocol horizon.proto.v1')
             session.packed = packed
             self._movers[session] = None
             session.put(self.movement.snapshot())
@@ -6618,13 +6692,13 @@ def _import_app(target: str) -> ModuleType:
 def _find_engine(module: ModuleType, target: str) -> Engine:
     """Return the Engine of *module*: the one that is named, ``app``, or the only one."""
     attribute = target.partition(":")[2]
+    engines = {name: each for name, each in vars(module).items() if isinstance(each, Engine)}
     found = getattr(module, attribute or "app", None)
     if found is None and not attribute:
-        engines = [each for each in vars(module).values() if isinstance(each, Engine)]
-        found = engines[0] if len(engines) == 1 else None
+        found = next(iter(engines.values())) if len(engines) == 1 else None
     if not isinstance(found, Engine):
-        raise UsageError(f"{target} has no Engine {attribute or 'app'!r}; write app = hl.Engine(), "
-                         "or say module:name")
+        hint = f"; it has {', '.join(engines)}" if engines else "; write app = hl.Engine()"
+        raise UsageError(f"{target} has no Engine {attribute or 'app'!r}{hint} (say module:name)")
     return found
 
 
@@ -6887,7 +6961,10 @@ def _load(args: argparse.Namespace) -> int:
     _raise_file_limit()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with _own_server(args.hz) if args.url is None else contextlib.nullcontext(args.url) as url:
-        load = _Load(url, args.players, args.hz, args.seconds)
+        try:
+            load = _Load(url, args.players, args.hz, args.seconds)
+        except OSError as error:
+            raise HandshakeError(f"{url}: {error.strerror or error}") from None
         before = _fetch_report(url)
         show = sys.stderr.isatty() and not args.json
         load.run(_progress if show else lambda spent, load: None)

@@ -235,6 +235,14 @@ def test_the_first_program_of_the_readme_runs_as_printed(tmp_path):
     assert process.returncode == 0
 
 
+def test_the_other_programs_of_the_readme_run(tmp_path):
+    programs = python_blocks(README)[2:]
+    assert len(programs) >= 3
+    for text in programs:
+        done = subprocess.run([sys.executable, "-c", text], cwd=HERE, capture_output=True, text=True, timeout=20)
+        assert done.returncode == 0 and done.stderr == "", (text, done.stderr)
+
+
 def test_the_readme_tells_the_truth_about_names():
     text = README.read_text()
     for _, number, name in banners():
@@ -922,7 +930,7 @@ def test_nested_types_comments_options_and_keywords():
 @pytest.mark.parametrize("text, words", [
     ("message M {\n int32 = 1;\n}", "2: expected a field's name"), ("message M { int32 a = x; }", "a number"),
     ("message M {\n\n int32 a = 1", "3: expected ';'"), ("mesage M {}", "expected message"),
-    ('syntax = "proto2";', "proto3"), ("message M { int32 a = 0; }", "field number"), ("message M { ` }", "unexpected"),
+    ('syntax = "proto2";', "proto3"), ("message M { int32 a = 0; }", "1: field(number, type): number is 0"), ("message M { ` }", "unexpected"),
     ("message M { map<float, int32> a = 1; }", "a key is bool, string"), ("syntax", "proto3"),
     ("message M { int32 a = 1; string a = 2; }", "1: field 'a' is declared twice"),
 ])
@@ -2431,6 +2439,34 @@ def test_a_client_can_be_given_its_name():
         assert app.presence.users() == ["ada"]
 
 
+@pytest.mark.parametrize("misuse", [
+    lambda app: hl.Engine(8080), lambda app: hl.Engine({"port": 1}), lambda app: hl.Engine(hl.Config(), port=1),
+    lambda app: app.every(print), lambda app: app.every(-1), lambda app: app.every(), lambda app: app.websocket("/ws/data"),
+    lambda app: app.call_soon(None), lambda app: hl.Response("", "200"),
+    lambda app: setattr(next(iter(app.sessions.values())), "user", 5),
+])
+def test_misuse_is_told_at_once(misuse):
+    with running() as app, hl.connect(app.url):
+        with pytest.raises(hl.UsageError):
+            on_loop(app, misuse, app)
+
+
+def test_what_fails_in_call_soon_is_logged_if_nobody_asks(caplog):
+    with running() as app:
+        app.call_soon(lambda: 1 / 0)
+        with pytest.raises(KeyError):
+            app.call_soon({}.__getitem__, 1).result(5)
+        wait_until(lambda: "ZeroDivisionError" in caplog.text)
+        gc.collect()
+        assert "KeyError" not in caplog.text
+
+
+def test_a_slip_in_the_environment_is_noticed():
+    with pytest.raises(hl.ConfigError, match="HORIZON_PORT"):
+        hl.Config.load(None, {"HORIZON_PROT": "1"})
+    hl.Config.load(None, {"HORIZON_SOAK": "1", "HORIZON_SEED": "1", "PORT": "x"})
+
+
 def test_an_engine_is_driven_by_one_thread_at_a_time():
     with running() as app:
         with pytest.raises(hl.StateError):
@@ -2680,6 +2716,7 @@ def test_bad_frames_get_their_close_code_are_counted_and_disturb_nobody(data, co
 
 @pytest.mark.parametrize("message, code", [
     ({"action": "dance", "topic": "t"}, "unknown_action"), ({"action": ["x"], "topic": "t"}, "unknown_action"),
+    ({"action": "subscribe", "topic": "world.moves", "packed": "f32"}, "bad_request"),
     ({"action": "subscribe"}, "bad_topic"), ({"action": "subscribe", "topic": 5}, "bad_topic"),
     ({"action": "subscribe", "topic": "a..b"}, "bad_topic"), ({"action": "publish", "topic": "a.*"}, "bad_topic"),
     ({"action": "unsubscribe", "topic": "never"}, "not_subscribed"), ({"action": "publish", "topic": "system.x"}, "forbidden"),
@@ -2703,10 +2740,10 @@ def test_requests_that_can_not_be_are_answered_with_their_id(message, code):
 
 def test_what_is_not_even_an_object_is_answered():
     with running() as app, hl.connect(app.url) as client:
-        for text in ("5", "[]", "null", '"x"'):
+        for text in ("5", "[]", "null", '"x"', '{"action":"publish","topic":"t","id":[1]}'):
             client.send(text)
             assert client.recv(5)["error"]["code"] == "bad_request"
-        assert app.metrics['horizon_requests_refused_total{code="bad_request"}'] == 4
+        assert app.metrics['horizon_requests_refused_total{code="bad_request"}'] == 5
 
 
 def test_subscriptions_are_limited():
@@ -2722,7 +2759,9 @@ def test_a_handler_that_raises_is_logged_and_the_tick_goes_on(caplog):
         app.on_client("x", "y")(lambda event: event.data["missing"])
         app.on_core("server_tick")(lambda event: 1 / 0)
         client.send({"namespace": "x", "event": "y", "data": {}, "id": 1})
-        assert client.recv(5) == {"id": 1, "ok": True}
+        assert client.recv(5)["error"]["code"] == "failed"
+        client.send({"namespace": "x", "event": "nobody", "id": 2})
+        assert client.recv(5)["error"] == {"code": "no_handler", "message": "nobody handles x:nobody"}
         before = app.tick_count
         wait_until(lambda: app.tick_count > before + 3)
         assert "KeyError: 'missing'" in caplog.text and app.metrics["horizon_bus_errors_total"] > 3
