@@ -2603,7 +2603,8 @@ class Topics:
     (1, 0, ['hello'])
     """
 
-    __slots__ = ("_topics", "_root", "_version", "_epoch", "_epochs", "_pending", "_max_batch",
+    __slots__ = ("_topics", "_root", "_version", "_epoch", "_epochs", "_pending", "_everybody",
+                 "_max_batch",
                  "_max_bytes", "seq", "published", "delivered", "errors")
 
     def __init__(self, max_batch: int = 256, max_bytes: int = 1 << 20) -> None:
@@ -2613,6 +2614,7 @@ class Topics:
         self._epoch = os.urandom(4).hex()
         self._epochs = itertools.count(1)
         self._pending: list[_Topic] = []    # those with something for batched sinks
+        self._everybody = _Topic("")        # what is broadcast waits here
         self._max_batch = max_batch or sys.maxsize
         self._max_bytes = max_bytes or sys.maxsize
         self.seq = itertools.count(1)
@@ -2709,6 +2711,12 @@ class Topics:
         self.delivered += count
         return count
 
+    def broadcast(self, payload: Any, sink: Callable[[Batch], object], *,
+                  critical: bool = False) -> None:
+        """Hand *payload* to *sink*, in its place among what is published."""
+        self._everybody.batched = (sink,)
+        self._enqueue(self._everybody, Publication("", payload, 0, "", critical, next(self.seq)))
+
     def _find_sinks(self, topic: str, record: _Topic) -> None:
         found = self.matching(topic)
         record.sinks = tuple(dict.fromkeys(each.sink for each in found if not each.batched))
@@ -2733,7 +2741,7 @@ class Topics:
     def flush(self) -> None:
         """Hand batched sinks what was published since the last time."""
         while self._pending:
-            record = self._pending.pop()
+            record = self._pending.pop(0)
             items, record.pending = tuple(record.pending), []
             batch = Batch(items, record.size, items[-1].critical)
             for sink in record.batched:
@@ -3010,13 +3018,16 @@ class Outbox:
     replaced by the newest; all else is dropped, oldest first, when the bound is passed.
     """
 
-    __slots__ = ("items", "size", "dropped", "coalesced", "_max_items", "max_bytes", "mixed")
+    __slots__ = ("items", "size", "dropped", "coalesced", "_max_items", "max_bytes", "mixed",
+                 "urgent", "owed")
 
     def __init__(self, max_items: int, max_bytes: int) -> None:
         self.items: tuple[Any, ...] = ()    # never changed in place: peers share them
         self.size = 0
         self.dropped = self.coalesced = 0
-        self.mixed = False                 # filled from several topics: to be sorted
+        self.urgent = False                 # to leave with this pass
+        self.owed: set[str] = set()         # keys of which one was dropped
+        self.mixed = False                  # filled from several topics: to be sorted
         self._max_items = max_items or sys.maxsize      # a limit of 0 means none
         self.max_bytes = max_bytes or sys.maxsize
 
@@ -3026,6 +3037,9 @@ class Outbox:
         Raises:
             SlowPeer: the bound is passed and only critical items are left.
         """
+        if item.key in self.owed:
+            self.owed.discard(item.key)
+            item = item.replaces(item)          # one was dropped: this must stand for it, too
         if item.key is None or not self._replace(item):
             self.put_many((item,), item.size or item.measure(), ahead)
         elif self.size + ahead > self.max_bytes:
@@ -3033,18 +3047,21 @@ class Outbox:
 
     def put_many(self, items: tuple[Any, ...], size: int, ahead: int = 0) -> None:
         """Add items of *size* bytes in all, none of which replaces another; raises as ``put``."""
-        # HOT: once per subscriber per topic per tick (bench 14.fanout)
-        if self.items:
-            self.mixed = True
-            items = self.items + items
-        self.items = items
-        self.size += size
-        if len(items) > self._max_items or self.size + ahead > self.max_bytes:
+        self.add(items, size)
+        if len(self.items) > self._max_items or self.size + ahead > self.max_bytes:
             self._make_room(ahead)
 
     def overflows(self, count: int, size: int) -> bool:
         """Whether so much more would pass the bound."""
         return len(self.items) + count > self._max_items or self.size + size > self.max_bytes
+
+    def add(self, items: tuple[Any, ...], size: int) -> None:
+        """Add without a bound, for who empties it at once."""
+        if self.items:
+            self.mixed = True
+            items = self.items + items
+        self.items = items
+        self.size += size
 
     def _replace(self, item: Any) -> bool:
         for at, old in enumerate(self.items):
@@ -3068,8 +3085,11 @@ class Outbox:
                 break                       # what is ahead fills the bound alone
             if at is None:
                 raise SlowPeer(f"{len(items)} critical messages, {self.size} bytes wait")
-            self.size -= items.pop(at).size
+            gone = items.pop(at)
+            self.size -= gone.size
             self.dropped += 1
+            if gone.key is not None:
+                self.owed.add(gone.key)
         self.items = tuple(items)
 
     def _sort(self) -> None:
@@ -3081,7 +3101,7 @@ class Outbox:
         """Return everything in order and be empty."""
         if self.mixed:
             self._sort()
-        items, self.items, self.size = self.items, (), 0
+        items, self.items, self.size, self.urgent = self.items, (), 0, False
         return items
 
 
@@ -3496,8 +3516,8 @@ class WebSocketConnection:
     # -- receiving --
 
     def receive(self, data: _Bytes) -> None:
-        """Store *data*; parse nothing yet. After a close frame all is ignored."""
-        if not self.closed_by_peer:
+        """Store *data*; parse nothing yet. After a close frame or a fault all is ignored."""
+        if not self.closed_by_peer and self._fault is None:
             # in the common case one whole frame arrives and nothing is copied
             self._buffer = self._buffer + data if self._buffer else bytes(data)
 
@@ -3860,7 +3880,7 @@ class Loop:
             return
         try:
             future.set_result(fn(*args))
-        except Exception as error:
+        except BaseException as error:      # sys.exit(), too, is the caller's to hear of
             future.set_exception(error)
         del future                  # else its traceback would keep it, and it the traceback
 
@@ -3949,12 +3969,11 @@ class Connection:
         if not data:
             return self.abort("eof")
         self.server.bytes_received += len(data)
+        if self._state != "open":
+            return self._await_close(data)
         self.heard_ns = self.server.loop.now_ns
         self._pings = 0
-        if self._state == "open":
-            self._advance(data)
-        else:
-            self._await_close(data)
+        self._advance(data)
 
     def _advance(self, data: bytes) -> None:
         """Do what *data*, and what was left before it, asks; a peer's fault ends the connection."""
@@ -4126,6 +4145,7 @@ class Connection:
         """Write *data* in one call; the caller counts it, what the socket does not take waits."""
         # HOT: once per client per tick (bench 14.fanout)
         if self._out:
+            self.server.bytes_sent += self._queued
             self._out.append(data)
             data = b"".join(self._out)
             self._out, self._queued = None, 0
@@ -4134,6 +4154,7 @@ class Connection:
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError:
+            self.server.bytes_sent -= len(data)
             return self.abort("reset")
         if sent < len(data):
             self.server.bytes_sent -= len(data) - sent      # not yet
@@ -4204,8 +4225,10 @@ class Connection:
         quiet_s = (now - self.heard_ns) / 1e9
         waited_s = (now - self._since_ns) / 1e9
         if self._state == "finishing":
+            if self.backlog:        # as long as it takes its bytes, it may have them
+                waited_s = min(quiet_s, waited_s)
             patience_s = limits.idle_s if self.backlog and self.http is not None else _FINISH_S
-            if patience_s and min(quiet_s, waited_s) > patience_s:
+            if patience_s and waited_s > patience_s:
                 self.abort("finish_timeout")
         elif self.ws is not None:
             self._check_ping(quiet_s, limits)
@@ -4742,6 +4765,7 @@ function connect() {
     say(`connection lost${event.reason ? " (" + event.reason + ")" : ""}, trying again in ${(pause / 1000).toFixed(1)} s`, false);
     wait = Math.min(wait * 2, 10000);
     players.clear();
+    presence([]);
     setTimeout(connect, pause);
   };
 }
@@ -4755,7 +4779,7 @@ function receive(envelope) {
   if (!envelope[102]) return;
   const message = fields(envelope[102]), topic = string(message[1]);
   const data = JSON.parse(string(message[2]) || "null");
-  if (topic === "chat.lobby") chat(data.from, data.text);
+  if (topic === "chat.lobby") { if (data && typeof data.text === "string") chat(String(data.from || "somebody"), data.text); }
   else if (topic === "system.stats") figures(data);
   else if (data && data.type === "presence_update") presence(data.users);
   else if (data && data.event === "hello") { me = data.data.id.replaceAll("-", ""); user = data.data.user; hz = data.data.tick_hz || 50; }
@@ -4844,6 +4868,7 @@ setInterval(() => { if (moved) moveTo(own.x, own.y); }, 1000 / 30);
 $("say").addEventListener("submit", event => {
   event.preventDefault();
   const text = $("text").value.trim();
+  if (socket.readyState !== 1) return chat("", "not connected: your line is kept, try again");
   if (text) emit("chat", "message", {text});
   $("text").value = "";
 });
@@ -4984,7 +5009,7 @@ class Session:
     """
 
     __slots__ = ("id", "player", "_user", "connection", "render", "packed", "outbox", "engine",
-                 "handler", "subscriptions", "_metadata")
+                 "handler", "subscriptions", "goodbye", "_metadata")
 
     def __init__(self, engine: Engine, connection: Connection, subprotocol: str,
                  handler: Callable[[Session, str | bytes], object] | None) -> None:
@@ -4998,6 +5023,7 @@ class Session:
         self.engine = engine
         self.handler = handler                  # of a route of the user's own
         self.subscriptions: dict[str, Subscription | None] | None = None
+        self.goodbye: tuple[int, str] | None = None     # to be said when it has read the rest
         self._metadata: dict[str, Any] | None = None
 
     @property
@@ -5041,26 +5067,44 @@ class Session:
         """
         self.engine._on_loop("client.send")
         if isinstance(message, str):
-            self.connection.send(_frame(_TEXT, message.encode()))
+            try:
+                self.say(_frame(_TEXT, message.encode()))
+            except UnicodeEncodeError as error:
+                raise UsageError(f"this text can't be sent: {error}") from None
         elif isinstance(message, bytes | bytearray | memoryview):
-            self.connection.send(_frame(_BINARY, message))
+            self.say(_frame(_BINARY, message))
         else:
             direct = Publication("", message, 0, "", True, 0)
-            self.connection.send(self.render((direct,), ""))
+            self.say(self.render((direct,), ""))
             self.engine.events_sent["DIRECT"] += 1
 
+    def say(self, data: bytes) -> None:
+        """Send frames at the end of this pass, after what is critical and came before."""
+        if self.outbox is not None and self.outbox.urgent:
+            self.engine._flush([self])
+        self.connection.send(data)
+
     def close(self, code: int = 1000, reason: str = "") -> None:
-        """Say goodbye with a close code (1000 to 1014, or 3000 to 4999) and a short reason."""
+        """Say goodbye with a close code (1000 to 1014, or 3000 to 4999) and a short reason.
+
+        What was sent before goes before; a client that reads slowly has five seconds for it.
+        """
         self.engine._on_loop("client.close")
         if not _sendable_code(code):
             raise UsageError(f"close code {code} can't be sent; use 1000 to 1014 or 3000 to 4999")
-        self.engine._flush_topics()
-        self.engine._flush([self])              # what was sent before goes before
-        self.connection.close(code, reason)
+        self.engine.topics.flush()
+        self.engine._flush([self])
+        if self.outbox is None or not self.outbox.items:
+            self.connection.close(code, reason)
+        elif self.goodbye is None:
+            self.goodbye = (code, reason)       # said by Engine.on_drain
+            self.engine.loop.call_later(5.0, lambda: self.connection.close(code, reason))
 
     def put(self, item: Sendable) -> None:
         """Queue a shared item for the tick, or for the end of this pass if it is critical."""
-        outbox = self._filling(1, item.size or item.measure(), item.critical)
+        if item.key is None:
+            return self._add((item,), item.size or item.measure(), item.critical)
+        outbox = self._filling(item.critical)
         if outbox is not None:
             try:
                 outbox.put(item, len(self.connection.unsent))
@@ -5072,33 +5116,36 @@ class Session:
         # HOT: once per subscriber per topic per tick (bench 14.fanout)
         outbox = self.outbox
         if outbox is None or outbox.items or batch.critical or (
-                batch.size > outbox.max_bytes or self.connection.unsent):
-            outbox = self._filling(len(batch.items), batch.size, batch.critical)
+                batch.size > outbox.max_bytes or self.connection.unsent or self.goodbye):
+            self._add(batch.items, batch.size, batch.critical)
         else:                                   # the common case: the outbox becomes the batch
             outbox.items, outbox.size = batch.items, batch.size
-            self.engine._waiting.append(self)
-            return
+            self.engine._waiting[self] = None
+
+    def _add(self, items: tuple[Any, ...], size: int, critical: bool) -> None:
+        outbox = self._filling(critical)
         if outbox is None:
             return
+        if not self.connection.unsent and outbox.overflows(len(items), size):
+            outbox.add(items, size)             # a peer that reads loses nothing
+            return self.engine._flush([self])
         try:
-            outbox.put_many(batch.items, batch.size, len(self.connection.unsent))
+            outbox.put_many(items, size, len(self.connection.unsent))
         except SlowPeer:
             self._give_up()
 
-    def _filling(self, count: int, size: int, urgent: bool) -> Outbox | None:
+    def _filling(self, urgent: bool) -> Outbox | None:
         """Return the outbox, listed to be emptied; None when the session has ended."""
         outbox = self.outbox
-        if not self.connection.is_open:
+        if not self.connection.is_open or self.goodbye is not None:
             return None
         if outbox is None:
             config = self.engine.config
             outbox = self.outbox = Outbox(config.outbox_messages, config.outbox_bytes)
-        if outbox.items and outbox.overflows(count, size) and not self.connection.unsent:
-            self.engine._flush([self])          # a peer that reads loses nothing
-        if not outbox.items:
-            self.engine._waiting.append(self)
+        self.engine._waiting[self] = None
         if urgent:
-            self.engine._urgent.append(self)
+            outbox.urgent = True
+            self.engine._urgent[self] = None
         return outbox
 
     def _give_up(self) -> None:
@@ -5155,7 +5202,7 @@ class _Worker:
         self._bus().timed(handler, time.monotonic_ns() - began_ns)
         try:
             future.result()
-        except Exception:
+        except BaseException:               # sys.exit() in a worker is a failure like others
             self._bus().failed(handler)
 
     def stop(self) -> None:
@@ -5222,6 +5269,10 @@ _TIMED = (                          # name, help, buckets
     ("horizon_gc_pause_seconds", "Pauses by the garbage collector.", BUCKETS_S),
     ("horizon_batch_messages", "Messages per write.", (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)),
 )
+_ERRORS = (                         # name, help
+    ("horizon_route_errors_total", "Answers of routes that raised."),
+    ("horizon_repeat_errors_total", "Calls of repeated functions that raised."),
+)
 
 
 _CSP = ("default-src 'none'; script-src '{script}'; style-src '{style}'; connect-src 'self'; "
@@ -5258,8 +5309,8 @@ class Engine:
 
     def __init__(self, config: Config | None = None, **settings: Any) -> None:
         if config is not None and (settings or not isinstance(config, Config)):
-            raise UsageError("settings are keywords, Engine(port=8080), or one Config; a file is read "
-                             "by Config.load(path, port=8080)")
+            raise UsageError("settings are keywords, Engine(port=8080), or one Config; a file is "
+                             "read by Config.load(path, port=8080)")
         self.config = config or Config.load(None, **settings)
         self.metrics = Metrics()
         self.topics = Topics(self.config.outbox_messages, self.config.outbox_bytes)
@@ -5279,11 +5330,10 @@ class Engine:
         self.refusals: Counter[str] = Counter()         # requests answered with an error, by code
         self._users: dict[str, list[Session]] = {}
         self._listeners = 0                             # sessions on /ws/data
-        self._broadcasts: list[Publication] = []        # for all of these, at the tick
         self._movers: dict[Session, None] = {}          # who gets movement
         self._watchers: dict[Session, None] = {}        # who just asked for presence
-        self._waiting: list[Session] = []               # whose outbox is not empty
-        self._urgent: list[Session] = []                # whose outbox leaves with this pass
+        self._waiting: dict[Session, None] = {}         # whose outbox is not empty
+        self._urgent: dict[Session, None] = {}          # whose outbox leaves with this pass
         self._repeats: list[tuple[Ticker, Callable[[], object]]] = []
         self._routes: list[_Endpoint] = []
         self._batches: Pool[Any] = Pool(
@@ -5353,7 +5403,8 @@ class Engine:
     def every(self, seconds: float | None = None, *,
               hz: float | None = None) -> Callable[[_F], _F]:
         """Decorate a function that the loop calls at its own rate, without drift."""
-        if (hz is None) == (seconds is None) or callable(seconds) or seconds is not None and seconds <= 0:
+        given = seconds if hz is None else hz
+        if (hz is None) == (seconds is None) or not isinstance(given, int | float) or given <= 0:
             raise UsageError("write @app.every(hz=5) or @app.every(seconds=0.2)")
         rate = hz if hz is not None else 1 / seconds if seconds else 0.0
 
@@ -5365,6 +5416,9 @@ class Engine:
     def subscribe(self, pattern: str) -> Callable[[_F], _F]:
         """Decorate a function that gets every Publication *pattern* covers, in process."""
         def decorate(fn: _F) -> _F:
+            if pattern in (_MOVES_TOPIC, _PRESENCE_TOPIC):
+                raise UsageError(f"{pattern} is for clients; here are app.presence, app.movement "
+                                 "and the events client:movement:position, core:player_connected")
             self._register(self.topics.subscribe, pattern, _plain_function(fn))
             return fn
         return decorate
@@ -5443,22 +5497,13 @@ class Engine:
     def broadcast(self, payload: Any, *, critical: bool = False) -> int:
         """Send *payload* as it is to every client on ``/ws/data``; return to how many."""
         self._on_loop("broadcast")
-        publication = Publication("", payload, 0, "", critical, next(self.topics.seq))
-        publication.measure()
-        self._broadcasts.append(publication)
-        if critical or len(self._broadcasts) == self.config.outbox_messages:
-            self._flush_topics()
+        self.topics.broadcast(payload, self._to_everybody, critical=critical)
         return self._listeners
 
-    def _flush_topics(self) -> None:
-        """Bring what was published and broadcast into the outboxes."""
-        self.topics.flush()
-        if self._broadcasts:
-            items, self._broadcasts = tuple(self._broadcasts), []
-            batch = Batch(items, sum([each.size for each in items]), items[-1].critical)
-            for session in list(self.sessions.values()):
-                if session.handler is None:
-                    session.put_many(batch)
+    def _to_everybody(self, batch: Batch) -> None:
+        for session in list(self.sessions.values()):
+            if session.handler is None:
+                session.put_many(batch)
 
     def send(self, to: str | Session, payload: Any) -> int:
         """Send *payload*, never dropped, to a session (or its id) or all sessions of a user.
@@ -5471,7 +5516,7 @@ class Engine:
         sessions = [each for each in sessions if each.connection.is_open]
         publication = Publication("", payload, 0, "", True, next(self.topics.seq))
         publication.measure()
-        self._flush_topics()                    # what was said before arrives before
+        self.topics.flush()                    # what was said before arrives before
         for session in sessions:
             session.put(publication)
         return len(sessions)
@@ -5581,6 +5626,8 @@ class Engine:
                     self.step(3600.0)
                 except Exception:           # ours, for handlers' are caught: never end for it
                     _log.exception("a pass of the loop failed")
+                except SystemExit:          # a handler said so
+                    self._begin_stop(5.0)
         finally:
             if self._state != "stopped":       # something worse than an end
                 self._closed()
@@ -5625,12 +5672,8 @@ class Engine:
         self._stop_at_ns = self.loop.clock() + int(grace_s * 1e9)
         self.bus.emit("core:server_stopping", {"timestamp": time.time()})
         self.server.stop_accepting()
-        self._flush_topics()
-        self._flush(self._waiting)
         for connection in list(self.server.connections.values()):
-            # somebody who still has to read gets the goodbye after the rest, in on_drain
-            if not (connection.owner and connection.owner.outbox and connection.owner.outbox.items):
-                connection.close(1001, "server is shutting down")
+            (connection.owner or connection).close(1001, "server is shutting down")
 
     def _closed(self) -> None:
         """Give everything back; only loop.wake and the mapping of metrics stay usable."""
@@ -5654,7 +5697,7 @@ class Engine:
         """Return how long ``step`` may be put off if ``fileno`` stays unreadable, in seconds."""
         waits = [self.loop.wait_s(), *(ticker.wait_s() for ticker, _ in self._repeats)]
         if self._urgent or self._ticker is None and (
-                self._waiting or self._broadcasts or self.topics.pending):
+                self._waiting or self.topics.pending):
             return 0.0
         if self._ticker is not None:
             waits.append(self._ticker.wait_s())
@@ -5691,7 +5734,7 @@ class Engine:
         elif due := self._ticker.take_due():
             self._tick(due)
         if self._urgent:
-            urgent, self._urgent = self._urgent, []
+            urgent, self._urgent = self._urgent, {}
             self._flush(urgent)
         self.loop.flush()
 
@@ -5723,8 +5766,8 @@ class Engine:
             for session in list(self._movers):
                 session.put(moves)
         self._tell_presence()
-        self._flush_topics()
-        waiting, self._waiting = self._waiting, []
+        self.topics.flush()
+        waiting, self._waiting = self._waiting, {}
         self._flush(waiting)
 
     def _tell_presence(self) -> None:
@@ -5741,7 +5784,7 @@ class Engine:
             for session in audience:
                 session.put(update)
 
-    def _flush(self, sessions: list[Session]) -> None:
+    def _flush(self, sessions: Iterable[Session]) -> None:
         """Render and write the outboxes of *sessions*; equal contents are rendered once."""
         # HOT: once per client per tick (bench 14.fanout)
         rendered: dict[tuple[Any, ...], list[Any]] = {}
@@ -5751,7 +5794,7 @@ class Engine:
             outbox, connection = session.outbox, session.connection
             if outbox is None or not outbox.items or connection.unsent:
                 continue                # gone, sent already, or to be sent by on_drain
-            if outbox.mixed:
+            if outbox.mixed or outbox.urgent:
                 items = outbox.take()
             else:                               # the common case, in line
                 items, outbox.items, outbox.size = outbox.items, (), 0
@@ -5856,7 +5899,7 @@ class Engine:
             _choose_subprotocol(request, [name for name in _FORMS if name]) if ours else ""
         )
         session = Session(self, connection, subprotocol, None if ours else route.answer)
-        self._flush_topics()            # what was broadcast before is not for it
+        self.topics.flush()            # what was broadcast before is not for it
         self.sessions[session.id] = session
         self._listeners += ours
         self._know_user(session)
@@ -5871,6 +5914,8 @@ class Engine:
     def on_message(self, connection: Connection, message: str | bytes) -> None:
         """Take one message of a client (the transport calls this)."""
         session: Session = connection.owner
+        if session.goodbye is not None:
+            return
         if session.handler is not None:
             try:
                 session.handler(session, message)
@@ -5891,6 +5936,7 @@ class Engine:
             self.coalesced += session.outbox.coalesced
             session.outbox = None
         self._movers.pop(session, None)
+        self._waiting.pop(session, None)
         self._watchers.pop(session, None)
         self.movement.remove(session.player)
         del self.sessions[session.id]
@@ -5916,8 +5962,11 @@ class Engine:
         """Send a client that reads again what waited for it (the transport calls this)."""
         session: Session = connection.owner
         self._flush([session])
-        if self._state == "stopping" and not connection.unsent:
-            connection.close(1001, "server is shutting down")
+        if session.outbox is not None and session.outbox.owed and not connection.unsent:
+            session.put(self.movement.snapshot())
+            self._flush([session])
+        if session.goodbye is not None and not connection.unsent:
+            connection.close(*session.goodbye)
 
     # -- /ws/data: what clients say --
 
@@ -5987,7 +6036,7 @@ class Engine:
                     answer["data"] = data
             frame = _frame(_TEXT, _json_bytes(answer))
         self.events_sent["REPLY"] += 1
-        session.connection.send(frame)
+        session.say(frame)
 
     def _do_json(self, session: Session, message: Any) -> Any:
         """Do what one JSON message asks; return what the answer carries."""
@@ -6164,6 +6213,8 @@ class Engine:
             self.metrics.watch(name, reader(path), text, kind=kind, label=label.get(path, ""))
         for name, text, buckets in _TIMED:
             self.metrics.describe(name, text, kind="histogram", buckets=buckets)
+        for name, text in _ERRORS:
+            self.metrics.describe(name, text)
 
     def _resident_mb(self) -> float:
         return _memory_bytes()[0] / 1e6
@@ -6789,7 +6840,10 @@ class _Load:
     def _connect(self, number: int) -> _Player:
         client = connect(self.url, protocol="proto")
         player = _Player(client, decodes=number % 10 == 0)
-        client.subscribe(self.topic)
+        try:
+            client.subscribe(self.topic)
+        except UsageError as error:
+            raise HandshakeError(f"the server turned a player away: {error}") from None
         client.emit("system", "hello")
         while (envelope := client.recv(10.0)) is not None and (
                 envelope.which("payload") != "topic_message"):
@@ -6830,7 +6884,7 @@ class _Load:
         while (spent := time.monotonic() - began) < self.seconds:
             while self.sent < int(spent * per_s):
                 self._send_next()
-            self._pass(max(0.0, (self.sent + 1) / per_s - spent))
+            self._pass(max(0.0, min((self.sent + 1) / per_s, self.seconds) - spent))
             progress(spent, self)
         missing, patience = self._missing(), time.monotonic() + 2.0
         while missing and time.monotonic() < patience:
@@ -6890,7 +6944,7 @@ class _Load:
         """Return the figures; *before* and *after* are the server's reports."""
         frames = sum(player.frames for player in self.players)
         events = sum(player.events for player in self.players)
-        latencies = sorted(self.latencies_ns) or [0]
+        latencies = sorted(self.latencies_ns)
 
         def grown(group: str, key: str) -> Any:
             return after[group][key] - before[group][key]
@@ -6909,10 +6963,8 @@ class _Load:
             "lost": self._missing() + drops,
             "server_drops": drops,
             "coalesced": grown("drops", "coalesced"),
-            "latency_ms": {
-                name: round(latencies[int((len(latencies) - 1) * part)] / 1e6, 3)
-                for name, part in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99), ("max", 1.0))
-            },
+            "latency_ms": {name: _percentile_ms(latencies, part) for name, part in (
+                ("p50", 0.5), ("p95", 0.95), ("p99", 0.99), ("max", 1.0))},
             "latency_samples": len(self.latencies_ns),
             "overruns": grown("tick", "overruns"),
             "ticks": grown("tick", "count"),
@@ -6920,6 +6972,10 @@ class _Load:
             "server_rss_mb": after["memory"]["rss_mb"],
             "sends_blocked": self._blocked,
         }
+
+
+def _percentile_ms(ordered_ns: list[int], part: float) -> float | None:
+    return round(ordered_ns[int((len(ordered_ns) - 1) * part)] / 1e6, 3) if ordered_ns else None
 
 
 def _fetch_report(url: str) -> dict[str, Any]:
@@ -6971,7 +7027,9 @@ def _load(args: argparse.Namespace) -> int:
         result = load.result(before, _fetch_report(url))
     if show:
         print("\r\033[K", end="", file=sys.stderr)
-    print(json.dumps(result) if args.json else _LOAD_TEXT.format(**result, **result["latency_ms"]))
+    latency = {name: math.nan if value is None else value
+               for name, value in result["latency_ms"].items()}
+    print(json.dumps(result) if args.json else _LOAD_TEXT.format(**result, **latency))
     return 1 if result["lost"] else 0
 
 

@@ -248,7 +248,9 @@ def test_the_readme_tells_the_truth_about_names():
     for _, number, name in banners():
         assert re.search(rf"\|\s*{number}\s*\|\s*{name}\s*\|", text), f"section {number} {name}"
     app = hl.Engine(port=0)
-    described = set(re.findall(r"`((?:server|memory|event|events|horizon)_[a-z_]+)[`{]", text))
+    table = text.partition("## Metrics")[2].partition("\n## ")[0]
+    described = set(re.findall(r"`((?:server|memory|event|events|horizon)_[a-z_]+)[`{]", table))
+    assert "@@" not in text and "| what |" in text.partition("## Numbers")[2]
     names = set(app.metrics._families)
     assert names - described == set(), "metrics that the README does not list"
     assert described - names == set(), "metrics that the README lists and nobody has"
@@ -2381,6 +2383,144 @@ def test_every_envelope_and_every_fragment_counts_for_the_rate():
         client.subscribe("t")                   # no burst of its own means the rate's
 
 
+def test_a_healthy_client_gets_a_tick_of_any_size():
+    with running() as app, hl.connect(app.url) as client:
+        client.subscribe("t")
+
+        def burst():
+            assert app.publish("t", "x" * 600_000) == app.publish("t", "y" * 600_000) == 1
+            for number in range(20):
+                app.broadcast({"n": number, "pad": "x" * 100_000})
+        on_loop(app, burst)
+        assert [client.recv(5)["payload"][0] for _ in range(2)] == ["x", "y"]
+        assert [client.recv(5)["n"] for _ in range(20)] == list(range(20))
+        assert app.metrics["horizon_outbox_dropped_total"] == 0
+
+
+def test_the_order_of_what_was_said_is_the_order_it_arrives_in():
+    with running() as app, hl.connect(app.url) as client:
+        for topic in ("a", "b"):
+            client.subscribe(topic)
+        session, = app.sessions.values()
+
+        def burst():
+            app.broadcast({"payload": 0})
+            app.publish("a", 1, critical=True)
+            app.send(session, {"payload": 2})
+            session.send({"payload": 3})
+            for number in range(4, 14):
+                app.publish("a", number)
+            for number in range(14, 300):
+                app.publish("b", number)
+            app.broadcast({"payload": 300})
+            app.publish("a", 301, critical=True)
+        on_loop(app, burst)
+        assert [client.recv(5)["payload"] for _ in range(302)] == list(range(302))
+
+
+def fill_socket(app, session, topic="full"):
+    """Publish to a client that does not read until its socket takes no more."""
+    def fill():
+        app.publish(topic, "x" * 50_000)
+        return len(session.connection.unsent)
+    while not on_loop(app, fill):
+        time.sleep(0.001)
+
+
+def read_objects(sock, until, seconds=10):
+    """Read JSON objects, one per frame, until *until* says so of one; return them and the events."""
+    ws, got, events = hl.WebSocketConnection("client", 1 << 26), [], []
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        ws.receive(sock.recv(1 << 20))
+        for event in ws.take_events():
+            events.append(event)
+            if isinstance(event, str):
+                got.append(json.loads(event))
+            if until(event):
+                return got, events
+    raise AssertionError("it did not come")
+
+
+def test_state_that_was_dropped_is_made_good():
+    with running(outbox_messages=4) as app:
+        sock = raw_websocket(app, small=True)
+        for topic in (b"world.moves", b"full"):
+            sock.sendall(masked(0x81, b'{"action":"subscribe","topic":"%b","id":1}' % topic))
+        wait_until(lambda: app._movers and app.topics.matching("full"))
+        session, = app.sessions.values()
+        fill_socket(app, session)
+        on_loop(app, app.movement.move, b"p" * 16, 777, 0, 0)
+        wait_until(lambda: any(item.key for item in session.outbox.items))
+        for number in range(4):
+            on_loop(app, app.send, session, {"critical": number})
+        assert session.outbox.owed == {"movement"}
+        _, events = read_objects(sock, lambda event: isinstance(event, str) and "[777.0,0.0,0.0]" in event)
+        assert sum('"critical"' in event for event in events) == 4 and session.outbox.owed == set()
+        sock.close()
+
+
+def test_a_goodbye_waits_for_what_was_said_before():
+    with running() as app:
+        sock = raw_websocket(app, small=True)
+        sock.sendall(masked(0x81, b'{"action":"subscribe","topic":"full","id":1}'))
+        wait_until(lambda: app.topics.matching("full"))
+        session, = app.sessions.values()
+        fill_socket(app, session)
+
+        def kick():
+            assert app.send(session, {"why": "you are banned"}) == 1
+            session.close(4000, "kick")
+        on_loop(app, kick)
+        got, events = read_objects(sock, lambda event: isinstance(event, hl.Close))
+        assert got[-1] == {"why": "you are banned"} and events[-1] == hl.Close(4000, "kick")
+        sock.close()
+
+
+def test_after_a_fault_nothing_is_stored_and_the_end_comes_soon():
+    with running(max_connections=2) as app:
+        sock, rude = raw_websocket(app), raw(app, b"garbage\r\n\r\n")
+        sock.sendall(b"\x81\x00")
+        connection = next(each for each in app.server.connections.values() if each.ws)
+        began = time.monotonic()
+        while app.server.connections and time.monotonic() - began < 6:
+            for each in (sock, rude):
+                with contextlib.suppress(OSError):
+                    each.sendall(bytes(1000))
+            time.sleep(0.01)
+        assert time.monotonic() - began < 5 and len(connection.ws._buffer) < 1000
+        sock.close()
+        rude.close()
+
+
+def test_what_the_counters_say_is_what_was_sent():
+    with running() as app, hl.connect(app.url) as client:
+        client.subscribe("t")
+        app.on_client("a", "b")(lambda event: (app.publish("t", "x" * 1000), app.broadcast("y" * 1000)))
+        before, received = app.server.bytes_sent, 0
+        for number in range(20):
+            client.send({"namespace": "a", "event": "b", "id": number})
+        while received < 20 * 2000:
+            received += len(client._sock.recv(1 << 16))
+        with contextlib.suppress(TimeoutError):
+            client._sock.settimeout(0.1)
+            received += len(client._sock.recv(1 << 16))
+        assert app.server.bytes_sent - before == received
+
+
+def test_sys_exit_in_a_handler_is_a_graceful_end():
+    app = hl.Engine(port=0)
+    app.on_client("please", "exit")(lambda event: sys.exit())
+    app.on_client("worker", "exit", blocking=True)(lambda event: sys.exit())
+    with app, hl.connect(app.url) as client:
+        with pytest.raises(SystemExit):
+            app.call_soon(sys.exit).result(5)
+        client.emit("worker", "exit")
+        wait_until(lambda: app.bus.errors == 1)
+        client.emit("please", "exit")
+        assert client.recv(5) is None and client.closed.code == 1001
+
+
 def test_a_disconnect_may_tell_those_who_are_as_slow():
     with running(outbox_messages=5, outbox_bytes=20_000) as app:
         app.on_core("player_disconnected")(lambda event: app.publish("t", "x" * 3_000, critical=True))
@@ -2442,6 +2582,7 @@ def test_a_client_can_be_given_its_name():
 @pytest.mark.parametrize("misuse", [
     lambda app: hl.Engine(8080), lambda app: hl.Engine({"port": 1}), lambda app: hl.Engine(hl.Config(), port=1),
     lambda app: app.every(print), lambda app: app.every(-1), lambda app: app.every(), lambda app: app.websocket("/ws/data"),
+    lambda app: app.subscribe("world.moves")(print), lambda app: next(iter(app.sessions.values())).send("\ud800"),
     lambda app: app.call_soon(None), lambda app: hl.Response("", "200"),
     lambda app: setattr(next(iter(app.sessions.values())), "user", 5),
 ])
@@ -3092,6 +3233,14 @@ def test_load_says_when_the_server_goes_away():
     assert load.returncode == 1 and out == "" and "the server" in error and "Traceback" not in error
 
 
+def test_a_short_load_is_short_and_measures_nothing_it_did_not_see():
+    began = time.monotonic()
+    done = run_cli("load", "--players", "1", "--hz", "0.1", "--for", "0.2", "--json")
+    result = json.loads(done.stdout)
+    assert done.returncode == 0 and time.monotonic() - began < 8
+    assert result["latency_ms"]["p50"] is None and result["latency_samples"] == 0
+
+
 def test_load_fails_when_something_is_lost(tmp_path):
     (tmp_path / "lossy.py").write_text("""
 import itertools
@@ -3207,10 +3356,18 @@ def test_the_page_lives_in_a_real_browser(chromium):
         two.call("Page.bringToFront")
         two.wait(f"{drawn} > 3000")
 
+        # what others publish into the chat can't hurt
+        with hl.connect(url) as rude:
+            for payload in (None, 5, {"from": 1}, {"text": {}}, {"from": None, "text": "fine"}):
+                rude.publish("chat.lobby", payload)
+        two.wait("document.querySelector('#log').textContent.includes('somebody: fine')")
+
         # the server is killed and comes back
         server.pop_all().close()
         for tab in (one, two):
             tab.wait("document.querySelector('#status').textContent.includes('trying again')")
+            tab.eval("document.querySelector('#text').value = 'kept'; document.querySelector('#say').requestSubmit()")
+            assert tab.eval("document.querySelector('#text').value") == "kept"
         with program("--port", str(port)):
             for tab in (one, two):
                 tab.wait("document.querySelector('#status').textContent === 'connected' && players.size === 102", 30)
