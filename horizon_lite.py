@@ -2047,7 +2047,8 @@ class Handler:
         self.ignore_cancelled = ignore_cancelled
         self.spawned = spawned              # async or blocking: runs elsewhere, afterwards
         # only handlers that are always called can let their routes count for them
-        self.invoke = self._guarded if once or filter or ignore_cancelled or spawned else fn
+        guard = self._guarded if once or filter or ignore_cancelled else fn
+        self.invoke = self._start if spawned else guard
         self.errors = self.time_ns = self.timed = self.slowest_ns = 0
         self._bus = bus
         self._calls = 0
@@ -2089,6 +2090,12 @@ class Handler:
         if self.take(event):
             self.fn(event)
 
+    def _start(self, event: Event) -> None:
+        if event._reason is None and self.take(event):
+            event._sealed = True
+            assert self._bus.spawn is not None
+            self._bus.spawn(self, event)
+
     def remove(self) -> None:
         """End this registration; doing it twice is harmless."""
         self._bus._remove(self)
@@ -2097,14 +2104,11 @@ class Handler:
 class _Route:
     """The handlers of one key, ready to run."""
 
-    __slots__ = ("key", "handlers", "direct", "spawned", "pinned", "emits", "settled", "errors",
-                 "time_ns", "timed")
+    __slots__ = ("key", "handlers", "pinned", "emits", "settled", "errors", "time_ns", "timed")
 
     def __init__(self, key: str) -> None:
         self.key = key
         self.handlers: tuple[Handler, ...] = ()
-        self.direct: tuple[Handler, ...] = ()       # those that run at once
-        self.spawned: tuple[Handler, ...] = ()
         self.pinned = False                         # an emitter counts here
         self.emits = self.settled = self.errors = self.time_ns = self.timed = 0
 
@@ -2114,10 +2118,8 @@ class _Route:
             handler._calls += self.emits - self.settled if handler.invoke is handler.fn else 0
             handler._routes.remove(self)
         self.settled = self.emits
-        handlers.sort(key=lambda handler: handler.order)
+        handlers.sort(key=lambda handler: (handler.spawned, handler.order))
         self.handlers = tuple(handlers)
-        self.direct = tuple(each for each in handlers if not each.spawned)
-        self.spawned = tuple(each for each in handlers if each.spawned)
         for handler in handlers:
             handler._routes.append(self)
 
@@ -2140,13 +2142,13 @@ class Bus:
     1
     """
 
-    __slots__ = ("_spawn", "_clock", "_on_time", "_mask", "_exact", "_wild", "_routes", "_strange",
+    __slots__ = ("spawn", "_clock", "_on_time", "_mask", "_exact", "_wild", "_routes", "_strange",
                  "_shared", "_nobody", "_numbers", "errors")
 
     def __init__(self, *, spawn: Callable[[Handler, Event], object] | None = None,
                  clock: Callable[[], int] = time.monotonic_ns, debug: bool = False,
                  on_time: Callable[[float], object] | None = None) -> None:
-        self._spawn = spawn
+        self.spawn = spawn
         self._clock = clock
         self._on_time = on_time
         self._mask = 0 if debug else _SAMPLE_MASK
@@ -2198,7 +2200,7 @@ class Bus:
         if not callable(fn):
             raise UsageError(f"handler of {key!r} must be callable, got {fn!r}")
         spawned = blocking or _is_async(fn)
-        if spawned and self._spawn is None:
+        if spawned and self.spawn is None:
             raise UsageError(
                 f"handler of {key!r} is async or blocking; this bus has no spawn= for it"
             )
@@ -2296,16 +2298,13 @@ class Bus:
         route.emits = emits = route.emits + 1
         if not emits & self._mask:
             return self._run_timed(route, event)
-        spawned = route.spawned
-        for handler in route.direct:
+        for handler in route.handlers:
             invoke = handler.invoke     # two steps: as a method call it costs twice as much
             try:
                 invoke(event)
             except Exception:
                 event._failed = True
                 self.failed(handler, route)
-        if spawned and event._reason is None:
-            self._spawn_all(spawned, event)
         return event
 
     def handles(self, key: str) -> bool:
@@ -2333,22 +2332,21 @@ class Bus:
 
     def _run_timed(self, route: _Route, event: Event) -> Event:
         """Do what emit does, with a clock around every handler."""
-        clock, spawned = self._clock, route.spawned
+        clock = self._clock
         began = now = clock()
-        for handler in route.direct:
+        for handler in route.handlers:
             try:
                 handler.invoke(event)
             except Exception:
                 event._failed = True
                 self.failed(handler, route)
             before, now = now, clock()
-            self.timed(handler, now - before)
+            if not handler.spawned:             # these are timed where they run
+                self.timed(handler, now - before)
         route.time_ns += now - began
         route.timed += 1
         if self._on_time is not None and route.handlers:
             self._on_time((now - began) / 1e9)
-        if spawned and event._reason is None:
-            self._spawn_all(spawned, event)
         return event
 
     @staticmethod
@@ -2358,16 +2356,6 @@ class Bus:
         handler.timed += 1
         if spent_ns > handler.slowest_ns:
             handler.slowest_ns = spent_ns
-
-    def _spawn_all(self, handlers: tuple[Handler, ...], event: Event) -> None:
-        assert self._spawn is not None
-        event._sealed = True
-        for handler in handlers:
-            try:
-                if handler.take(event):
-                    self._spawn(handler, event)
-            except Exception:
-                self.failed(handler)
 
     def failed(self, handler: Handler, route: _Route | None = None) -> None:
         """Count the exception being handled as *handler*'s; log it, once a second at most."""
