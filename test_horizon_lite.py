@@ -23,6 +23,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import socket
 import statistics
@@ -3258,8 +3259,7 @@ hl.Topics.publish = lossy
 
 # -- the page in a real browser --
 
-CHROMIUM = next((each for name in ("chromium", "chromium-browser", "google-chrome")
-                 for each in [__import__("shutil").which(name)] if each), None)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
          "--disable-component-update --disable-sync --remote-debugging-port=0 --window-size=1200,800").split()
 
