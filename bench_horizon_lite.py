@@ -471,7 +471,7 @@ def in_turns(cost, rounds):
 
 @bench("14.fanout.50_per_tick", "us CPU/message")
 def _():
-    return in_turns(lambda name: fan_out(name, 20, 50), 3)
+    return in_turns(lambda name: fan_out(name, 100, 50), 3)
 
 
 @bench("14.fanout.1_per_tick", "us CPU/message")
