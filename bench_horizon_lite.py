@@ -521,7 +521,7 @@ def echo_cpu(name, echoes=40_000):
 
 @bench("20.engine.echo_p50", "us")
 def _():
-    return in_turns(echo_p50, 3)
+    return in_turns(echo_p50, 12)
 
 
 @bench("20.engine.echo_cpu", "us CPU/echo")
