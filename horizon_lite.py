@@ -2077,9 +2077,7 @@ class Handler:
 
     def take(self, event: Event) -> bool:
         """Whether this handler wants *event*; counts it, and ends what is for once."""
-        if self.once and self._gone:            # a nested emit was first
-            return False
-        if not self.passes(event):
+        if self.once and self._gone or not self.passes(event):     # gone: a nested emit was first
             return False
         if self.once:
             self.remove()
@@ -3087,8 +3085,7 @@ class Outbox:
 
     def take(self) -> tuple[Any, ...]:
         """Return everything in order and be empty."""
-        if self.mixed:
-            self._sort()
+        self._sort()
         items, self.items, self.size, self.urgent = self.items, (), 0, False
         return items
 
@@ -3682,10 +3679,6 @@ def _text(payload: bytes) -> str:
         raise _bad_text() from None
 
 
-def _header_has(request: Request, name: str, token: str) -> bool:
-    return token in request.tokens(name)
-
-
 def _check_upgrade(request: Request) -> None:
     """Check a client's opening handshake (RFC 6455 4.2.1).
 
@@ -3694,8 +3687,7 @@ def _check_upgrade(request: Request) -> None:
     """
     if request.version < (1, 1):
         raise HandshakeError("upgrade with HTTP/1.1", label="bad_handshake")
-    if not _header_has(request, "upgrade", "websocket") or (
-            not _header_has(request, "connection", "upgrade")):
+    if not ("websocket" in request.tokens("upgrade") and "upgrade" in request.tokens("connection")):
         raise HandshakeError(
             "this address speaks WebSocket", http_status=426, label="not_websocket"
         )
@@ -5766,9 +5758,8 @@ class Engine:
                         if each.subscriptions and _PRESENCE_TOPIC in each.subscriptions]
         self._watchers.clear()
         if audience:
-            users = self.presence.users()
-            update = Publication("", {"type": "presence_update", "users": users}, 0, "", False,
-                                 next(self.topics.seq))
+            payload = {"type": "presence_update", "users": users or self.presence.users()}
+            update = Publication("", payload, 0, "", False, next(self.topics.seq))
             for session in audience:
                 session.put(update)
 
