@@ -515,23 +515,18 @@ _VARINT, _I64, _LEN, _GROUP, _GROUP_END, _I32 = range(6)
 _MASK64 = (1 << 64) - 1
 _MAX_FIELD = (1 << 29) - 1
 _MAX_DEPTH = 100                    # nesting, as Google's runtimes have it
+_ONE = tuple(bytes((n,)) for n in range(128))       # every varint of one byte
 
 
-def _write_varint(out: bytearray, value: int) -> None:
+def _varint(value: int) -> bytes:
+    if value < 0x80:
+        return _ONE[value]
+    out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
         value >>= 7
     out.append(value)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    _write_varint(out, value)
     return bytes(out)
-
-
-def _varint_size(value: int) -> int:
-    return (value.bit_length() + 6) // 7 or 1
 
 
 def _read_varint(data: _Bytes, at: int) -> tuple[int, int]:
@@ -548,6 +543,35 @@ def _read_varint(data: _Bytes, at: int) -> tuple[int, int]:
             raise WireError("varint longer than ten bytes", at=at)
 
 
+def _read_short(data: _Bytes, at: int) -> tuple[int, int]:
+    """Return a tag or a length and its end; they have 32 bits, in at most five bytes."""
+    value, stop = _read_varint(data, at)
+    if stop - at > 5 or value >> 32:
+        raise WireError("tag or length of more than 32 bits", at=at)
+    return value, stop
+
+
+def _read_varints(data: _Bytes, at: int, stop: int) -> list[int]:
+    """Return all varints from *at* to *stop*, which is where the last one must end."""
+    raw = bytes(data[at:stop])
+    if raw.isascii():               # one byte each
+        return list(raw)
+    values = []
+    value = shift = 0
+    for byte in raw:
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            values.append(value & _MASK64)
+            value = shift = 0
+        else:
+            shift += 7
+            if shift == 70:
+                raise WireError("varint longer than ten bytes", at=at)
+    if shift:
+        raise WireError("packed field ends inside a varint", at=stop)
+    return values
+
+
 def _zigzag(value: int) -> int:
     """Fold the sign into the lowest bit, so that small negatives stay short.
 
@@ -561,39 +585,42 @@ def _unzigzag(value: int) -> int:
     return value >> 1 ^ -(value & 1)
 
 
+def _sign32(value: int) -> int:
+    return (value & 0xFFFFFFFF ^ 0x80000000) - 0x80000000
+
+
+def _sign64(value: int) -> int:
+    return (value ^ 1 << 63) - (1 << 63)
+
+
 def _tag(number: int, wire_type: int) -> bytes:
     return _varint(number << 3 | wire_type)
 
 
-def _close_length(out: bytearray, mark: int) -> None:
-    """Write the length of all since *mark* into the one byte left for it there.
+def _too_long(at: int, size: int) -> WireError:
+    return WireError(f"length of {size} runs past the end of its message", at=at)
 
-    Why not size first: one memmove of the few that pass 127 bytes is cheaper in CPython
-    than walking every nested message twice.
-    """
-    size = len(out) - mark - 1
-    if size < 0x80:
-        out[mark] = size
-    else:
-        out[mark:mark + 1] = _varint(size)
+
+def _too_deep(at: int) -> WireError:
+    return WireError(f"nested deeper than {_MAX_DEPTH}", at=at)
 
 
 def _skip(data: _Bytes, at: int, end: int, tag: int, depth: int) -> int:
     """Return where the value after *tag* ends; groups are followed to their own end.
 
     Raises:
-        WireError: field number 0 or too large, wire type 6 or 7, a group that is not
-            closed, or a length past *end*.
+        WireError: field number 0, wire type 6 or 7, a group that is not closed, or a
+            length past *end*.
     """
     wire_type = tag & 7
-    if not 0 < tag >> 3 <= _MAX_FIELD:
-        raise WireError(f"field number {tag >> 3}", at=at)
+    if tag < 8:
+        raise WireError("field number 0", at=at)
     if wire_type == _VARINT:
         at = _read_varint(data, at)[1]
     elif wire_type == _I64:
         at += 8
     elif wire_type == _LEN:
-        size, at = _read_varint(data, at)
+        size, at = _read_short(data, at)
         at += size
     elif wire_type == _I32:
         at += 4
@@ -607,10 +634,10 @@ def _skip(data: _Bytes, at: int, end: int, tag: int, depth: int) -> int:
 
 
 def _skip_group(data: _Bytes, at: int, end: int, end_tag: int, depth: int) -> int:
-    if depth <= 0:
-        raise WireError(f"nested deeper than {_MAX_DEPTH}", at=at)
+    if depth < 0:
+        raise _too_deep(at)
     while at < end:
-        tag, at = _read_varint(data, at)
+        tag, at = _read_short(data, at)
         if tag == end_tag:
             return at
         at = _skip(data, at, end, tag, depth)
@@ -624,68 +651,128 @@ def _skip_group(data: _Bytes, at: int, end: int, end_tag: int, depth: int) -> in
 #
 # A Message class declares its fields by assignment; the metaclass turns them into slots and
 # writes the code that a patient person would write by hand for exactly that class: one
-# straight function each to write, size and read it.  Text is data here: a row of _KINDS
-# holds the lines for one scalar type, the builders below only indent and join them, and
-# _compile is the one place that executes anything.  `Cls.__source__` shows the result.
+# straight function each to build, clear, write and read it.  Text is data here: a row of
+# _KINDS holds the expressions for one scalar type, the builders below only indent and join
+# them, and _compile is the one place that executes anything.  `Cls.__source__` shows it.
+#
+# Writing appends parts to a list and returns their size, so that a nested message's length
+# is known without building it first, and nothing is copied before the one join at the end.
 #
 # Tricks that are allowed in generated text, and only there: one-byte varints in line, tags
 # as literals, no call per field, no bounds check per byte (Message.decode catches the
-# IndexError), no type check per value (Message.encode finds the culprit from the traceback).
+# IndexError), no type check per value (_name_field finds the culprit afterwards), and runs:
+# neighbours of fixed width are packed and unpacked by one struct call with their tags.  A
+# string before a run joins it when the two are the whole message (`shapes`: one Struct per
+# length of that string).
 #
-# class Move(Message): entity = field(1, "uint32"); x = field(2, "float")   gives exactly:
+# class Move(Message): entity = field(1, "uint32"); name = field(2, "string") gives exactly:
 #
-#     def _write(self, out, depth):
+#     def _put(self, out, depth):
+#         total = 0
 #         value = self.entity
 #         if value:
-#             out += b'\x08'
-#             if 0 <= value < 0x80: out.append(value)
-#             else: write_varint(out, uint32(value))
-#         elif value != 0: raise TypeError(f'{value!r} is not of type uint32')
-#         value = self.x
-#         raw = pack_float(value)
-#         if raw != b'\x00\x00\x00\x00':
-#             out += b'\x15'
-#             out += raw
-#         if self._unknown: out += self._unknown
+#             if 0 <= value < 0x80:
+#                 out.append(head_1[value])
+#                 total += 2
+#             else:
+#                 raw = put_uint32(value)
+#                 out.append(b'\x08' + raw)
+#                 total += len(raw) + 1
+#         elif value != 0: raise TypeError
+#         value = self.name
+#         if value:
+#             raw = to_utf8(value)
+#             size = len(raw)
+#             if size < 0x80:
+#                 out.append(head_2[size])
+#                 total += size + 2
+#             else:
+#                 head = b'\x12' + varint(size)
+#                 out.append(head)
+#                 total += size + len(head)
+#             out.append(raw)
+#         elif value != '': raise TypeError
+#         if self._unknown:
+#             out.append(self._unknown)
+#             total += len(self._unknown)
+#         return total
 
 
 class _Kind(NamedTuple):
-    """One scalar type: how its values are written, sized and read."""
+    """One scalar type: how its values are written and read in generated text."""
 
     wire_type: int
     default: Any
-    put: str                        # lines that append `value` to `out`
-    size: str                       # an expression for the bytes that makes
-    get: str                        # lines that read `value` at `at` and move it on
+    put: str                        # an expression: the bytes of `value`, without a length
+    get: str = ""                   # lines that read `value` at `at` and move it on
+    wide: str = ""                  # what is left to do to a varint of several bytes,
+    convert: str = ""               # and to any varint, as expressions of `value`
+    form: str = ""                  # its letter in struct
 
 
-def _in_range(name: str, low: int, high: int) -> Callable[[Any], int]:
-    """Return a function that lets through the integers a scalar type can hold."""
-    def check(value: Any) -> int:
-        try:
-            number = value.__index__()
-        except AttributeError:
-            raise TypeError(f"{value!r} is not of type {name}") from None
-        if not low <= number <= high:
-            raise ValueError(f"{number} is out of range for {name}")
-        return int(number)
-    return check
+_RANGES = {"int32": (-1 << 31, (1 << 31) - 1), "int64": (-1 << 63, (1 << 63) - 1),
+           "uint32": (0, (1 << 32) - 1), "uint64": (0, _MASK64),
+           "sint32": (-1 << 31, (1 << 31) - 1), "sint64": (-1 << 63, (1 << 63) - 1)}
+_ALIKE = {"fixed32": "uint32", "fixed64": "uint64", "sfixed32": "int32", "sfixed64": "int64",
+          "enum": "int32"}          # which integers they hold
+_FIXED = {"double": "d", "float": "f", "fixed64": "Q", "fixed32": "I", "sfixed64": "q",
+          "sfixed32": "i"}
 
 
-def _bool_byte(value: Any) -> int:
+def _checked(kind: str, value: Any) -> int:
+    """Return *value* if it is an integer that the scalar type can hold."""
+    try:
+        number = int(value.__index__())
+    except AttributeError:
+        raise TypeError(f"{value!r} is not of type {kind}") from None
+    low, high = _RANGES[_ALIKE.get(kind, kind)]
+    if not low <= number <= high:
+        raise ValueError(f"{number} is out of range for {kind}")
+    return number
+
+
+def _put_plain(kind: str, value: Any) -> bytes:
+    return _varint(_checked(kind, value) & _MASK64)
+
+
+def _put_zigzag(kind: str, value: Any) -> bytes:
+    return _varint(_zigzag(_checked(kind, value)))
+
+
+def _put_fixed(kind: str, value: Any) -> bytes:
+    return struct.pack("<" + _FIXED[kind], _checked(kind, value))
+
+
+def _put_bool(value: Any) -> bytes:
     if not isinstance(value, int):
         raise TypeError(f"{value!r} is not of type bool")
-    return 1 if value else 0
+    return b"\x01" if value else b"\x00"
 
 
-def _pack_float(value: Any) -> bytes:
+def _f32(value: Any) -> Any:
+    """Return *value*, or infinity when 32 bits can't hold it, as Google's runtimes have it."""
     try:
-        return struct.pack("<f", value)
-    except OverflowError:           # beyond 32 bits: infinity, as Google's runtimes have it
-        return struct.pack("<f", math.copysign(math.inf, value))
+        struct.pack("<f", value)
+    except OverflowError:
+        return math.copysign(math.inf, value)
+    return value
 
 
-def _as_bytes(value: Any) -> _Bytes:
+def _put_float(value: Any) -> bytes:
+    try:
+        return struct.pack("<f", _f32(value))
+    except struct.error:
+        raise TypeError(f"{value!r} is not of type float") from None
+
+
+def _put_double(value: Any) -> bytes:
+    try:
+        return struct.pack("<d", value)
+    except struct.error:
+        raise TypeError(f"{value!r} is not of type double") from None
+
+
+def _put_bytes(value: Any) -> _Bytes:
     if isinstance(value, memoryview):
         return bytes(value)         # whatever its items and strides are
     if not isinstance(value, bytes | bytearray):
@@ -693,7 +780,7 @@ def _as_bytes(value: Any) -> _Bytes:
     return value
 
 
-def _as_text(value: Any) -> bytes:
+def _put_string(value: Any) -> bytes:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not of type string")
     return value.encode()
@@ -705,16 +792,40 @@ def _items(values: Any) -> list[Any] | tuple[Any, ...]:
     return values
 
 
-def _sized(size: int) -> int:
-    return _varint_size(size) + size
+def _pack_varints(put: Callable[[Any], bytes], values: Iterable[Any]) -> bytes:
+    """Return a packed field of integers; quick when they are all below 128."""
+    try:
+        raw = bytes(values)
+        if raw.isascii():
+            return raw
+    except (TypeError, ValueError):
+        pass                        # larger ones, or none at all
+    return b"".join(map(put, values))
 
 
-def _sign32(value: int) -> int:
-    return (value & 0xFFFFFFFF ^ 0x80000000) - 0x80000000
+def _pack_fixed(form: str, values: list[Any]) -> bytes:
+    try:
+        return struct.pack(f"<{len(values)}{form}", *values)
+    except OverflowError:
+        return struct.pack(f"<{len(values)}{form}", *map(_f32, values))
 
 
-def _sign64(value: int) -> int:
-    return (value ^ 1 << 63) - (1 << 63)
+def _unpack_fixed(form: str, data: _Bytes, at: int, stop: int) -> tuple[Any, ...]:
+    size = stop - at
+    if size % (8 if form in "dQq" else 4):
+        raise WireError("packed field ends inside a value", at=stop)
+    return struct.unpack_from(f"<{size // (8 if form in 'dQq' else 4)}{form}", data, at)
+
+
+def _map_value(entry: Any) -> Any:
+    """Return a map entry's value; a message that was left out is an empty one."""
+    return entry._fields[1].target() if entry.value is None else entry.value
+
+
+def _map_items(values: Any) -> Any:
+    if not isinstance(values, dict):
+        raise TypeError(f"{values!r} is not a dict")
+    return values.items()
 
 
 _GET_VARINT = """\
@@ -726,107 +837,73 @@ if value >= 0x80:
 _GET_LENGTH = """\
 size = data[at]
 at += 1
-if size >= 0x80: size, at = read_varint(data, at - 1)
+if size >= 0x80: size, at = read_short(data, at - 1)
 stop = at + size
-if stop > end: raise too_long(at, size)"""
-
-_PUT_LENGTH = """\
-if size < 0x80: out.append(size)
-else: write_varint(out, size)"""
+if stop > end: raise too_long(at, size)
+"""
 
 
-def _varint_kind(check: str, convert: str = "", default: Any = 0) -> _Kind:
-    return _Kind(
-        _VARINT, default,
-        f"if 0 <= value < 0x80: out.append(value)\nelse: write_varint(out, {check})",
-        f"varint_size({check})",
-        _GET_VARINT + convert)
+def _varint_kind(name: str, wide: str = "", convert: str = "", *, inline: bool = True) -> _Kind:
+    """Return the row of a varint type; *inline* when small values are their own bytes."""
+    put = f"ONE[value] if 0 <= value < 0x80 else put_{name}(value)"
+    get = _GET_VARINT + (f"\n    value = {wide}" if wide else "")
+    return _Kind(_VARINT, 0, put if inline else f"put_{name}(value)",
+                 get + (f"\nvalue = {convert}" if convert else ""), wide, convert)
 
 
-def _fixed_kind(name: str, wire_type: int, default: Any = 0) -> _Kind:
-    width = 8 if wire_type == _I64 else 4
-    return _Kind(wire_type, default, f"out += pack_{name}(value)", str(width),
-                 f"value, = unpack_{name}(data, at)\nat += {width}")
+def _fixed_kind(name: str, form: str) -> _Kind:
+    wire_type, width = (_I64, 8) if form in "dQq" else (_I32, 4)
+    put = "put_float(value)" if name == "float" else f"pack_{name}(value)"
+    return _Kind(wire_type, 0.0 if form in "df" else 0, put,
+                 f"value, = unpack_{name}(data, at)\nat += {width}", form=form)
 
 
 _KINDS = {
-    "int32": _varint_kind("int32(value) & MASK64", "\n    value = sign32(value)"),
-    "int64": _varint_kind("int64(value) & MASK64", "\n    value = sign64(value)"),
-    "uint32": _varint_kind("uint32(value)", "\n    value &= 0xFFFFFFFF"),
-    "uint64": _varint_kind("uint64(value)"),
-    "sint32": _Kind(_VARINT, 0, "write_varint(out, zigzag(sint32(value)))",
-                    "varint_size(zigzag(sint32(value)))",
-                    _GET_VARINT + "\nvalue = unzigzag(value & 0xFFFFFFFF)"),
-    "sint64": _Kind(_VARINT, 0, "write_varint(out, zigzag(sint64(value)))",
-                    "varint_size(zigzag(sint64(value)))",
-                    _GET_VARINT + "\nvalue = unzigzag(value)"),
-    "bool": _Kind(_VARINT, False, "out.append(1 if value is True else bool_byte(value))", "1",
-                  _GET_VARINT + "\nvalue = value != 0"),
-    "enum": _varint_kind("int32(value) & MASK64", "\n    value = sign32(value)"),
-    "double": _fixed_kind("double", _I64, 0.0),
-    "float": _fixed_kind("float", _I32, 0.0),
-    "fixed64": _fixed_kind("fixed64", _I64),
-    "fixed32": _fixed_kind("fixed32", _I32),
-    "sfixed64": _fixed_kind("sfixed64", _I64),
-    "sfixed32": _fixed_kind("sfixed32", _I32),
-    "string": _Kind(
-        _LEN, "", f"raw = as_text(value)\nsize = len(raw)\n{_PUT_LENGTH}\nout += raw",
-        "sized(len(as_text(value)))",
-        f"{_GET_LENGTH}\nvalue = str(data[at:stop], 'utf-8')\nat = stop"),
-    "bytes": _Kind(
-        _LEN, b"", f"raw = as_bytes(value)\nsize = len(raw)\n{_PUT_LENGTH}\nout += raw",
-        "sized(len(as_bytes(value)))",
-        f"{_GET_LENGTH}\nvalue = bytes(data[at:stop])\nat = stop"),
+    "int32": _varint_kind("int32", "sign32(value)"),
+    "int64": _varint_kind("int64", "sign64(value)"),
+    "uint32": _varint_kind("uint32", "value & 0xFFFFFFFF"),
+    "uint64": _varint_kind("uint64"),
+    "sint32": _varint_kind("sint32", "value & 0xFFFFFFFF", "unzigzag(value)", inline=False),
+    "sint64": _varint_kind("sint64", "", "unzigzag(value)", inline=False),
+    "bool": _varint_kind("bool", "", "value != 0", inline=False)._replace(
+        default=False, put="ONE[1] if value is True else put_bool(value)"),
+    "enum": _varint_kind("enum", "sign32(value)", "member(value, value)"),
+    **{name: _fixed_kind(name, form) for name, form in _FIXED.items()},
+    "string": _Kind(_LEN, "", "to_utf8(value)",
+                    _GET_LENGTH + "value = str(data[at:stop], 'utf-8')\nat = stop"),
+    "bytes": _Kind(_LEN, b"", "put_bytes(value)",
+                   _GET_LENGTH + "value = bytes(data[at:stop])\nat = stop"),
 }
-_ZEROS = {"float": bytes(4), "double": bytes(8)}
 _MAP_KEYS = [each for each in _KINDS if each not in ("enum", "double", "float", "bytes")]
-
-
-def _sub_size(value: Any, depth: int) -> int:
-    if depth <= 0:
-        raise RecursionError(f"nested deeper than {_MAX_DEPTH}")
-    size: int = value._size(depth - 1)
-    return size
-
-
-def _map_value(entry: Any) -> Any:
-    """Return a map entry's value; a message that was left out is an empty one."""
-    return entry._fields[1].target() if entry.value is None else entry.value
-
-
-def _too_long(at: int, size: int) -> WireError:
-    return WireError(f"length of {size} runs past the end of its message", at=at)
-
-
-def _too_deep(at: int) -> WireError:
-    return WireError(f"nested deeper than {_MAX_DEPTH}", at=at)
-
-
-_FIXED = {"double": "<d", "float": "<f", "fixed64": "<Q", "fixed32": "<I", "sfixed64": "<q",
-          "sfixed32": "<i"}
-_RANGES = {"int32": (-1 << 31, (1 << 31) - 1), "int64": (-1 << 63, (1 << 63) - 1),
-           "uint32": (0, (1 << 32) - 1), "uint64": (0, _MASK64),
-           "sint32": (-1 << 31, (1 << 31) - 1), "sint64": (-1 << 63, (1 << 63) - 1)}
-_GENERATED_NAMES: dict[str, Any] = {        # what generated text may call
-    "MASK64": _MASK64,
-    **{name: _in_range(name, *bounds) for name, bounds in _RANGES.items()},
-    **{f"pack_{name}": struct.Struct(form).pack for name, form in _FIXED.items()},
-    **{f"unpack_{name}": struct.Struct(form).unpack_from for name, form in _FIXED.items()},
+_PUT: dict[str, Callable[[Any], _Bytes]] = {        # the careful way to write one value
+    **{name: functools.partial(_put_plain, name)
+       for name in ("int32", "int64", "uint32", "uint64", "enum")},
+    **{name: functools.partial(_put_zigzag, name) for name in ("sint32", "sint64")},
+    **{name: functools.partial(_put_fixed, name) for name in _FIXED},
+    "bool": _put_bool, "float": _put_float, "double": _put_double, "string": _put_string,
+    "bytes": _put_bytes,
+}
+_GENERATED_NAMES: dict[str, Any] = {                # what generated text may call
+    "ONE": _ONE, "to_utf8": str.encode, "new": object.__new__, "UsageError": UsageError,
+    **{f"put_{name}": put for name, put in _PUT.items()},
+    **{f"pack_{name}": struct.Struct("<" + form).pack for name, form in _FIXED.items()},
+    **{f"unpack_{name}": struct.Struct("<" + form).unpack_from for name, form in _FIXED.items()},
     **{each.__name__[1:]: each for each in (
-        _read_varint, _write_varint, _varint_size, _zigzag, _unzigzag, _sign32, _sign64, _sized,
-        _skip, _close_length, _bool_byte, _as_bytes, _as_text, _items, _map_value, _sub_size,
-        _too_long, _too_deep, _pack_float)},
+        _varint, _read_varint, _read_short, _read_varints, _unzigzag, _sign32, _sign64, _skip,
+        _f32, _items, _map_items, _map_value, _pack_varints, _pack_fixed, _unpack_fixed,
+        _too_long, _too_deep)},
 }
 
 
 class _Field:
     """One declared field; ``kind`` is a key of _KINDS, or "message"."""
 
-    __slots__ = ("name", "number", "kind", "target", "repeated", "packed", "optional", "oneof",
-                 "map", "always")
+    __slots__ = ("name", "proto_name", "number", "kind", "target", "repeated", "packed",
+                 "optional", "oneof", "map", "always")
 
     def __init__(self, number: int, target: Any) -> None:
         self.name = ""
+        self.proto_name = ""        # where it differs: a name that Python can't take
         self.number = number
         self.target = target        # as declared; a class once resolved, for enum and message
         self.kind = ""
@@ -839,6 +916,24 @@ class _Field:
         """Whether an unset field is None rather than its type's default."""
         return self.optional or bool(self.oneof) or self.kind == "message" and not self.repeated
 
+    @property
+    def fusible(self) -> bool:
+        """Whether the field can be part of a run: of one width, and without presence."""
+        return self.kind in _FIXED and not (self.repeated or self.explicit or self.always)
+
+    @property
+    def wire_type(self) -> int:
+        return _LEN if self.kind == "message" else _KINDS[self.kind].wire_type
+
+    @property
+    def is_packed(self) -> bool:
+        return self.repeated and self.packed and self.wire_type != _LEN
+
+    @property
+    def tag(self) -> bytes:
+        """The tag as it is written; when reading, both forms of a repeated scalar are known."""
+        return _tag(self.number, _LEN if self.is_packed else self.wire_type)
+
     def default(self) -> Any:
         """Return what an unset field reads as."""
         if self.map:
@@ -850,6 +945,25 @@ class _Field:
         if self.kind == "enum":
             return self.target._value2member_map_.get(0, 0)
         return _KINDS[self.kind].default
+
+    def check(self, value: Any) -> None:
+        """Raise what is wrong with *value*, if anything is."""
+        if self.map:
+            entry = self.target._fields
+            for pair in _map_items(value):
+                for part, one in zip(entry, pair, strict=True):
+                    part.check(one)
+        elif self.repeated:
+            for one in _items(value):
+                self._check_one(one)
+        elif value is not None or not self.explicit:
+            self._check_one(value)
+
+    def _check_one(self, value: Any) -> None:
+        if self.kind != "message":
+            _PUT[self.kind](value)
+        elif not isinstance(value, self.target):
+            raise TypeError(f"{value!r} is not of type {self.target.__name__}")
 
 
 def field(number: int, type: Any = None, /, *, repeated: bool = False, packed: bool = True,
@@ -886,154 +1000,463 @@ def field(number: int, type: Any = None, /, *, repeated: bool = False, packed: b
     return made
 
 
-# -- building the text --
+# -- building the text: one field --
+#
+# Generated functions know these locals:  self, out (parts so far), total (their bytes),
+# depth (levels left);  data, at, end, start (of the tag), tag;  value, raw (its bytes),
+# size;  v<number> and t<number> for the values and tags of a run.
 
 def _indent(text: str, depth: int) -> str:
     pad = "    " * depth
     return "".join(pad + line + "\n" for line in text.splitlines())
 
 
-def _is_message(field_: _Field) -> bool:
-    return field_.kind == "message"
+def _put_sized(field_: _Field) -> str:
+    """Return lines that append the tag, the length and the bytes in `raw`."""
+    return ("size = len(raw)\n"
+            "if size < 0x80:\n"
+            f"    out.append(head_{field_.number}[size])\n"
+            f"    total += size + {len(field_.tag) + 1}\n"
+            "else:\n"
+            f"    head = {field_.tag!r} + varint(size)\n"
+            "    out.append(head)\n"
+            "    total += size + len(head)\n"
+            "out.append(raw)\n")
 
 
-def _put_text(field_: _Field) -> str:
-    """Return lines that append one `value` of the field, without its tag."""
-    if not _is_message(field_):
-        return _KINDS[field_.kind].put
+def _put_scalar(field_: _Field) -> str:
+    """Return lines that append the tag and one `value` of a scalar field."""
+    text = f"raw = {_KINDS[field_.kind].put}\n"
+    if field_.wire_type == _LEN:
+        return text + _put_sized(field_)
+    text += f"out.append({field_.tag!r} + raw)\ntotal += len(raw) + {len(field_.tag)}\n"
+    if not _KINDS[field_.kind].put.startswith("ONE[value]"):
+        return text
+    text = text.replace("ONE[value] if 0 <= value < 0x80 else ", "")
+    return ("if 0 <= value < 0x80:\n"
+            f"    out.append(head_{field_.number}[value])\n    total += {len(field_.tag) + 1}\n"
+            "else:\n" + _indent(text, 1))
+
+
+def _put_message(heads: str, tag: str, class_: str, label: str) -> str:
+    """Return lines that append the tag, the length and the parts of the message in `value`."""
+    return (f"if not isinstance(value, {class_}): raise TypeError\n"
+            f"if depth <= 0: raise UsageError(f'{label}: nested deeper than {_MAX_DEPTH}')\n"
+            "mark = len(out)\n"
+            "out.append(b'')\n"
+            "size = value._put(out, depth - 1)\n"
+            f"out[mark] = head = {heads}[size] if size < 0x80 else {tag} + varint(size)\n"
+            "total += size + len(head)\n")
+
+
+def _put_one(field_: _Field, owner: str) -> str:
+    if field_.kind != "message":
+        return _put_scalar(field_)
     n = field_.number
-    return (f"if not isinstance(value, class_{n}): raise TypeError(f'{{value!r}} is not of type "
-            f"{{class_{n}.__name__}}')\n"
-            f"if depth <= 0: raise RecursionError('nested deeper than {_MAX_DEPTH}')\n"
-            "mark = len(out)\nout.append(0)\nvalue._write(out, depth - 1)\n"
-            "close_length(out, mark)")
+    return _put_message(f"head_{n}", repr(field_.tag), f"class_{n}", f"{owner}.{field_.name}")
 
 
-def _write_lines(field_: _Field) -> str:
-    tag = None if _is_message(field_) else _KINDS[field_.kind].wire_type
-    wire_type = _LEN if tag is None else tag
-    out = f"out += {_tag(field_.number, wire_type)!r}\n"
-    if field_.map:
-        return (f"for item in self.{field_.name}.items():\n"
-                f"    value = class_{field_.number}(*item)\n" + _indent(out + _put_text(field_), 1))
-    if field_.repeated and field_.packed and wire_type != _LEN:
-        return (f"if items(self.{field_.name}):\n    out += {_tag(field_.number, _LEN)!r}\n"
-                "    mark = len(out)\n    out.append(0)\n"
-                f"    for value in self.{field_.name}:\n{_indent(_put_text(field_), 2)}"
-                "    close_length(out, mark)\n")
+def _packed_text(field_: _Field) -> str:
+    """Return an expression for the bytes of all `values` of a packed field."""
+    kind = _KINDS[field_.kind]
+    if kind.form:
+        return f"pack_fixed('{kind.form}', values)"
+    if kind.put.startswith("ONE[value]"):
+        return f"pack_varints(put_{field_.kind}, values)"
+    return f"b''.join([{kind.put} for value in values])"
+
+
+def _put_lines(field_: _Field, owner: str) -> str:
+    """Return the lines that write a field that is in no oneof and no run."""
+    name, put = f"self.{field_.name}", _put_one(field_, owner)
+    if field_.map:                  # one entry object serves them all
+        return (f"value = class_{field_.number}()\n"
+                f"for value.key, value.value in map_items({name}):\n" + _indent(put, 1))
+    if field_.is_packed:
+        return (f"values = items({name})\nif values:\n"
+                + _indent(f"raw = {_packed_text(field_)}\n" + _put_sized(field_), 1))
     if field_.repeated:
-        return f"for value in items(self.{field_.name}):\n" + _indent(out + _put_text(field_), 1)
-    text = f"value = self.{field_.name}\n"
+        return f"for value in items({name}):\n" + _indent(put, 1)
     if field_.always:
-        return text + out + _put_text(field_) + "\n"
+        return f"value = {name}\n" + put
     if field_.explicit:
-        return text + "if value is not None:\n" + _indent(out + _put_text(field_), 1)
-    if field_.kind in ("float", "double"):      # -0.0 is kept, and what underflows to 0.0 is not
-        return (text + f"raw = pack_{field_.kind}(value)\nif raw != {_ZEROS[field_.kind]!r}:\n"
-                + _indent(out + "out += raw", 1))
-    blank = repr(_KINDS[field_.kind].default).replace("False", "0")
-    return (text + "if value:\n" + _indent(out + _put_text(field_), 1)
-            + f"elif value != {blank}: "
-            f"raise TypeError(f'{{value!r}} is not of type {field_.kind}')\n")
+        return f"value = {name}\nif value is not None:\n" + _indent(put, 1)
+    blank = _KINDS[field_.kind].default
+    wrong = "is not False and value != 0" if blank is False else f"!= {blank!r}"
+    return (f"value = {name}\nif value:\n" + _indent(put, 1)
+            + f"elif value {wrong}: raise TypeError\n")
 
 
-def _size_lines(field_: _Field) -> str:
-    n = field_.number
-    one = "sized(sub_size(value, depth))" if _is_message(field_) else _KINDS[field_.kind].size
-    tag = len(_tag(n, 0))
-    if field_.map:
-        return (f"for item in self.{field_.name}.items():\n"
-                f"    total += {tag} + sized(class_{n}(*item)._size(depth))\n")
-    scalar = not _is_message(field_) and _KINDS[field_.kind].wire_type != _LEN
-    if field_.repeated and field_.packed and scalar:
-        return (f"if items(self.{field_.name}):\n"
-                f"    total += {tag} + sized(sum([{one} for value in self.{field_.name}]))\n")
-    if field_.repeated:
-        return f"for value in items(self.{field_.name}): total += {tag} + {one}\n"
-    text = f"value = self.{field_.name}\n"
-    if field_.always:
-        return text + f"total += {tag} + {one}\n"
-    if field_.explicit:
-        return text + f"if value is not None: total += {tag} + {one}\n"
-    test = "value"
-    if field_.kind in ("float", "double"):
-        test = f"pack_{field_.kind}(value) != {_ZEROS[field_.kind]!r}"
-    return text + f"if {test}: total += {tag} + {one}\n"
-
-
-def _store_text(field_: _Field) -> str:
-    if field_.map:
-        return f"self.{field_.name}[value.key] = map_value(value)"
+def _store(field_: _Field) -> str:
     if field_.repeated:
         return f"self.{field_.name}.append(value)"
+    if field_.oneof:
+        return f"self._set_{field_.oneof} = {field_.name!r}\nself._value_{field_.oneof} = value"
     return f"self.{field_.name} = value"
 
 
-def _read_lines(field_: _Field) -> str:
-    """Return the branch that reads the field; scalars that repeat get one for each form."""
-    number, store = field_.number, _store_text(field_)
-    if _is_message(field_):
-        old = "" if field_.repeated else f"self.{field_.name} or "
-        get = (f"{_GET_LENGTH}\nif depth <= 0: raise too_deep(at)\n"
-               f"value = {old}class_{number}()\nvalue._read(data, at, stop, depth - 1)\nat = stop")
-        return f"elif tag == {number << 3 | _LEN}:\n" + _indent(f"{get}\n{store}", 1)
+def _get_message(field_: _Field) -> str:
+    load = "class_{0}._load(class_{0}, data, at, stop, depth - 1)".format(field_.number)
+    text = f"{_GET_LENGTH}if depth <= 0: raise too_deep(at)\n"
+    if field_.map:
+        # an entry with a field that is unknown is kept as it is, as Google's runtime does
+        text += (f"value = {load}\n"
+                 "if value._unknown:\n    unknown = unknown or []\n"
+                 "    unknown.append(bytes(data[start:stop]))\n"
+                 f"else: self.{field_.name}[value.key] = map_value(value)\n")
+    elif field_.repeated:
+        text += f"self.{field_.name}.append({load})\n"
+    else:
+        text += (f"value = self.{field_.name}\nif value is None: self.{field_.name} = {load}\n"
+                 "else: value._read(data, at, stop, depth - 1)\n")
+    return text + "at = stop\n"
+
+
+def _get_lines(field_: _Field) -> str:
+    """Return the branch that reads a field; scalars that repeat get one for each form."""
+    tag = field_.number << 3 | field_.wire_type
+    if field_.kind == "message":
+        return f"elif tag == {tag}:\n" + _indent(_get_message(field_), 1)
     kind = _KINDS[field_.kind]
-    get = kind.get
-    if field_.kind == "enum":
-        get += f"\nvalue = class_{number}._value2member_map_.get(value, value)"
-    text = f"elif tag == {number << 3 | kind.wire_type}:\n" + _indent(f"{get}\n{store}", 1)
-    if field_.repeated and kind.wire_type != _LEN:
-        text += (f"elif tag == {number << 3 | _LEN}:\n" + _indent(_GET_LENGTH, 1)
-                 + "    while at < stop:\n" + _indent(f"{get}\n{store}", 2)
-                 + "    if at != stop: raise too_long(at, size)\n")
-    return text
+    text = f"elif tag == {tag}:\n" + _indent(f"{kind.get}\n{_store(field_)}", 1)
+    if field_.repeated and field_.wire_type != _LEN:
+        values = (f"unpack_fixed('{kind.form}', data, at, stop)" if kind.form
+                  else "read_varints(data, at, stop)")
+        for each in filter(None, (kind.wide, kind.convert)):
+            values = f"[{each} for value in {values}]"
+        text += (f"elif tag == {field_.number << 3 | _LEN}:\n" + _indent(_GET_LENGTH, 1)
+                 + f"    self.{field_.name} += {values}\n    at = stop\n")
+    return text.replace("member(", f"member_{field_.number}(")
 
 
-def _codec_source(fields: list[_Field]) -> str:
-    """Return the text of _write, _size and _read for one class."""
+# -- building the text: runs, oneofs, whole messages --
+
+class _Run:
+    """Neighbours of fixed width: one struct call with their tags.
+
+    ``shape`` is its format, ``spans`` where each value stands. A run that is a whole
+    message may have a ``lead``, a string or bytes field before it, and bools at its end.
+    """
+
+    __slots__ = ("fields", "shape", "spans", "width", "lead")
+
+    def __init__(self, fields: list[_Field], lead: _Field | None = None) -> None:
+        self.fields = fields
+        self.lead = lead
+        self.shape = "<"
+        self.spans: list[tuple[int, int, int]] = []         # of a tag, its value, the value's end
+        self.width = 0
+        for each in fields:
+            tag, form = len(each.tag), _FIXED.get(each.kind, "B")
+            self.shape += ("B" if tag == 1 else f"{tag}s") + form
+            at, self.width = self.width, self.width + tag + struct.calcsize("<" + form)
+            self.spans.append((at, at + tag, self.width))
+
+    @property
+    def size(self) -> str:
+        """An expression for the bytes of the whole, where `size` is what the lead has."""
+        if not self.lead:
+            return str(self.width)
+        return f"size + {self.width + len(self.lead.tag) + 1}"
+
+    @property
+    def lead_shape(self) -> str:
+        tag = len(self.lead.tag) if self.lead else 0
+        return "<" + ("B" if tag == 1 else f"{tag}s") + "B%ds" + self.shape[1:]
+
+    def _packed(self, **how: str) -> str:
+        """Return what struct packs: tags and values, those of some kinds in another way."""
+        return ", ".join(f"{_tag_value(each)}, {how.get(each.kind, '{}')}".format(f"v{each.number}")
+                         for each in self.fields)
+
+    def _locals(self) -> str:
+        return "".join(f"v{each.number} = self.{each.name}\n" for each in self.fields)
+
+    def put_lines(self) -> str:
+        """Return the lines that write the run: all of it, then what is default is cut out."""
+        shape = f"shape_{self.fields[0].number}"
+        text = f"raw = {shape}.pack({self._packed()})\n"
+        if any(each.kind == "float" for each in self.fields):
+            text = (f"try: {text}except OverflowError: "
+                    f"raw = {shape}.pack({self._packed(float='f32({})')})\n")
+        for each, (at, value, end) in reversed(list(zip(self.fields, self.spans, strict=True))):
+            zero = f" and raw[{value}:{end}] == {bytes(end - value)!r}"
+            text += (f"if {_is_zero(each)}{zero if each.kind in ('float', 'double') else ''}: "
+                     f"raw = raw[:{at}] + raw[{end}:]\n")
+        return self._locals() + text + "out.append(raw)\ntotal += len(raw)\n"
+
+    def get_lines(self) -> str:
+        """Return the branches that read the run: whole if it is there, else by field."""
+        first, *rest = self.fields
+        single = [_get_lines(each) for each in self.fields]
+        if not rest:
+            return single[0]
+        tag = self.spans[0][1]
+        names = ", ".join(["_", f"v{first.number}", *(f"t{f.number}, v{f.number}" for f in rest)])
+        whole = (f"if at + {self.width - tag} <= end:\n"
+                 f"    {names} = shape_{first.number}.unpack_from(data, at - {tag})\n"
+                 f"    if {self._tags_fit(rest)}:\n"
+                 + _indent(self._stores() + f"at += {self.width - tag}\ncontinue\n", 2))
+        head, _, body = single[0].partition("\n")
+        return f"{head}\n" + _indent(whole, 1) + body + "".join(single[1:])
+
+    def _tags_fit(self, fields: list[_Field]) -> str:
+        return " and ".join([f"t{f.number} == {_tag_value(f)}" for f in fields]
+                            + [f"v{f.number} < 0x80" for f in self.fields if f.kind == "bool"])
+
+    def _stores(self) -> str:
+        return "".join(
+            f"self.{f.name} = v{f.number}{' != 0' if f.kind == 'bool' else ''}\n"
+            for f in self.fields)
+
+    def short_lines(self, done: str) -> str:
+        """Return the lines that write a message that is only this run and has no defaults.
+
+        *done* is what to do with the bytes, as text. What does not fit, or fails, goes on
+        to the careful lines, which also find out what is wrong.
+        """
+        tests = [*(f"not ({_is_zero(f)})" if f.kind == "float" else
+                   f"v{f.number}" + (" is True" if f.kind == "bool" else "")
+                   for f in self.fields), "not self._unknown"]
+        read, shape, values = "", "whole", self._packed(bool="1")
+        if self.lead:
+            raw = _KINDS[self.lead.kind].put.replace("value", f"self.{self.lead.name}")
+            read = f"raw = {raw}\nsize = len(raw)\n"
+            tests.insert(0, "0 < size < 0x80")
+            shape, values = "(shapes[size] or shape(size))", (
+                f"{_tag_value(self.lead)}, size, raw, {values}")
+        body = (f"{read}{self._locals()}if {' and '.join(tests)}:\n"
+                + _indent(done.format(f"{shape}.pack({values})"), 1))
+        return "try:\n" + _indent(body, 1) + "except Exception: pass\n"
+
+    def load_lines(self) -> str:
+        """Return the lines that read a message that is only this run, and holds all of it."""
+        names = ", ".join(f"t{f.number}, v{f.number}" for f in self.fields)
+        fit, store = self._tags_fit(self.fields), self._stores()
+        room, shape = f"end - at == {self.width}", "whole"
+        size = ""
+        if self.lead:
+            size, room = f"{self.size.replace('+', '= end - at -')}\n", "0 <= size < 0x80"
+            names, shape = f"tag, length, raw, {names}", "(shapes[size] or shape(size))"
+            fit = f"tag == {_tag_value(self.lead)} and length == size and {fit}"
+            value = "raw.decode()" if self.lead.kind == "string" else "raw"
+            store = f"self.{self.lead.name} = {value}\n" + store
+        body = (f"{names} = {shape}.unpack_from(data, at)\nif {fit}:\n    self = new(cls)\n"
+                + _indent(store + "self._unknown = b''\nreturn self\n", 1))
+        return (f"{size}if {room}:\n    try:\n" + _indent(body, 2)
+                + "    except UnicodeDecodeError: pass     # _read says where\n")
+
+
+def _tag_value(field_: _Field) -> str:
+    """Return a tag as struct has it: a number if it is one byte."""
+    return str(field_.tag[0]) if len(field_.tag) == 1 else repr(field_.tag)
+
+
+def _is_zero(field_: _Field) -> str:
+    # up to half of the least f32 becomes 0.0, and is left out like that
+    name = f"v{field_.number}"
+    return f"{-2 ** -150} <= {name} <= {2 ** -150}" if field_.kind == "float" else f"not {name}"
+
+
+class _Choice:
+    """Members of one oneof with neighbouring numbers: messages share one branch."""
+
+    __slots__ = ("group", "scalars", "messages", "label")
+
+    def __init__(self, fields: list[_Field]) -> None:
+        self.group = fields[0].oneof
+        self.scalars = [each for each in fields if each.kind != "message"]
+        self.messages = [each for each in fields if each.kind == "message"]
+        self.label = f"members_{fields[0].number}"
+
+    def table(self) -> dict[Any, tuple[Any, Any]]:
+        """Return what the generated text looks up: by name to write, by tag to read."""
+        table: dict[Any, tuple[Any, Any]] = {}
+        for each in self.messages:
+            table[each.name] = _heads(each.tag), each.target
+            table[each.number << 3 | _LEN] = each.name, each.target
+        return table
+
+    def put_lines(self, owner: str) -> str:
+        text = f"which = self._set_{self.group}\nvalue = self._value_{self.group}\n"
+        word = "if"
+        if self.messages:
+            put = _put_message("heads", "heads[0][:-1]", "kind", f"{owner}.{{which}}")
+            text += f"if which in {self.label}:\n    heads, kind = {self.label}[which]\n"
+            text += _indent(put, 1)
+            word = "elif"
+        for each in self.scalars:
+            text += f"{word} which == {each.name!r}:\n" + _indent(_put_scalar(each), 1)
+            word = "elif"
+        return text
+
+    def get_lines(self) -> str:
+        text = ""
+        if self.messages:
+            text = f"elif tag in {self.label}:\n    which, kind = {self.label}[tag]\n" + _indent(
+                f"{_GET_LENGTH}if depth <= 0: raise too_deep(at)\n"
+                f"if self._set_{self.group} is which: "
+                f"self._value_{self.group}._read(data, at, stop, depth - 1)\n"
+                "else:\n"
+                f"    self._value_{self.group} = kind._load(kind, data, at, stop, depth - 1)\n"
+                f"    self._set_{self.group} = which\n"
+                "at = stop\n", 1)
+        return text + "".join(map(_get_lines, self.scalars))
+
+
+def _parts_of(fields: Iterable[_Field]) -> list[_Run | _Choice | _Field]:
+    """Return the fields by number, with neighbours joined into runs and choices."""
+    parts: list[_Run | _Choice | _Field] = []
     ordered = sorted(fields, key=lambda each: each.number)
-    write = "".join(map(_write_lines, ordered))
-    size = "".join(map(_size_lines, ordered))
-    read = "".join(map(_read_lines, ordered)).replace("elif", "if", 1)
-    unknown = ("at = skip(data, at, end, tag, depth)\nunknown.append(bytes(data[start:at]))")
+    for (fusible, group), some in itertools.groupby(ordered, lambda f: (f.fusible, f.oneof)):
+        neighbours = list(some)
+        if fusible:
+            parts.append(_Run(neighbours))
+        elif group:
+            parts.append(_Choice(neighbours))
+        else:
+            parts += neighbours
+    return parts
+
+
+def _whole(parts: list[_Run | _Choice | _Field]) -> _Run | None:
+    """Return the run that a message consists of, if it does."""
+    plain = [each for each in parts if isinstance(each, _Field)
+             and not (each.repeated or each.explicit or each.always)]
+    lead = [each for each in plain[:1] if each is parts[0] and each.kind in ("string", "bytes")]
+    bools = [each for each in plain if each.kind == "bool"]
+    match parts[len(lead):]:
+        case [_Run() as run, *rest] if rest == bools:
+            return _Run(run.fields + bools, *lead)
+    return None
+
+
+def _clear_lines(fields: Iterable[_Field]) -> str:
+    text = ""
+    for each in fields:
+        if not each.oneof:
+            fresh = "{}" if each.map else "[]" if each.repeated else ""
+            blank = "None" if each.explicit else f"default_{each.number}"
+            text += f"self.{each.name} = {fresh or blank}\n"
+    return text + _clear_oneofs(fields) + "self._unknown = b''\n"
+
+
+def _clear_oneofs(fields: Iterable[_Field]) -> str:
+    groups = dict.fromkeys(each.oneof for each in fields if each.oneof)
+    return "".join(f"self._set_{g} = self._value_{g} = None\n" for g in groups)
+
+
+def _init_source(fields: Iterable[_Field]) -> str:
+    arguments, sets = "", ""
+    members: dict[str, list[_Field]] = {}
+    for each in fields:
+        name = each.name
+        fresh = "{}" if each.map else "[]" if each.repeated else ""
+        arguments += f", {name}=" + (
+            "None" if fresh or each.explicit else f"default_{each.number}")
+        if each.oneof:
+            members.setdefault(each.oneof, []).append(each)
+        else:
+            sets += f"self.{name} = {f'{fresh} if {name} is None else ' if fresh else ''}{name}\n"
+    for group, some in members.items():                 # the last one that is given wins
+        sets += "el".join(
+            f"if {each.name} is not None:\n    self._set_{group} = {each.name!r}\n"
+            f"    self._value_{group} = {each.name}\n" for each in reversed(some))
+        sets += f"else:\n    self._set_{group} = self._value_{group} = None\n"
+    return f"def __init__(self{arguments}):\n" + _indent(sets + "self._unknown = b''\n", 1)
+
+
+def _put_source(parts: list[_Run | _Choice | _Field], owner: str) -> str:
+    text = "total = 0\n"
+    if whole := _whole(parts):
+        text = whole.short_lines("out.append({})\nreturn " + whole.size) + text
+    for each in parts:
+        text += (each.put_lines() if isinstance(each, _Run) else
+                 each.put_lines(owner) if isinstance(each, _Choice) else _put_lines(each, owner))
+    return "def _put(self, out, depth):\n" + _indent(
+        text + "if self._unknown:\n    out.append(self._unknown)\n"
+        "    total += len(self._unknown)\nreturn total\n", 1)
+
+
+def _read_source(parts: list[_Run | _Choice | _Field]) -> str:
+    branches = "".join(_get_lines(each) if isinstance(each, _Field) else each.get_lines()
+                       for each in parts).replace("elif", "if", 1)
+    unknown = ("at = skip(data, at, end, tag, depth)\n"
+               "unknown = unknown or []\n"
+               "unknown.append(bytes(data[start:at]))\n")
     return (
-        "def _write(self, out, depth):\n" + _indent(write, 1)
-        + "    if self._unknown: out += self._unknown\n\n"
-        "def _size(self, depth):\n"
-        "    total = len(self._unknown)\n" + _indent(size, 1) + "    return total\n\n"
         "def _read(self, data, at, end, depth):\n"
-        "    unknown = []\n"
+        "    unknown = None\n"
         "    while at < end:\n"
         "        start = at\n"
         "        tag = data[at]\n"
         "        at += 1\n"
-        "        if tag >= 0x80: tag, at = read_varint(data, start)\n"
-        + _indent(read, 2)
-        + (_indent("else:\n" + _indent(unknown, 1), 2) if read else _indent(unknown, 2))
+        "        if tag >= 0x80:\n"
+        "            tag += (data[at] << 7) - 0x80\n"
+        "            at += 1\n"
+        "            if tag >= 0x4000: tag, at = read_short(data, start)\n"
+        + _indent(branches, 2)
+        + (_indent("else:\n" + _indent(unknown, 1), 2) if branches else _indent(unknown, 2))
         + "    if at > end: raise too_long(start, at - start)\n"
         "    if unknown: self._unknown += b''.join(unknown)\n")
 
 
-def _init_source(fields: list[_Field]) -> str:
-    """Return the text of __init__ and clear for one class."""
-    arguments, sets, clears = [], [], []
+def _sources(fields: tuple[_Field, ...], owner: str) -> dict[str, str]:
+    """Return the text of all functions that are generated for one class."""
+    parts = _parts_of(fields)
+    whole = _whole(parts)
+    clear, load = _clear_lines(fields), whole.load_lines() if whole else ""
+    sources = {
+        "__init__": _init_source(fields),
+        "clear": "def clear(self):\n"
+                 '    """Set every field back to its default and forget unknown fields."""\n'
+                 + _indent(clear, 1),
+        "_put": _put_source(parts, owner),
+        "_load": "def _load(cls, data, at, end, depth):\n" + _indent(
+            f"{load}self = new(cls)\n{clear}self._read(data, at, end, depth)\nreturn self\n", 1),
+        "_read": _read_source(parts),
+    }
+    if whole:
+        short = load.replace("end - at", "len(data)").replace("(data, at)", "(data)")
+        sources["encode"] = "def encode(self):\n" + _indent(
+            whole.short_lines("return {}") + "return encode_parts(self)\n", 1)
+        sources["decode"] = ("def decode(cls, data):\n    if type(data) is bytes:\n"
+                             + _indent(short, 2) + "    return decode_parts(cls, data)\n")
+    return sources
+
+
+@functools.cache
+def _heads(tag: bytes) -> list[bytes]:
+    """Return *tag* with each length, or small value, of one byte after it."""
+    return [tag + one for one in _ONE]
+
+
+def _new_shape(shapes: list[struct.Struct | None], form: str, size: int) -> struct.Struct:
+    made = shapes[size] = struct.Struct(form % size)
+    return made
+
+
+def _names_for(fields: tuple[_Field, ...]) -> dict[str, Any]:
+    """Return what the text of one class refers to, beside _GENERATED_NAMES."""
+    names = dict(_GENERATED_NAMES)
     for each in fields:
-        fresh = "{}" if each.map else "[]" if each.repeated else ""
-        value = f"{fresh} if {each.name} is None else {each.name}" if fresh else each.name
-        default = f"default_{each.number}"
-        arguments.append(f", {each.name}={'None' if fresh or each.explicit else default}")
-        if each.oneof:
-            sets.append(f"if {each.name} is not None: self.{each.name} = {each.name}\n")
-        else:
-            sets.append(f"self.{each.name} = {value}\n")
-            clears.append(f"self.{each.name} = {fresh or ('None' if each.explicit else default)}\n")
-    groups = dict.fromkeys(each.oneof for each in fields if each.oneof)
-    reset = "".join(f"self._set_{g} = self._value_{g} = None\n" for g in groups)
-    tail = "self._unknown = b''\n"
-    return (f"def __init__(self{''.join(arguments)}):\n" + _indent(reset + "".join(sets) + tail, 1)
-            + "\ndef clear(self):\n"
-            "    \"\"\"Set every field back to its default and forget unknown fields.\"\"\"\n"
-            + _indent(reset + "".join(clears) + tail, 1))
+        names[f"class_{each.number}"] = each.target
+        if not each.fusible:
+            names[f"head_{each.number}"] = _heads(each.tag)
+        names[f"default_{each.number}"] = each.default()
+        if each.kind == "enum":
+            names[f"member_{each.number}"] = each.target._value2member_map_.get
+    parts = _parts_of(fields)
+    for part in parts:
+        if isinstance(part, _Run):
+            names[f"shape_{part.fields[0].number}"] = struct.Struct(part.shape)
+        elif isinstance(part, _Choice):
+            names[part.label] = part.table()
+    if whole := _whole(parts):
+        shapes: list[struct.Struct | None] = [None] * 128
+        names |= {"whole": struct.Struct(whole.shape), "shapes": shapes,
+                  "shape": functools.partial(_new_shape, shapes, whole.lead_shape)}
+    return names
 
 
 def _compile(source: str, label: str, names: dict[str, Any]) -> dict[str, Any]:
@@ -1120,13 +1543,12 @@ class _MessageMeta(type):
 
     _fields: tuple[_Field, ...]
     _source: dict[str, str] | None          # None until the code is made
+    _init: Callable[..., None]
 
     @property
     def __source__(cls) -> dict[str, str]:
         """The generated text, by function name."""
-        if cls._source is None:
-            cls._prepare()
-        return cls._source or {}
+        return dict(cls._prepare()._source or {})
 
     def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> _MessageMeta:
         own = {key: value for key, value in namespace.items() if isinstance(value, _Field)}
@@ -1135,7 +1557,7 @@ class _MessageMeta(type):
             raise SchemaError(f"{name}: a message can't add fields to {bases[0].__name__}; "
                               "protobuf has no inheritance, use a sub-message")
         for key, each in own.items():
-            each.name = key
+            each.name = sys.intern(key)     # generated text compares names by identity
             del namespace[key]
             if key.startswith("_") or key == "self" or hasattr(Message, key):
                 raise SchemaError(f"{name}.{key}: this name is taken by Message; choose another")
@@ -1150,33 +1572,36 @@ class _MessageMeta(type):
             if each.oneof:
                 namespace[key] = _oneof_member(key, each.oneof)
         made = super().__new__(mcs, name, bases, namespace)
-        made._fields = tuple(own.values()) or tuple(inherited)
-        made._source = None
+        if not inherited:
+            made._fields = tuple(own.values())
+            made._source = None
         return made
 
-    def _prepare(cls) -> None:
-        """Resolve names, generate, compile: once, when the class is first used."""
-        env = dict(_GENERATED_NAMES)
+    def _prepare(cls) -> _MessageMeta:
+        """Resolve names, generate, compile: once, when the class is first used.
+
+        Returns the class that declares the fields: *cls* or the one it is derived from.
+        """
+        owner = next(each for each in cls.__mro__ if "_fields" in vars(each))
+        assert isinstance(owner, _MessageMeta)
+        return owner if owner._source is not None else owner._generate()
+
+    def _generate(cls) -> _MessageMeta:
         for each in cls._fields:
             if each.map and not each.kind:
                 each.target = _map_entry(cls, each)
             _resolve_kind(each, each.target, cls)
-            env[f"class_{each.number}"] = each.target
-            env[f"default_{each.number}"] = each.default()
-        sources = {"__init__": _init_source(list(cls._fields)),
-                   "codec": _codec_source(list(cls._fields))}
+        names, sources = _names_for(cls._fields), _sources(cls._fields, cls.__name__)
+        names |= {"encode_parts": Message.encode, "decode_parts": vars(Message)["decode"].__func__}
         for label, source in sources.items():
-            made = _compile(source, f"{cls.__name__}.{label}", env)
-            for key in ("__init__", "clear", "_write", "_size", "_read"):
-                if key in made:
-                    setattr(cls, key, made[key])
+            made = _compile(source, f"{cls.__name__}.{label}", names)[label]
+            made.__qualname__ = f"{cls.__qualname__}.{label}"
+            if label == "__init__":
+                cls._init = made
+            if label not in vars(cls):                  # a user's own method stays
+                setattr(cls, label, classmethod(made) if label == "decode" else made)
         cls._source = sources
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        # only the first construction comes here slowly: _prepare gives the class its __init__
-        if cls._source is None:
-            cls._prepare()
-        return super().__call__(*args, **kwargs)
+        return cls
 
 
 def _map_entry(owner: type, field_: _Field) -> type:
@@ -1215,13 +1640,24 @@ class Message(metaclass=_MessageMeta):
     _unknown: bytes
     __hash__ = None                 # type: ignore[assignment]  # messages are values that change
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # only the first construction comes here: _prepare gives the class its own
+        type(self)._prepare()._init(self, *args, **kwargs)
+
     if TYPE_CHECKING:               # generated for each class
         _fields: tuple[_Field, ...]
-        def _write(self, out: bytearray, depth: int) -> None: ...
-        def _size(self, depth: int) -> int: ...
+        def _put(self, out: list[_Bytes], depth: int) -> int: ...
         def _read(self, data: _Bytes, at: int, end: int, depth: int) -> None: ...
 
     # -- writing --
+
+    def _parts(self) -> tuple[list[_Bytes], int]:
+        """Return what ``encode`` joins, and its length."""
+        parts: list[_Bytes] = []
+        try:
+            return parts, self._put(parts, _MAX_DEPTH)
+        except Exception as error:
+            raise _name_field(error, self) from error
 
     def encode(self) -> bytes:
         """Return standard protobuf bytes: fields in number order, defaults left out.
@@ -1229,18 +1665,11 @@ class Message(metaclass=_MessageMeta):
         Raises:
             UsageError: a value has the wrong type or does not fit; names message and field.
         """
-        out = bytearray()
-        self.append_to(out)
-        return bytes(out)
+        return b"".join(self._parts()[0])
 
     def append_to(self, out: bytearray) -> None:
         """Append what ``encode`` returns to *out*; on an error *out* is as it was."""
-        before = len(out)
-        try:
-            self._write(out, _MAX_DEPTH)
-        except Exception as error:
-            del out[before:]
-            raise _name_field(error) from error
+        out += self.encode()
 
     def encode_into(self, buffer: bytearray | memoryview, at: int = 0) -> int:
         """Write into *buffer* from *at* and return the end; never resizes it.
@@ -1248,19 +1677,18 @@ class Message(metaclass=_MessageMeta):
         Raises:
             BufferTooSmall: with ``needed``, before the first byte is written.
         """
-        data = self.encode()
-        end = at + len(data)
-        if at < 0 or end > len(buffer):
-            raise BufferTooSmall(len(data), max(0, len(buffer) - at))
-        buffer[at:end] = data
-        return end
+        parts, size = self._parts()
+        if at < 0 or at + size > len(buffer):
+            raise BufferTooSmall(size, max(0, len(buffer) - at))
+        for part in parts:
+            end = at + len(part)
+            buffer[at:end] = part
+            at = end
+        return at
 
     def byte_size(self) -> int:
-        """Return the exact length of ``encode()`` without building it."""
-        try:
-            return self._size(_MAX_DEPTH)
-        except Exception as error:
-            raise _name_field(error) from error
+        """Return the exact length of ``encode()``; costs as much, less the joining."""
+        return self._parts()[1]
 
     # -- reading --
 
@@ -1271,31 +1699,28 @@ class Message(metaclass=_MessageMeta):
         Raises:
             WireError: the bytes are not a valid message of this class; ``at`` says where.
         """
-        message = cls()
-        message._merge(data)
-        return message
+        if type(data) is not bytes:
+            data = _view(data)
+        try:
+            message: Self = cls._load(cls, data, 0, len(data), _MAX_DEPTH)
+            return message
+        except (IndexError, struct.error, UnicodeDecodeError) as error:
+            raise _wire_error(error, len(data)) from None
 
     def decode_from(self, data: _Bytes) -> None:
         """Clear this message and read *data* into it; raises as ``decode`` does."""
+        view = _view(data)
         self.clear()
-        self._merge(data)
-
-    def _merge(self, data: _Bytes) -> None:
-        if type(data) is not bytes:
-            try:
-                data = memoryview(data).cast("B")
-            except TypeError as error:
-                raise UsageError(
-                    f"decode reads bytes, not {type(data).__name__}: {error}"
-                ) from None
         try:
-            self._read(data, 0, len(data), _MAX_DEPTH)
-        except (IndexError, struct.error):
-            raise WireError("message is cut short", at=len(data)) from None
-        except UnicodeDecodeError as error:
-            frame = _generated_frame(error)
-            at = frame.tb_frame.f_locals["at"] if frame else 0
-            raise WireError("text is not UTF-8", at=at + error.start) from None
+            self._read(view, 0, len(view), _MAX_DEPTH)
+        except (IndexError, struct.error, UnicodeDecodeError) as error:
+            raise _wire_error(error, len(view)) from None
+
+    def _load(cls: Any, data: _Bytes, at: int, end: int, depth: int) -> Any:
+        # a function of the class, for it is called without binding; like __init__, this
+        # one serves only until the class has its own
+        cls._prepare()
+        return cls._load(cls, data, at, end, depth)
 
     # -- values --
 
@@ -1386,21 +1811,40 @@ def _generated_frame(error: BaseException) -> TracebackType | None:
     return found
 
 
-def _name_field(error: Exception) -> Exception:
+def _name_field(error: Exception, message: Message) -> Exception:
     """Turn what went wrong while encoding into an error that names message and field.
 
-    The generated text reads `self.<field>` before it uses a value, so the culprit stands on
-    the line of the traceback or above it: finding it costs nothing until something fails.
+    Generated text does not look at types: it fails somehow, and only then every value of
+    the message that it was writing is looked at.
     """
-    frame = _generated_frame(error)
-    if frame is None or isinstance(error, HorizonError):
+    if isinstance(error, HorizonError):
         return error
-    filename = frame.tb_frame.f_code.co_filename
-    for number in range(frame.tb_lineno, 0, -1):
-        if match := re.search(r"self\.(\w+)", linecache.getline(filename, number)):
-            message = frame.tb_frame.f_locals["self"]
-            return UsageError(f"{type(message).__name__}.{match[1]}: {error}")
-    return UsageError(f"{filename}: {error}")
+    if frame := _generated_frame(error):
+        message = frame.tb_frame.f_locals["self"]
+    for each in message._fields:
+        try:
+            each.check(getattr(message, each.name))
+        except Exception as why:
+            return UsageError(f"{type(message).__name__}.{each.name}: {why}")
+    return UsageError(f"{type(message).__name__}: {error}")
+
+
+def _wire_error(error: Exception, end: int) -> WireError:
+    """Turn what reading past the end or bad text raised into an error with its place."""
+    if not isinstance(error, UnicodeDecodeError):
+        return WireError("message is cut short", at=end)
+    frame = _generated_frame(error)
+    at = frame.tb_frame.f_locals["at"] if frame else 0
+    return WireError("text is not UTF-8", at=at + error.start)
+
+
+def _view(data: _Bytes) -> _Bytes:
+    if type(data) is bytes:
+        return data
+    try:
+        return memoryview(data).cast("B")
+    except TypeError as error:
+        raise UsageError(f"decode reads bytes, not {type(data).__name__}: {error}") from None
 
 
 # =============================================================================
@@ -1616,12 +2060,12 @@ class _Scoped(NamedTuple):
 class _ProtoMeta(_MessageMeta):
     """Messages from .proto text: their types are found in its scopes, not in a module."""
 
-    def _prepare(cls) -> None:
+    def _prepare(cls) -> _MessageMeta:
         for each in cls._fields:
             each.target = _look_up(cls, each.target)
             if each.map:
                 each.map = (each.map[0], _look_up(cls, each.map[1]))
-        super()._prepare()
+        return super()._prepare()
 
 
 def _look_up(owner: type, target: Any) -> Any:
