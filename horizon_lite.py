@@ -22,7 +22,7 @@ missing here are kept for sections that are still to be built.
      2  METRICS      counters, gauges, histograms, and their text form
      3  WIRE         varints and tags: integers <-> bytes
      4  SCHEMA       message classes; the only section that generates code
-     5  PROTO        .proto text to classes; the built-in schema; packed movement
+     5  PROTO        .proto text to classes and back; the built-in schema; packed movement
      6  POOLS        free lists: objects reused instead of allocated
      7  BUS          events between the parts of one program
      8  TOPICS       subjects, wildcards, who is subscribed to what, who is here
@@ -76,8 +76,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType, SimpleNamespace, TracebackType
-from typing import (TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, Self, TypeVar,
-                    dataclass_transform, overload)
+from typing import (TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar,
+                    cast, dataclass_transform, overload)
 
 if TYPE_CHECKING:                   # costly to import, and needed only by those who use it
     import argparse
@@ -93,7 +93,8 @@ __all__ = [
     "HandshakeError", "TooBig", "LimitError", "PoolExhausted", "SlowPeer",
     "Metrics",                                                                  # 2 METRICS
     "Message", "field",                                                         # 4 SCHEMA
-    "parse_proto", "builtin_schema", "builtin_proto", "pack_moves", "unpack_moves",  # 5 PROTO
+    "load_proto", "parse_proto", "proto_text", "builtin_schema", "builtin_proto",   # 5 PROTO
+    "pack_moves", "unpack_moves",
     "Pool",                                                                     # 6 POOLS
     "Bus", "Event", "Handler",                                                  # 7 BUS
     "Topics", "Subscription", "Publication", "Presence",                        # 8 TOPICS
@@ -898,12 +899,11 @@ _GENERATED_NAMES: dict[str, Any] = {                # what generated text may ca
 class _Field:
     """One declared field; ``kind`` is a key of _KINDS, or "message"."""
 
-    __slots__ = ("name", "proto_name", "number", "kind", "target", "repeated", "packed",
+    __slots__ = ("name", "number", "kind", "target", "repeated", "packed",
                  "optional", "oneof", "map", "always")
 
     def __init__(self, number: int, target: Any) -> None:
         self.name = ""
-        self.proto_name = ""        # where it differs: a name that Python can't take
         self.number = number
         self.target = target        # as declared; a class once resolved, for enum and message
         self.kind = ""
@@ -980,7 +980,7 @@ def field(number: int, type: Any = None, /, *, repeated: bool = False, packed: b
             19,000 to 19,999, or the options do not go together.
     """
     if number.__class__ is not int or not 1 <= number <= _MAX_FIELD or 19000 <= number < 20000:
-        raise SchemaError(f"field(number, type): number is {number!r}; use 1 to {_MAX_FIELD}, "
+        raise SchemaError(f"field number {number!r}: use 1 to {_MAX_FIELD}, "
                           "not 19000 to 19999")
     if (type is None) == (map is None):
         raise SchemaError(f"field {number}: give it either a type or map=(key, value)")
@@ -1474,6 +1474,12 @@ def _compile(source: str, label: str, names: dict[str, Any]) -> dict[str, Any]:
 
 # -- the class --
 
+def _is_taken(name: str) -> bool:
+    """Whether a field can't have *name* as attribute: a keyword, private, or a method's."""
+    return (keyword.iskeyword(name) or name.startswith("_") or name == "self"
+            or name in vars(Message))
+
+
 def _oneof_member(name: str, group: str) -> property:
     """Return the property through which one member of a oneof is read and set."""
     chosen, value_of = f"_set_{group}", f"_value_{group}"
@@ -1559,7 +1565,7 @@ class _MessageMeta(type):
         for key, each in own.items():
             each.name = sys.intern(key)     # generated text compares names by identity
             del namespace[key]
-            if key.startswith("_") or key == "self" or hasattr(Message, key):
+            if _is_taken(key):
                 raise SchemaError(f"{name}.{key}: this name is taken by Message; choose another")
         numbers = Counter(each.number for each in own.values())
         if twice := [n for n, count in numbers.items() if count > 1]:
@@ -1638,6 +1644,7 @@ class Message(metaclass=_MessageMeta):
     """
 
     _unknown: bytes
+    _proto: ClassVar[Any] = None    # where the class was read from, if it was
     __hash__ = None                 # type: ignore[assignment]  # messages are values that change
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -1724,8 +1731,9 @@ class Message(metaclass=_MessageMeta):
 
     # -- values --
 
-    if TYPE_CHECKING:
-        def clear(self) -> None: ...
+    def clear(self) -> None:
+        """Set every field back to its default and forget unknown fields."""
+        vars(type(self)._prepare())["clear"](self)
 
     def which(self, oneof: str) -> str | None:
         """Return the name of the field that is set in *oneof*, or None."""
@@ -1848,249 +1856,892 @@ def _view(data: _Bytes) -> _Bytes:
 
 
 # =============================================================================
-# 5  PROTO - .proto text to classes; the built-in schema; packed movement
+# 5  PROTO - .proto text to classes and back; the built-in schema; packed movement
 # =============================================================================
 # Knows: text, SCHEMA.     Never: files that nobody named, transport.
 #
-# One pass: the text is cut into tokens, a statement at a time is read, and each `message`
-# becomes a namespace for the metaclass of section 4.  A type is looked up when the class is
-# first used, so order in the text does not matter.
+# One pass: the text is cut into tokens, a statement at a time is read, each `message`
+# becomes a namespace for the metaclass of section 4, and every name goes into one table of
+# what can be seen.  Types are looked up at the end of the file, so order does not matter.
+# What protoc refuses is refused here.  (protobuf.dev, "Protocol Buffers Version 3 Language
+# Specification"; name resolution as in "Packages and name resolution")
 
 _TOKEN = re.compile(r"""
-    (?P<blank>\s+|//[^\n]*|/\*.*?\*/)
-  | (?P<word>[A-Za-z_][\w.]*|\.[A-Za-z_][\w.]*)
-  | (?P<number>-?(?:0[xX][\da-fA-F]+|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?))
-  | (?P<text>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')
-  | (?P<sign>[{}\[\]()<>;,=:+-])
-  | (?P<bad>.)
-""", re.VERBOSE | re.DOTALL)
+    (?P<blank>\s+|//[^\n]*|/\*.*?\*/|\A\ufeff)
+  | (?P<word>[A-Za-z_]\w*)
+  | (?P<number>(?:0[xX][\da-fA-F]+|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?[fF]?)(?![\w.]))
+  | (?P<text>"(?:[^"\\\n]|\\[^\n])*"|'(?:[^'\\\n]|\\[^\n])*')
+  | (?P<bad>/\*|["'\d\\`]|[^\x00-\x7f])
+  | (?P<sign>[^\s\w])
+""", re.VERBOSE | re.DOTALL | re.ASCII)
+_ESCAPE = re.compile(
+    r"\\(?:([abfnrtv\\?'\"])|[xX]([\da-fA-F]{1,2})|([0-7]{1,3})|u([\da-fA-F]{4})"
+    r"|U([\da-fA-F]{8})|(.))")
+_ESCAPES = dict(zip("abfnrtv\\?'\"", "\a\b\f\n\r\t\v\\?'\"", strict=True))
+_PROTO2 = "is proto2; only proto3 is read here"
+_NO_EXTEND = ("'extend' is not supported: options need no definition here, so leave it out, and "
+              "the import of files that only define options")
+_MAX_NESTED = 32                    # messages in messages, as protoc has it
+_PACKAGE = object()
+
+
+def _unescape(match: re.Match[str]) -> str:
+    simple, hexadecimal, octal, short, long, wrong = match.groups()
+    if wrong:
+        raise ValueError(f"invalid escape \\{wrong}")
+    return _ESCAPES[simple] if simple else chr(
+        int(octal, 8) if octal else int(hexadecimal or short or long, 16))
+
+
+def _json_name(name: str) -> str:
+    """Return the name a field has in JSON: two fields may not share it."""
+    first, *rest = name.split("_")
+    return first + "".join(part[:1].upper() + part[1:] for part in rest)
+
+
+def _attribute(name: str, others: Iterable[str]) -> str:
+    """Return the attribute for a name of .proto text: itself, or with underscores after it."""
+    if _is_taken(name):
+        name = name.lstrip("_") + "_"
+        while _is_taken(name) or name in others:
+            name += "_"
+    return name
+
+
+def _is_message_class(found: object) -> bool:
+    return isinstance(found, type) and issubclass(found, Message)
+
+
+def _find_type(known: Mapping[str, Any], name: str, scope: str) -> Any:
+    """Return the type that *name* means in *scope*: innermost first, then outwards."""
+    if name.startswith("."):
+        return known.get(name[1:])
+    first, dot, _ = name.partition(".")
+    while True:
+        found = known.get(f"{scope}.{first}".lstrip("."))
+        if dot and (found is _PACKAGE or _is_message_class(found)):
+            return known.get(f"{scope}.{name}".lstrip("."))         # protoc looks no further
+        if not dot and isinstance(found, type):
+            return found
+        if not scope:
+            return None
+        scope = scope.rpartition(".")[0]
+
+
+class _Origin(NamedTuple):
+    """Where a class was read from, and what its attributes do not tell."""
+
+    full_name: str
+    file: str
+    names: dict[str, str]           # by attribute: of its fields, or of an enum's values
+    reserved: tuple[str, ...]
+
+
+class _ProtoFile:
+    """What one file declares."""
+
+    __slots__ = ("label", "package", "types", "services", "imports", "names", "exports")
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.package = ""
+        self.types: dict[str, Any] = {}                     # top-level classes
+        self.services: dict[str, tuple[str, ...]] = {}      # and the methods of each
+        self.imports: list[tuple[str, str]] = []            # "public", "weak" or "", path
+        self.names: dict[str, Any] = {}                     # full name -> what can be seen here
+        self.exports: dict[str, Any] = {}                   # and by those who import this
 
 
 class _ProtoReader:
-    """Read the tokens of one proto3 text into classes."""
+    """Read the tokens of one proto3 text into a _ProtoFile."""
 
-    __slots__ = ("_tokens", "_at", "_lines", "_label", "_package")
+    __slots__ = ("_text", "_tokens", "_offsets", "_at", "_file", "_load", "_waiting")
 
-    def __init__(self, text: str, label: str) -> None:
-        self._label = label
+    def __init__(self, text: str, label: str, load: Callable[[str], _ProtoFile]) -> None:
+        self._file = _ProtoFile(label)
+        self._load = load
+        self._text = text
         self._tokens: list[str] = []
-        self._lines: list[int] = []         # of each token, for errors
+        self._offsets: list[int] = []
         self._at = 0
-        self._package = ""
-        line = 1
+        self._waiting: list[tuple[str, str, int, _Field | None]] = []   # for _look_up
         for match in _TOKEN.finditer(text):
             if match.lastgroup == "bad":
-                raise SchemaError(f"{label}:{line}: unexpected {match[0]!r}")
+                raise self._error(match.start(), f"unexpected {match[0]!r}")
             if match.lastgroup != "blank":
                 self._tokens.append(match[0])
-                self._lines.append(line)
-            line += match[0].count("\n")
-        self._lines.append(line)
+                self._offsets.append(match.start())
+        self._offsets.append(len(text.rstrip()))
 
-    def _fail(self, wanted: str) -> SchemaError:
-        got = self._tokens[self._at] if self._at < len(self._tokens) else "the end"
-        return SchemaError(f"{self._label}:{self._lines[self._at]}: expected {wanted}, got {got!r}")
+    # -- tokens --
+
+    def _error(self, offset: int, what: str) -> SchemaError:
+        line = self._text.count("\n", 0, offset) + 1
+        column = offset - self._text.rfind("\n", 0, offset)
+        return SchemaError(f"{self._file.label}:{line}:{column}: {what}")
+
+    def _fail(self, what: str, at: int | None = None) -> SchemaError:
+        return self._error(self._offsets[self._at if at is None else at], what)
+
+    def _expected(self, wanted: str) -> SchemaError:
+        return self._fail(f"expected {wanted}, got {self._peek() or 'the end'!r}")
 
     def _peek(self) -> str:
         return self._tokens[self._at] if self._at < len(self._tokens) else ""
 
-    def _next(self) -> str:
+    def _accept(self, *signs: str) -> str:
+        """Pass one of *signs* if it comes next, and return it."""
         token = self._peek()
+        if not token or token not in signs:
+            return ""
         self._at += 1
         return token
 
     def _expect(self, *signs: str) -> None:
         for sign in signs:
-            if self._peek() != sign:
-                raise self._fail(repr(sign))
-            self._at += 1
+            if not self._accept(sign):
+                raise self._expected(repr(sign))
 
     def _word(self, wanted: str) -> str:
-        if not self._peek().replace(".", "_").isidentifier():
-            raise self._fail(wanted)
-        return self._next()
+        token = self._peek()
+        if not token.isidentifier():
+            raise self._expected(wanted)
+        self._at += 1
+        return token
 
-    def _integer(self) -> int:
+    def _path(self, wanted: str) -> str:
+        """Return dotted words, perhaps with a dot before them."""
+        path = self._accept(".") + self._word(wanted)
+        while self._accept("."):
+            path += "." + self._word(wanted)
+        return path
+
+    def _integer(self, wanted: str = "an integer") -> int:
+        sign = -1 if self._accept("-") else 1
+        token = self._peek()
         try:
-            number = int(self._peek(), 0)
+            number = int(token, 8 if token[:1] == "0" and token.isdigit() else 0)
         except ValueError:
-            raise self._fail("a number") from None
+            raise self._expected(wanted) from None
         self._at += 1
-        return number
+        return sign * number
 
-    def _skip_statement(self) -> None:
-        """Pass over what this reader does not need, up to its `;` or closing brace."""
-        depth = 0
-        while token := self._next():
-            depth += (token in "{[(<") - (token in "}])>")
-            if depth <= 0 and token in ";}":
-                return
-        self._at -= 1
-        raise self._fail("';'")
+    def _string(self, wanted: str) -> str:
+        text = ""
+        if self._peek()[:1] not in ('"', "'"):
+            raise self._expected(wanted)
+        while self._peek()[:1] in ('"', "'"):
+            try:
+                text += _ESCAPE.sub(_unescape, self._peek()[1:-1])
+            except (ValueError, OverflowError) as error:
+                raise self._fail(str(error)) from None
+            self._at += 1
+        return text
 
-    def read(self) -> dict[str, Any]:
-        """Return the top-level types by name."""
-        types: dict[str, Any] = {}
+    # -- names --
+
+    def _define(self, scope: str, name: str, at: int, what: object = None) -> str:
+        """Enter *name* into the table and return its full name."""
+        full = f"{scope}.{name}".lstrip(".")
+        what = what or object()     # nothing else is the same
+        if self._file.names.setdefault(full, what) is not what:
+            raise self._fail(f"{full!r} is declared twice", at)
+        self._file.exports[full] = what
+        return full
+
+    def _declare(self, full: str, made: Any) -> None:
+        """Put a type in the place of its name."""
+        self._file.names[full] = self._file.exports[full] = made
+        if full == f"{self._file.package}.{made.__name__}".lstrip("."):
+            self._file.types[made.__name__] = made
+
+    def _look_up(self, name: str, scope: str, at: int, field_: _Field | None) -> None:
+        """Find the type that a field, or a service, asks for."""
+        found = _find_type(self._file.names, name, scope)
+        if not isinstance(found, type) or not field_ and not _is_message_class(found):
+            known = [each for each, what in self._file.names.items() if isinstance(what, type)]
+            raise self._fail(f"there is no {'type' if field_ else 'message'} {name!r} here"
+                             f"{_did_you_mean(name, known)}", at)
+        if field_ and field_.map:
+            field_.map = field_.map[0], found
+        elif field_:
+            field_.target = found
+
+    # -- statements --
+
+    def read(self) -> _ProtoFile:
+        """Return what the file declares.
+
+        Raises:
+            SchemaError: file, line and column, and what was expected there.
+        """
+        self._syntax()
         while word := self._peek():
-            if word == "message":
-                self._message((types,), "")
-            elif word == "enum":
-                self._enum(types)
-            elif word in ("syntax", "package", "option", "service", ";"):
-                if word == "syntax" and self._tokens[self._at + 2 :][:1] not in (
-                    ['"proto3"'],
-                    ["'proto3'"],
-                ):
-                    raise self._fail('syntax = "proto3"; only that is read here')
-                if word == "package":
-                    self._package = "".join(self._tokens[self._at + 1:][:1]) + "."
-                self._skip_statement()
+            if word not in _STATEMENTS:
+                raise self._expected("message, enum, service, import, package or option")
+            self._at += 1
+            _STATEMENTS[word](self, self._file.package, 0)
+        for each in self._waiting:
+            self._look_up(*each)
+        return self._file
+
+    def _syntax(self) -> None:
+        if self._accept("edition"):
+            raise self._fail("editions are not supported; use syntax = \"proto3\"", self._at - 1)
+        if self._accept("syntax"):
+            self._expect("=")
+            if (syntax := self._string('"proto3"')) != "proto3":
+                raise self._fail(f"syntax {syntax!r} {_PROTO2}", self._at - 1)
+            self._expect(";")
+
+    def _import(self, scope: str, depth: int) -> None:
+        at = self._at
+        how = self._accept("public", "weak")
+        path = self._string("the path of a file")
+        try:
+            found = self._load(path)
+        except OSError as error:
+            raise self._fail(str(error), at) from None
+        self._expect(";")
+        self._file.imports.append((how, path))
+        for full, what in found.exports.items():
+            if self._file.names.setdefault(full, what) is not what:
+                raise self._fail(f"{full!r} of {path!r} is declared already", at)
+            if how == "public":
+                self._file.exports[full] = what
+
+    def _package(self, scope: str, depth: int) -> None:
+        at = self._at
+        if scope or self._file.types:
+            raise self._fail("package comes once, and before all types", at - 1)
+        self._file.package = self._path("a package's name").lstrip(".")
+        self._expect(";")
+        scope = ""
+        for part in self._file.package.split("."):
+            scope = self._define(scope, part, at, _PACKAGE)
+
+    def _option(self, scope: str = "", depth: int = 0) -> None:
+        self._one_option()
+        self._expect(";")
+
+    def _one_option(self) -> tuple[str, str]:
+        """Pass `name = value` and return both as text."""
+        start = self._at
+        while True:
+            if self._accept("("):
+                self._path("an option's name")
+                self._expect(")")
             else:
-                raise self._fail("message, enum, package, option or service")
-        return types
+                self._word("an option's name")
+            if not self._accept("."):
+                break
+        name = "".join(self._tokens[start:self._at])
+        self._expect("=")
+        start = self._at
+        if self._peek() == "{":
+            self._aggregate()
+        elif self._peek()[:1] in ('"', "'"):
+            self._string("a value")
+        else:
+            self._accept("-", "+")
+            if not self._peek()[:1].isalnum() and self._peek()[:1] not in ("_", "."):
+                raise self._expected("an option's value")
+            self._at += 1
+        return name, "".join(self._tokens[start:self._at])
 
-    def _message(self, scopes: tuple[dict[str, Any], ...], outer: str) -> None:
-        """Read a message into the innermost of *scopes*."""
-        self._at += 1
-        name = self._word("a message's name")
-        path = f"{outer}.{name}" if outer else name
-        namespace: dict[str, Any] = {"__module__": __name__, "__qualname__": path}
-        nested: dict[str, Any] = {}
-        inner = (nested, *scopes)
+    def _aggregate(self) -> None:
+        """Pass `{ ... }` in text format."""
+        closing: list[str] = []
+        while token := self._peek():
+            self._at += 1
+            if token in ("{", "[", "<"):
+                closing.append({"{": "}", "[": "]", "<": ">"}[token])
+            elif token in ("}", "]", ">") and token != closing.pop():
+                raise self._fail(f"unexpected {token!r}", self._at - 1)
+            if not closing:
+                return
+        raise self._expected("'}'")
+
+    def _field_options(self) -> dict[str, str]:
+        options: dict[str, str] = {}
+        if self._accept("["):
+            while True:
+                at = self._at
+                name, value = self._one_option()
+                if name == "default":
+                    raise self._fail(f"a default {_PROTO2}", at)
+                options[name] = value
+                if not self._accept(","):
+                    break
+            self._expect("]")
+        return options
+
+    def _refuse(self, scope: str, depth: int) -> None:
+        word = self._tokens[self._at - 1]
+        raise self._fail(_NO_EXTEND if word == "extend" else f"{word!r} {_PROTO2}", self._at - 1)
+
+    def _nothing(self, scope: str, depth: int) -> None:
+        pass
+
+    def _message(self, scope: str, depth: int) -> Any:
+        at, name = self._at, self._word("a message's name")
+        if depth > _MAX_NESTED:
+            raise self._fail(f"messages nested deeper than {_MAX_NESTED}", at)
+        body = _Body(self._define(scope, name, at))
         self._expect("{")
-        while self._peek() != "}":
-            self._member(namespace, inner, path)
-        self._expect("}")
-        for each in namespace.values():
-            if isinstance(each, _Field):
-                each.target = each.target and self._scoped(each.target, inner)
-                if each.map:
-                    each.map = (each.map[0], self._scoped(each.map[1], inner))
-        made = _ProtoMeta(name, (Message,), namespace)
-        scopes[0][name] = made
-        for key, each in nested.items():
-            setattr(made, key, each)
+        while not self._accept("}"):
+            self._member(body, depth)
+        self._check_reserved(body)
+        made = body.make_message(name, self._file)
+        self._declare(body.full, made)
+        return made
 
-    def _scoped(self, name: str, scopes: tuple[dict[str, Any], ...]) -> _Scoped:
-        if name.startswith("."):                # from the root
-            name, scopes = name[1:], scopes[-1:]
-        return _Scoped(name.removeprefix(self._package), scopes)
-
-    def _member(
-        self, namespace: dict[str, Any], scopes: tuple[dict[str, Any], ...], path: str
-    ) -> None:
+    def _member(self, body: _Body, depth: int) -> None:
         word = self._peek()
-        if word == "message":
-            self._message(scopes, path)
-        elif word == "enum":
-            self._enum(scopes[0])
-        elif word in ("reserved", "option", ";"):
-            self._skip_statement()
+        if word in ("message", "enum"):
+            self._at += 1
+            body.nested.append(_STATEMENTS[word](self, body.full, depth + 1))
+        elif word == "reserved":
+            self._reserved(body, _MAX_FIELD)
         elif word == "oneof":
+            self._oneof(body)
+        elif word in ("option", "extend", "extensions", "required", "group", ";"):
             self._at += 1
-            group = self._word("a oneof's name")
-            self._expect("{")
-            while self._peek() != "}":
-                self._field(namespace, oneof=group)
-            self._expect("}")
-        elif word in ("repeated", "optional"):
-            self._at += 1
-            self._field(namespace, **{word: True})
-        elif word == "map":
-            self._at += 1
-            self._expect("<")
+            _STATEMENTS[word](self, body.full, depth)
+        else:
+            label = self._accept("repeated", "optional")
+            self._field(body, **({label: True} if label else {}))
+
+    def _oneof(self, body: _Body) -> None:
+        self._at += 1
+        at, group = self._at, self._word("a oneof's name")
+        self._define(body.full, group, at)
+        self._expect("{")
+        before = len(body.fields)
+        while not self._accept("}"):
+            if self._accept("option"):
+                self._option()
+            elif self._peek() in ("repeated", "optional", "required", "map"):
+                raise self._fail(f"a oneof can't hold {self._peek()!r} fields")
+            else:
+                self._field(body, oneof=group)
+        if len(body.fields) == before:
+            raise self._fail(f"oneof {group!r} has no field", at)
+
+    def _field(self, body: _Body, **options: Any) -> None:
+        type_at, kind = self._at, self._path("a field's type")
+        if kind == "group":
+            raise self._fail(f"a group {_PROTO2}", type_at)
+        if kind == "map" and self._accept("<"):
+            if options:
+                raise self._fail("a map can't be repeated or optional", type_at)
             key = self._word("a map's key type")
             self._expect(",")
-            pair = (key, self._word("a map's value type"))
+            type_at, kind = self._at, self._path("a map's value type")
             self._expect(">")
-            self._field(namespace, map=pair)
-        else:
-            self._field(namespace)
-
-    def _field(self, namespace: dict[str, Any], **options: Any) -> None:
-        line = self._lines[self._at]
-        target = None if "map" in options else self._word("a field's type")
-        name = self._word("a field's name")
+            options["map"] = key, kind
+        at, name = self._at, self._word("a field's name")
+        self._define(body.full, name, at)
         self._expect("=")
-        number = self._integer()
-        if self._peek() == "[":
+        number_at, number = self._at, self._integer("a field's number")
+        said = self._field_options()
+        self._expect(";")
+        packed = said.get("packed")
+        try:
+            made: _Field = field(number, None if "map" in options else kind, **options,
+                                 packed=packed != "false")
+        except SchemaError as error:
+            raise self._fail(str(error), number_at) from None
+        if packed == "true" and (not made.repeated or made.map or kind in ("string", "bytes")):
+            raise self._fail("only repeated numbers, bools and enums can be packed", at)
+        made.name = name
+        if (other := body.numbers.setdefault(number, name)) != name:
+            raise self._fail(f"number {number} is {other!r} already", number_at)
+        json_name = said.get("json_name", repr(_json_name(name)))[1:-1]
+        if (other := body.json_names.setdefault(json_name, name)) != name:
+            raise self._fail(f"{name!r} and {other!r} are both {json_name!r} in JSON", at)
+        body.fields.append((made, at))
+        if kind not in _KINDS or kind == "enum":
+            self._waiting.append((kind, body.full, type_at, made))
+
+    def _reserved(self, body: _Body, top: int) -> None:
+        """Read `reserved` of a message or an enum: numbers, or names in quotes."""
+        self._at += 1
+        names = self._peek()[:1] in ('"', "'")
+        while True:
             at = self._at
-            self._skip_statement()
-            options["packed"] = "packed=false" not in "".join(self._tokens[at:self._at])
+            if names:
+                body.reserved_names.append(self._string("a name in quotes"))
+            else:
+                low = high = self._integer("a number, or a name in quotes")
+                if self._accept("to"):
+                    high = top if self._accept("max") else self._integer()
+                if low > high or any(low <= last and first <= high
+                                     for first, last in body.reserved):
+                    raise self._fail(f"{low} to {high} is backwards, or reserved already", at)
+                body.reserved.append((low, high))
+            if not self._accept(","):
+                break
+        self._expect(";")
+
+    def _check_reserved(self, body: _Body) -> None:
+        for each, at in body.fields:
+            if each.name in body.reserved_names or any(
+                    low <= each.number <= high for low, high in body.reserved):
+                raise self._fail(f"{each.name!r} or its number {each.number} is reserved", at)
+
+    def _enum(self, scope: str, depth: int) -> Any:
+        at, name = self._at, self._word("an enum's name")
+        body = _Body(self._define(scope, name, at))
+        alias = False
+        self._expect("{")
+        while not self._accept("}"):
+            if self._accept("option"):
+                alias |= self._one_option() == ("allow_alias", "true")
+                self._expect(";")
+            elif self._peek() == "reserved":
+                self._reserved(body, (1 << 31) - 1)
+            elif not self._accept(";"):
+                self._enum_value(body, scope)
+        if not body.fields:
+            raise self._fail(f"enum {name!r} has no value", at)
+        twice = [(each, at) for each, at in body.fields if body.numbers[each.number] != each.name]
+        if twice and not alias:
+            raise self._fail(f"number {twice[0][0].number} is used twice; for that, say "
+                             "option allow_alias = true;", twice[0][1])
+        self._check_reserved(body)
+        made = body.make_enum(name, self._file)
+        self._declare(body.full, made)
+        return made
+
+    def _enum_value(self, body: _Body, scope: str) -> None:
+        at, key = self._at, self._word("a value's name")
+        self._define(scope, key, at)            # beside the enum, not in it: as C++ has it
+        self._expect("=")
+        number_at, number = self._at, self._integer("a value's number")
+        self._field_options()
+        self._expect(";")
+        if number and not body.fields:
+            raise self._fail("the first value of an enum must be 0", number_at)
+        if not -1 << 31 <= number < 1 << 31:
+            raise self._fail(f"{number} does not fit into 32 bits", number_at)
+        body.numbers.setdefault(number, key)
+        value = _Field(number, None)
+        value.name = key
+        body.fields.append((value, at))
+
+    def _service(self, scope: str, depth: int) -> None:
+        at, name = self._at, self._word("a service's name")
+        full = self._define(scope, name, at)
+        methods: list[str] = []
+        self._expect("{")
+        while not self._accept("}"):
+            if self._accept("option"):
+                self._option()
+            elif not self._accept(";"):
+                self._expect("rpc")
+                methods.append(self._word("a method's name"))
+                self._define(full, methods[-1], self._at - 1)
+                self._rpc_type(scope)
+                self._expect("returns")
+                self._rpc_type(scope)
+                self._rpc_end()
+        self._file.services[name] = tuple(methods)
+
+    def _rpc_type(self, scope: str) -> None:
+        self._expect("(")
+        if self._peek() == "stream" and self._tokens[self._at + 1:][:1] not in ([")"], ["."]):
+            self._at += 1
+        at, name = self._at, self._path("a message's name")
+        self._waiting.append((name, scope, at, None))
+        self._expect(")")
+
+    def _rpc_end(self) -> None:
+        if self._accept("{"):
+            while not self._accept("}"):
+                if not self._accept(";"):
+                    self._expect("option")
+                    self._option()
         else:
             self._expect(";")
-        if name in namespace:
-            raise SchemaError(f"{self._label}:{line}: field {name!r} is declared twice")
-        while (
-            keyword.iskeyword(name) or name == "self" or hasattr(Message, name) or name in namespace
-        ):
-            name += "_"
-        try:
-            namespace[name] = field(number, target, **options)
-        except SchemaError as error:
-            raise SchemaError(f"{self._label}:{line}: {error}") from None
-
-    def _enum(self, types: dict[str, Any]) -> None:
-        self._at += 1
-        name = self._word("an enum's name")
-        self._expect("{")
-        members: dict[str, int] = {}
-        while self._peek() != "}":
-            if self._peek() in ("option", "reserved", ";"):
-                self._skip_statement()
-                continue
-            key = self._word("a value's name")
-            self._expect("=")
-            members[key] = self._integer()
-            if self._peek() == "[":
-                self._skip_statement()
-            else:
-                self._expect(";")
-        self._expect("}")
-        types[name] = enum.IntEnum(name, members, module=__name__)
 
 
-class _Scoped(NamedTuple):
-    """A type's name in .proto text, and the scopes to look it up in."""
-
-    name: str
-    scopes: tuple[dict[str, Any], ...]      # innermost first
-
-
-class _ProtoMeta(_MessageMeta):
-    """Messages from .proto text: their types are found in its scopes, not in a module."""
-
-    def _prepare(cls) -> _MessageMeta:
-        for each in cls._fields:
-            each.target = _look_up(cls, each.target)
-            if each.map:
-                each.map = (each.map[0], _look_up(cls, each.map[1]))
-        return super()._prepare()
+_STATEMENTS: dict[str, Callable[[_ProtoReader, str, int], Any]] = {
+    "import": _ProtoReader._import, "package": _ProtoReader._package,
+    "option": _ProtoReader._option, "message": _ProtoReader._message, "enum": _ProtoReader._enum,
+    "service": _ProtoReader._service, ";": _ProtoReader._nothing,
+    **dict.fromkeys(("extend", "extensions", "required", "group"), _ProtoReader._refuse),
+}
 
 
-def _look_up(owner: type, target: Any) -> Any:
-    if not isinstance(target, _Scoped) or target.name in _KINDS:
-        return target.name if isinstance(target, _Scoped) else target
-    first, *rest = target.name.split(".")
-    found = next((scope[first] for scope in target.scopes if first in scope), None)
-    for part in rest:
-        found = getattr(found, part, None)
-    if found is None:
-        raise SchemaError(f"{owner.__name__}: there is no type {target.name!r}")
-    return found
+class _Body:
+    """What stands between the braces of a message or an enum."""
+
+    __slots__ = ("full", "fields", "nested", "numbers", "json_names", "reserved",
+                 "reserved_names")
+
+    def __init__(self, full: str) -> None:
+        self.full = full
+        self.fields: list[tuple[_Field, int]] = []          # or an enum's values; and where
+        self.nested: list[Any] = []
+        self.numbers: dict[int, str] = {}
+        self.json_names: dict[str, str] = {}
+        self.reserved: list[tuple[int, int]] = []
+        self.reserved_names: list[str] = []
+
+    def _origin(self, file: _ProtoFile, names: dict[str, str], top: int) -> _Origin:
+        ranges = [f"{low}" if low == high else f"{low} to {'max' if high == top else high}"
+                  for low, high in self.reserved]
+        return _Origin(self.full, file.label, names, tuple(
+            ", ".join(each) for each in (ranges, [f'"{name}"' for name in self.reserved_names])
+            if each))
+
+    def make_message(self, name: str, file: _ProtoFile) -> type[Message]:
+        """Return the class: fields under names that Python can take, nested types inside."""
+        said = {each.name for each, _ in self.fields}
+        namespace: dict[str, Any] = {
+            "__module__": __name__, "__qualname__": self.full.removeprefix(file.package + ".")}
+        names = {}
+        for each, _ in self.fields:
+            attribute = _attribute(each.name, {*said, *namespace})
+            names[attribute] = each.name
+            namespace[attribute] = each
+        made: Any = _MessageMeta(name, (Message,), namespace)
+        made._proto = self._origin(file, names, _MAX_FIELD)
+        for each in self.nested:
+            each._outer = made
+            setattr(made, _attribute(each.__name__, namespace), each)
+        return cast("type[Message]", made)
+
+    def make_enum(self, name: str, file: _ProtoFile) -> type[enum.IntEnum]:
+        """Return the class, its aliases included."""
+        said = {each.name for each, _ in self.fields}
+        names, members = {}, {}
+        for each, _ in self.fields:
+            attribute = each.name
+            if keyword.iskeyword(attribute) or attribute.startswith("_") or attribute == "mro":
+                attribute = attribute.lstrip("_") + "_"
+                while attribute in said or attribute in members:
+                    attribute += "_"
+            names[attribute], members[attribute] = each.name, each.number
+        make: Any = enum.IntEnum    # mypy wants its first argument written out
+        made = make(name, members, module=__name__,
+                    qualname=self.full.removeprefix(file.package + "."))
+        made._proto = self._origin(file, names, (1 << 31) - 1)
+        return cast("type[enum.IntEnum]", made)
+
+
+# -- files --
+
+_WELL_KNOWN = {                     # protobuf.dev, "Well-Known Types"
+    "timestamp": "message Timestamp { int64 seconds = 1; int32 nanos = 2; }",
+    "duration": "message Duration { int64 seconds = 1; int32 nanos = 2; }",
+    "any": "message Any { string type_url = 1; bytes value = 2; }",
+    "empty": "message Empty {}",
+    "field_mask": "message FieldMask { repeated string paths = 1; }",
+    "struct": """
+        message Struct { map<string, Value> fields = 1; }
+        message Value {
+          oneof kind {
+            NullValue null_value = 1;
+            double number_value = 2;
+            string string_value = 3;
+            bool bool_value = 4;
+            Struct struct_value = 5;
+            ListValue list_value = 6;
+          }
+        }
+        enum NullValue { NULL_VALUE = 0; }
+        message ListValue { repeated Value values = 1; }""",
+    "wrappers": "".join(f"message {name}Value {{ {name.lower()} value = 1; }}" for name in (
+        "Double", "Float", "Int64", "UInt64", "Int32", "UInt32", "Bool", "String", "Bytes")),
+    "descriptor": "",               # what imports it goes on to `extend`, and is told there
+}
+
+
+@functools.cache
+def _well_known(path: str) -> _ProtoFile:
+    """Return a file of google/protobuf: the same classes for everybody who imports it."""
+    name = path.removeprefix("google/protobuf/").removesuffix(".proto")
+    if path != f"google/protobuf/{name}.proto" or name not in _WELL_KNOWN:
+        raise FileNotFoundError(f"there is no file {path!r}")
+    text = f'syntax = "proto3"; package google.protobuf; {_WELL_KNOWN[name]}'
+    return _ProtoReader(text, path, _well_known).read()
+
+
+class _ProtoLoader:
+    """Find and read files and what they import, each once."""
+
+    __slots__ = ("_roots", "_files", "_open")
+
+    def __init__(self, roots: Iterable[str | os.PathLike[str]]) -> None:
+        self._roots = [os.fspath(each) for each in roots]
+        self._files: dict[str, _ProtoFile] = {}
+        self._open: list[str] = []          # what is being read: imports must not lead back
+
+    def load(self, path: str) -> _ProtoFile:
+        """Return what an import asks for."""
+        with contextlib.suppress(FileNotFoundError):
+            return _well_known(path)
+        if path.startswith("/") or {"", ".", ".."} & set(path.split("/")) or "\\" in path:
+            raise FileNotFoundError(f"{path!r} must be relative, with single slashes and no '..'")
+        for root in self._roots:
+            if os.path.isfile(full := os.path.join(root, path)):
+                return self.read(full)
+        raise FileNotFoundError(f"there is no file {path!r} in {', '.join(self._roots) or 'a text'}")
+
+    def read(self, full: str) -> _ProtoFile:
+        """Return what the file at *full* declares."""
+        key = os.path.realpath(full)
+        if key in self._open:
+            raise FileNotFoundError("imports lead back to where they came from: "
+                                    + " -> ".join(map(os.path.basename, [*self._open, key])))
+        if key not in self._files:
+            try:
+                with open(full, encoding="utf-8") as file:
+                    text = file.read()
+            except UnicodeDecodeError as error:
+                raise SchemaError(f"{full}: not UTF-8 at byte {error.start}") from None
+            self._open.append(key)
+            self._files[key] = _ProtoReader(text, full, self.load).read()
+            self._open.pop()
+        return self._files[key]
+
+
+class _Namespace(SimpleNamespace):
+    """The top-level types of a file, as attributes."""
+
+    __slots__ = ("__file__", "__services__")
+
+    def __init__(self, file: _ProtoFile) -> None:
+        super().__init__(**file.types)
+        self.__file__ = file.label
+        self.__services__ = file.services
+
+
+def load_proto(path: str | os.PathLike[str],
+               include: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = (),
+               ) -> SimpleNamespace:
+    """Return the classes that a proto3 file declares, as attributes; no protoc is needed.
+
+    Imports are looked for in *include*, a folder or several, then beside the file;
+    ``google/protobuf/timestamp``, ``duration``, ``any``, ``wrappers``, ``empty``, ``struct``
+    and ``field_mask`` are built in. Nested types are attributes of their class. A field named
+    like a Python keyword or a method of Message gets an underscore after it as attribute, not
+    on the wire. Options are parsed and ignored, services too: ``__services__`` names them and
+    their methods. A file that does not say its syntax is taken for proto3.
+
+    Raises:
+        SchemaError: file, line, column, and what was expected there.
+        OSError: *path* itself can't be read.
+    """
+    one = isinstance(include, str | os.PathLike)
+    roots: list[Any] = [include] if one else list(include)      # type: ignore[arg-type]
+    path = os.fspath(path)
+    return _Namespace(_ProtoLoader([*roots, os.path.dirname(path) or "."]).read(path))
 
 
 def parse_proto(text: str) -> SimpleNamespace:
-    """Return the message and enum classes that a proto3 *text* declares, as attributes.
+    """Return the classes that a proto3 *text* declares: ``load_proto`` from a string.
 
-    Nested types are attributes of their class. A field named like a Python keyword or a
-    method of Message gets a trailing underscore, not on the wire. ``package``, ``option``
-    and ``service`` are passed over; ``import`` is not read yet.
+    Only well-known types can be imported.
 
     Raises:
-        SchemaError: with the line, and what was expected there.
+        SchemaError: line, column, and what was expected there.
     """
-    return SimpleNamespace(**_ProtoReader(text, "<text>").read())
+    return _Namespace(_ProtoReader(text, "<text>", _ProtoLoader(()).load).read())
+
+
+# -- and back --
+
+class _ProtoWriter:
+    """Write classes as .proto text; ``outside`` are those that other files declare."""
+
+    __slots__ = ("_package", "_outside", "_owners", "_names", "_lines", "_used")
+
+    def __init__(self, package: str, outside: Mapping[Any, _Origin]) -> None:
+        self._package = package
+        self._outside = outside
+        self._owners: dict[Any, Any] = {}           # class -> the one it is nested in, or None
+        self._names: dict[str, Any] = {each.full_name: cls for cls, each in outside.items()}
+        self._lines: list[str] = []
+        self._used: set[str] = set()                # files of what was referred to outside
+
+    def write(self, classes: Iterable[Any], imports: list[str] | None = None) -> str:
+        """Return the text of *classes*, and of all that they refer to."""
+        for each in classes:
+            self._collect(each)
+        known = 0
+        while known < len(self._owners):
+            some, known = list(self._owners)[known:], len(self._owners)
+            for target in (target for each in some for target in _targets(each)):
+                self._collect(target)
+        for each in self._owners:
+            self._names[self._full_name(each)] = each
+        for full in list(self._names):
+            while full := full.rpartition(".")[0]:
+                self._names.setdefault(full, _PACKAGE)
+        for each, owner in self._owners.items():
+            if owner is None:
+                self._lines.append("")
+                self._type(each, "")
+        head = ['syntax = "proto3";', *([f"package {self._package};"] if self._package else ())]
+        head += imports or [f'import "{path}";' for path in sorted(self._used)]
+        return "\n".join(head + self._lines) + "\n"
+
+    def _collect(self, cls: Any) -> None:
+        """Add a class with all that surrounds it and all that is nested in it."""
+        while outer := _outer(cls):
+            cls = outer
+        if cls not in self._outside and cls not in self._owners:
+            self._add(cls, None)
+
+    def _add(self, cls: Any, owner: Any) -> None:
+        self._owners[cls] = owner
+        for each in _nested_types(cls):
+            self._add(each, cls)
+
+    def _full_name(self, cls: Any) -> str:
+        name = cls._proto.full_name.rpartition(".")[2] if _origin(cls) else cls.__name__
+        owner = self._owners[cls]
+        around = self._package if owner is None else self._full_name(owner)
+        return f"{around}.{name}".lstrip(".")
+
+    def _refer(self, target: Any, scope: str) -> str:
+        """Return the shortest name that means *target* in *scope*."""
+        if origin := self._outside.get(target):
+            self._used.add(origin.file)
+            full, most = origin.full_name, 0        # of another file: its full name
+        else:
+            full = self._full_name(target)
+            most = full.count(".")
+        names = (".".join(full.split(".")[at:]) for at in range(most, -1, -1))
+        return next((each for each in names if _find_type(self._names, each, scope) is target),
+                    "." + full)
+
+    def _type(self, cls: Any, pad: str) -> None:
+        full = self._full_name(cls)
+        name, origin = full.rpartition(".")[2], _origin(cls)
+        is_message = _is_message_class(cls)
+        if is_message and (doc := vars(cls).get("__doc__")):
+            self._lines += [f"{pad}// {line.strip()}".rstrip() for line in doc.strip().splitlines()]
+        self._lines.append(f"{pad}{'message' if is_message else 'enum'} {name} {{")
+        before = len(self._lines)
+        self._lines += [f"{pad}  reserved {each};" for each in (origin.reserved if origin else ())]
+        if is_message:
+            for each in _nested_types(cls):
+                self._type(each, pad + "  ")
+            self._fields(cls, full, pad + "  ", origin.names if origin else {})
+        else:
+            self._values(cls, pad + "  ", origin.names if origin else {})
+        if len(self._lines) == before:
+            self._lines[-1] += "}"
+        else:
+            self._lines.append(pad + "}")
+
+    def _values(self, cls: Any, pad: str, names: Mapping[str, str]) -> None:
+        values = {names.get(key, key): each.value for key, each in cls.__members__.items()}
+        if 0 not in values.values():
+            raise SchemaError(f"{cls.__name__} has no value 0, which proto3 needs as the default")
+        if len(set(values.values())) < len(values):
+            self._lines.append(f"{pad}option allow_alias = true;")
+        self._lines += [f"{pad}{key} = {value};"
+                        for key, value in sorted(values.items(), key=lambda each: each[1] != 0)]
+
+    def _fields(self, cls: Any, scope: str, pad: str, names: Mapping[str, str]) -> None:
+        done: set[str] = set()
+        for each in cls._fields:
+            if not each.oneof:
+                self._lines.append(pad + self._field(each, scope, names))
+            elif each.oneof not in done:
+                done.add(each.oneof)
+                self._lines += [f"{pad}oneof {each.oneof} {{", *(
+                    f"{pad}  {self._field(one, scope, names)}"
+                    for one in cls._fields if one.oneof == each.oneof), pad + "}"]
+
+    def _field(self, field_: _Field, scope: str, names: Mapping[str, str]) -> str:
+        label = "optional " if field_.optional else ""
+        if field_.map:
+            kind = "map<{}, {}>".format(*(self._kind(each, scope) for each in field_.target._fields))
+        else:
+            label = "repeated " if field_.repeated else label
+            kind = self._kind(field_, scope)
+        loose = field_.repeated and not field_.packed and field_.wire_type != _LEN
+        return (f"{label}{kind} {names.get(field_.name, field_.name)} = {field_.number}"
+                f"{' [packed = false]' if loose else ''};")
+
+    def _kind(self, field_: _Field, scope: str) -> str:
+        named = field_.kind in ("message", "enum")
+        return self._refer(field_.target, scope) if named else field_.kind
+
+
+def _origin(cls: Any) -> _Origin | None:
+    origin: _Origin | None = getattr(cls, "_proto", None)
+    return origin
+
+
+def _nested_types(cls: Any) -> list[Any]:
+    """Return the messages and enums that are declared inside *cls*."""
+    return [each for each in vars(cls).values() if _is_message_class(cls) and isinstance(each, type)
+            and issubclass(each, Message | enum.IntEnum)
+            and each.__qualname__ == f"{cls.__qualname__}.{each.__name__}"]
+
+
+def _outer(cls: Any) -> Any:
+    """Return the message in which *cls* is declared, or None."""
+    path = cls.__qualname__.rpartition(".")[0]
+    if _origin(cls) or not path or path.endswith("<locals>"):
+        return vars(cls).get("_outer")
+    found: Any = sys.modules.get(cls.__module__)
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return found if _is_message_class(found) else None
+
+
+def _targets(cls: Any) -> list[Any]:
+    """Return the types that the fields of *cls* have."""
+    if not _is_message_class(cls):
+        return []
+    fields = cls._prepare()._fields
+    parts = [part for each in fields for part in (each.target._fields if each.map else (each,))]
+    return [each.target for each in parts if each.kind in ("message", "enum")]
+
+
+def proto_text(*classes: type[Message] | type[enum.IntEnum]) -> str:
+    """Return .proto text that declares *classes* and all that they refer to.
+
+    protoc accepts it, and ``parse_proto`` reads it back to the same text. Well-known types
+    are imported. Docstrings of messages become comments.
+
+    Raises:
+        SchemaError: no .proto text can say it, such as an enum without 0.
+    """
+    if wrong := [each for each in classes if not (
+            isinstance(each, type) and issubclass(each, Message | enum.IntEnum))]:
+        raise UsageError(f"proto_text() takes Message and IntEnum classes, not {wrong[0]!r}")
+    first = _origin(classes[0]) if classes else None
+    package = first.full_name.removesuffix(classes[0].__qualname__).rstrip(".") if first else ""
+    well_known: Any = (each for name in _WELL_KNOWN
+                       for each in _well_known(f"google/protobuf/{name}.proto").types.values())
+    writer = _ProtoWriter(package, {
+        each: each._proto for each in well_known if each not in classes})
+    text = writer.write(classes)
+    try:
+        parse_proto(text)
+    except SchemaError as error:
+        raise SchemaError(f"these classes can't be written as .proto text: {error}") from None
+    return text
+
+
+def _file_text(file: _ProtoFile) -> str:
+    """Return a file as the writer would have written it, its imports kept."""
+    seen: Iterable[Any] = (each for each in file.names.values() if isinstance(each, type))
+    writer = _ProtoWriter(file.package, {
+        each: each._proto for each in seen if each._proto.file != file.label})
+    imports = [f'import {how + " " if how else ""}"{path}";' for how, path in file.imports]
+    services = [f"// service {name}: {', '.join(methods) or 'no methods'}"
+                for name, methods in file.services.items()]
+    return writer.write(file.types.values(), imports + services)
 
 
 # Numbers of seed 000 as its repository had them when the seed was written; where the seed is
@@ -2262,7 +2913,7 @@ def builtin_schema() -> SimpleNamespace:
 
     Cost: some milliseconds at the first call, nothing afterwards.
     """
-    return SimpleNamespace(**_ProtoReader(_BUILTIN_PROTO, "builtin.proto").read())
+    return _Namespace(_ProtoReader(_BUILTIN_PROTO, "builtin.proto", _well_known).read())
 
 
 # -- packed movement --

@@ -947,11 +947,48 @@ def test_nested_types_comments_options_and_keywords():
 
 
 @pytest.mark.parametrize("text, words", [
-    ("message M {\n int32 = 1;\n}", "2: expected a field's name"), ("message M { int32 a = x; }", "a number"),
-    ("message M {\n\n int32 a = 1", "3: expected ';'"), ("mesage M {}", "expected message"),
-    ('syntax = "proto2";', "proto3"), ("message M { int32 a = 0; }", "1: field(number, type): number is 0"), ("message M { ` }", "unexpected"),
-    ("message M { map<float, int32> a = 1; }", "a key is bool, string"), ("syntax", "proto3"),
-    ("message M { int32 a = 1; string a = 2; }", "1: field 'a' is declared twice"),
+    ("message M {\n int32 = 1;\n}", "2:8: expected a field's name, got '='"),
+    ("message M { int32 a = x; }", "1:23: expected a field's number, got 'x'"),
+    ("message M {\n\n int32 a = 1", "3:13: expected ';', got 'the end'"),
+    ("mesage M {}", "1:1: expected message, enum"), ("message M { ` }", "1:13: unexpected '`'"),
+    ('syntax = "proto2";', "1:10: syntax 'proto2' is proto2; only proto3 is read here"),
+    ("syntax", "1:7: expected '='"), ('edition = "2023";', "1:1: editions are not supported"),
+    ("message M { int32 a = 0; }", "1:23: field number 0: use 1 to 536870911"),
+    ("message M { int32 a = 19500; }", "1:23: field number 19500"),
+    ("message M { map<float, int32> a = 1; }", "a key is bool, string"),
+    ("message M { int32 a = 1; string a = 2; }", "1:33: 'M.a' is declared twice"),
+    ("message M { int32 a = 1; int32 b = 1; }", "1:36: number 1 is 'a' already"),
+    ("message M { int32 a_b = 1; int32 aB = 2; }", "1:34: 'aB' and 'a_b' are both 'aB' in JSON"),
+    ("message M {} enum M { A = 0; }", "1:19: 'M' is declared twice"),
+    ("enum A { X = 0; } enum B { X = 0; }", "1:28: 'X' is declared twice"),
+    ("package p; package q;", "1:12: package comes once"),
+    ("message M { reserved 5; int32 a = 5; }", "1:31: 'a' or its number 5 is reserved"),
+    ("message M { int32 a = 5; reserved 2 to max; }", "1:19: 'a' or its number 5 is reserved"),
+    ('message M { reserved "a"; int32 a = 5; }', "'a' or its number 5 is reserved"),
+    ("message M { reserved 1 to 5, 4; }", "1:30: 4 to 4 is backwards, or reserved already"),
+    ("enum E { reserved -2; A = 0; B = -2; }", "'B' or its number -2 is reserved"),
+    ("enum E {}", "1:6: enum 'E' has no value"), ("enum E { A = 1; }", "1:14: the first value of an enum must be 0"),
+    ("enum E { A = 0; B = 0; }", "1:17: number 0 is used twice"),
+    ("enum E { A = 0; B = 2147483648; }", "1:21: 2147483648 does not fit"),
+    ("message M { oneof o {} }", "1:19: oneof 'o' has no field"),
+    ("message M { oneof o { repeated int32 a = 1; } }", "1:23: a oneof can't hold 'repeated'"),
+    ("message M { repeated map<int32, int32> a = 1; }", "a map can't be repeated"),
+    ("message M { required int32 a = 1; }", "1:13: 'required' is proto2; only proto3 is read here"),
+    ("message M { int32 a = 1 [default = 5]; }", "1:26: a default is proto2"),
+    ("message M { optional group G = 1 { } }", "1:22: a group is proto2"),
+    ("message M { extensions 100 to 200; }", "'extensions' is proto2"),
+    ("message M {} extend M { int32 a = 1; }", "1:14: 'extend' is not supported: options need no"),
+    ("message M { string a = 1 [packed = true]; }", "only repeated numbers, bools and enums can be packed"),
+    ("message M { M2 a = 1; } message M22 {}", "1:13: there is no type 'M2' here; did you mean 'M22'?"),
+    ("message M { map<string, N> a = 1; }", "1:25: there is no type 'N' here"),
+    ("enum E { A = 0; } service S { rpc R (E) returns (E); }", "1:38: there is no message 'E' here"),
+    ('import "nowhere.proto";', "1:8: there is no file 'nowhere.proto' in a text"),
+    ('import "../up.proto";', "must be relative, with single slashes and no '..'"),
+    ("message M { int32 a = 089; }", "expected a field's number, got '089'"),
+    ("message M { int32 a = 1a; }", "1:23: unexpected '1'"), ("/* no end", "1:1: unexpected '/*'"),
+    ('option a = "\\q";', "1:12: invalid escape \\q"), ('option a = "no end;', "1:12: unexpected '\"'"),
+    ("option a = { b: [1, 2 };", "1:23: unexpected '}'"), ("option a = { b", "1:15: expected '}'"),
+    ("message M {" * 40, "messages nested deeper than 32"), ("message \u00e9 {}", "unexpected"),
 ])
 def test_errors_in_proto_text_say_where(text, words):
     with pytest.raises(hl.SchemaError, match=re.escape(words)):
@@ -960,7 +997,7 @@ def test_errors_in_proto_text_say_where(text, words):
 
 def test_names_in_proto_text_are_found_outwards():
     schema = hl.parse_proto("""package p.q; message X { int32 top = 1; } enum E { Z = 0; }
-        message A { message X { int32 inner = 1; } message B { message C { X x = 1; .X y = 2; p.q.A a = 3; E e = 4; } }
+        message A { message X { int32 inner = 1; } message B { message C { X x = 1; .p.q.X y = 2; q.A a = 3; E e = 4; } }
                     X x = 1; .p.q.X y = 2; string self = 3; }""")
     a = schema.A(x=schema.A.X(inner=1), y=schema.X(top=2), self_="s")
     assert schema.A.decode(a.encode()) == a
