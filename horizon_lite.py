@@ -1795,8 +1795,7 @@ def _plain(value: Any) -> Any:
 
 def _from_plain(field_: _Field, value: Any) -> Any:
     if field_.map:
-        entry = {each.name: each for each in field_.target._fields}["value"]
-        field_.target()             # resolves the entry's own types
+        entry = field_.target._prepare()._fields[1]
         return {key: _one_from_plain(entry, each) for key, each in value.items()}
     if field_.repeated:
         return [_one_from_plain(field_, each) for each in _items(value)]
@@ -1893,12 +1892,6 @@ def _unescape(match: re.Match[str]) -> str:
         int(octal, 8) if octal else int(hexadecimal or short or long, 16))
 
 
-def _json_name(name: str) -> str:
-    """Return the name a field has in JSON: two fields may not share it."""
-    first, *rest = name.split("_")
-    return first + "".join(part[:1].upper() + part[1:] for part in rest)
-
-
 def _attribute(name: str, others: Iterable[str]) -> str:
     """Return the attribute for a name of .proto text: itself, or with underscores after it."""
     if _is_taken(name):
@@ -1946,7 +1939,7 @@ class _ProtoFile:
         self.label = label
         self.package = ""
         self.types: dict[str, Any] = {}                     # top-level classes
-        self.services: dict[str, tuple[str, ...]] = {}      # and the methods of each
+        self.services: dict[str, dict[str, str]] = {}       # methods and their types, as text
         self.imports: list[tuple[str, str]] = []            # "public", "weak" or "", path
         self.names: dict[str, Any] = {}                     # full name -> what can be seen here
         self.exports: dict[str, Any] = {}                   # and by those who import this
@@ -2257,9 +2250,6 @@ class _ProtoReader:
         made.name = name
         if (other := body.numbers.setdefault(number, name)) != name:
             raise self._fail(f"number {number} is {other!r} already", number_at)
-        json_name = said.get("json_name", repr(_json_name(name)))[1:-1]
-        if (other := body.json_names.setdefault(json_name, name)) != name:
-            raise self._fail(f"{name!r} and {other!r} are both {json_name!r} in JSON", at)
         body.fields.append((made, at))
         if kind not in _KINDS or kind == "enum":
             self._waiting.append((kind, body.full, type_at, made))
@@ -2333,28 +2323,27 @@ class _ProtoReader:
     def _service(self, scope: str, depth: int) -> None:
         at, name = self._at, self._word("a service's name")
         full = self._define(scope, name, at)
-        methods: list[str] = []
+        methods = self._file.services[name] = {}
         self._expect("{")
         while not self._accept("}"):
             if self._accept("option"):
                 self._option()
             elif not self._accept(";"):
                 self._expect("rpc")
-                methods.append(self._word("a method's name"))
-                self._define(full, methods[-1], self._at - 1)
-                self._rpc_type(scope)
+                method = self._word("a method's name")
+                self._define(full, method, self._at - 1)
+                methods[method] = self._rpc_type(scope)
                 self._expect("returns")
-                self._rpc_type(scope)
+                methods[method] += f" returns {self._rpc_type(scope)}"
                 self._rpc_end()
-        self._file.services[name] = tuple(methods)
 
-    def _rpc_type(self, scope: str) -> None:
+    def _rpc_type(self, scope: str) -> str:
         self._expect("(")
-        if self._peek() == "stream" and self._tokens[self._at + 1:][:1] not in ([")"], ["."]):
-            self._at += 1
+        stream = "stream " if self._accept("stream") else ""
         at, name = self._at, self._path("a message's name")
         self._waiting.append((name, scope, at, None))
         self._expect(")")
+        return f"({stream}{name})"
 
     def _rpc_end(self) -> None:
         if self._accept("{"):
@@ -2377,15 +2366,13 @@ _STATEMENTS: dict[str, Callable[[_ProtoReader, str, int], Any]] = {
 class _Body:
     """What stands between the braces of a message or an enum."""
 
-    __slots__ = ("full", "fields", "nested", "numbers", "json_names", "reserved",
-                 "reserved_names")
+    __slots__ = ("full", "fields", "nested", "numbers", "reserved", "reserved_names")
 
     def __init__(self, full: str) -> None:
         self.full = full
         self.fields: list[tuple[_Field, int]] = []          # or an enum's values; and where
         self.nested: list[Any] = []
         self.numbers: dict[int, str] = {}
-        self.json_names: dict[str, str] = {}
         self.reserved: list[tuple[int, int]] = []
         self.reserved_names: list[str] = []
 
@@ -2516,7 +2503,7 @@ class _Namespace(SimpleNamespace):
     def __init__(self, file: _ProtoFile) -> None:
         super().__init__(**file.types)
         self.__file__ = file.label
-        self.__services__ = file.services
+        self.__services__ = {name: tuple(methods) for name, methods in file.services.items()}
 
 
 def load_proto(path: str | os.PathLike[str],
@@ -2535,10 +2522,13 @@ def load_proto(path: str | os.PathLike[str],
         SchemaError: file, line, column, and what was expected there.
         OSError: *path* itself can't be read.
     """
-    one = isinstance(include, str | os.PathLike)
-    roots: list[Any] = [include] if one else list(include)      # type: ignore[arg-type]
+    return _Namespace(_read_proto(path, include))
+
+
+def _read_proto(path: str | os.PathLike[str], include: Any) -> _ProtoFile:
+    folders = [include] if isinstance(include, str | os.PathLike) else list(include)
     path = os.fspath(path)
-    return _Namespace(_ProtoLoader([*roots, os.path.dirname(path) or "."]).read(path))
+    return _ProtoLoader([*folders, os.path.dirname(path) or "."]).read(path)
 
 
 def parse_proto(text: str) -> SimpleNamespace:
@@ -2702,8 +2692,8 @@ def _targets(cls: Any) -> list[Any]:
     """Return the types that the fields of *cls* have."""
     if not _is_message_class(cls):
         return []
-    fields = cls._prepare()._fields
-    parts = [part for each in fields for part in (each.target._fields if each.map else (each,))]
+    parts = [part for each in cls._prepare()._fields
+             for part in (each.target._prepare()._fields if each.map else (each,))]
     return [each.target for each in parts if each.kind in ("message", "enum")]
 
 
@@ -2734,14 +2724,14 @@ def proto_text(*classes: type[Message] | type[enum.IntEnum]) -> str:
 
 
 def _file_text(file: _ProtoFile) -> str:
-    """Return a file as the writer would have written it, its imports kept."""
+    """Return a file as the writer writes it, with its imports and services."""
     seen: Iterable[Any] = (each for each in file.names.values() if isinstance(each, type))
     writer = _ProtoWriter(file.package, {
         each: each._proto for each in seen if each._proto.file != file.label})
     imports = [f'import {how + " " if how else ""}"{path}";' for how, path in file.imports]
-    services = [f"// service {name}: {', '.join(methods) or 'no methods'}"
-                for name, methods in file.services.items()]
-    return writer.write(file.types.values(), imports + services)
+    return writer.write(file.types.values(), imports) + "".join(
+        f"\nservice {name} {{\n" + "".join(f"  rpc {key}{types};\n" for key, types in methods.items())
+        + "}\n" for name, methods in file.services.items())
 
 
 # Numbers of seed 000 as its repository had them when the seed was written; where the seed is
@@ -7827,9 +7817,16 @@ def _find_engine(module: ModuleType, target: str) -> Engine:
     return found
 
 
-def _print_proto(_args: argparse.Namespace) -> int:
-    """Print the built-in schema."""
-    print(builtin_proto(), end="")
+def _print_proto(args: argparse.Namespace) -> int:
+    """Print the built-in schema, or files as ``proto_text`` writes them."""
+    if not args.files:
+        print("builtin.proto: ok\n" if args.check else builtin_proto(), end="")
+    for path in args.files:
+        file = _read_proto(path, args.include)
+        if args.check:
+            print(f"{path}: ok, {len(file.types)} types, {len(file.services)} services")
+        else:
+            print(_file_text(file), end="" if path == args.files[-1] else "\n")
     return 0
 
 
@@ -8194,7 +8191,12 @@ def _parser() -> argparse.ArgumentParser:
     load.add_argument("--for", dest="seconds", type=_number(float, 0.1, 86_400), default=10.0,
                       metavar="SECONDS", help="how long, default 10")
     load.add_argument("--json", action="store_true", help="print one JSON object")
-    command("proto", _print_proto, "print the built-in .proto schema", "", "proto > horizon.proto")
+    proto = command("proto", _print_proto, "print the built-in .proto schema, or tidy and check "
+                    "your own", "[--check] [-I FOLDER] [FILE...]", "proto > horizon.proto")
+    proto.add_argument("files", nargs="*", metavar="FILE", help="proto3 files to print in one form")
+    proto.add_argument("--check", action="store_true", help="only say whether they are right")
+    proto.add_argument("-I", "--include", action="append", default=[], metavar="FOLDER",
+                       help="where imports are looked for, beside the file's own folder")
     return parser
 
 

@@ -958,7 +958,6 @@ def test_nested_types_comments_options_and_keywords():
     ("message M { map<float, int32> a = 1; }", "a key is bool, string"),
     ("message M { int32 a = 1; string a = 2; }", "1:33: 'M.a' is declared twice"),
     ("message M { int32 a = 1; int32 b = 1; }", "1:36: number 1 is 'a' already"),
-    ("message M { int32 a_b = 1; int32 aB = 2; }", "1:34: 'aB' and 'a_b' are both 'aB' in JSON"),
     ("message M {} enum M { A = 0; }", "1:19: 'M' is declared twice"),
     ("enum A { X = 0; } enum B { X = 0; }", "1:28: 'X' is declared twice"),
     ("package p; package q;", "1:12: package comes once"),
