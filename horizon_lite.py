@@ -94,14 +94,14 @@ __all__ = [
     "Metrics",                                                                  # 2 METRICS
     "Message", "field",                                                         # 4 SCHEMA
     "load_proto", "parse_proto", "proto_text", "builtin_schema", "builtin_proto",   # 5 PROTO
-    "pack_moves", "unpack_moves",
-    "Pool",                                                                     # 6 POOLS
+    "pack_moves", "pack_moves_into", "unpack_moves",
+    "Pool", "BufferPool",                                                       # 6 POOLS
     "Bus", "Event", "Handler",                                                  # 7 BUS
     "Topics", "Subscription", "Publication", "Presence",                        # 8 TOPICS
     "Movement",                                                                 # 11 REPLICATION
     "Ticker", "Outbox",                                                         # 12 TICKS
     "HTTPConnection", "WebSocketConnection", "Request", "Response",             # 13 PROTOCOLS
-    "Ping", "Pong", "Close",
+    "Ping", "Pong", "Close", "DelimitedReader", "encode_delimited",
     "Config",                                                                   # 18 CONFIG
     "Engine", "Session",                                                        # 20 ENGINE
     "Client", "connect",                                                        # 21 CLIENT
@@ -110,6 +110,7 @@ __all__ = [
 
 _T = TypeVar("_T")
 _F = TypeVar("_F", bound=Callable[..., Any])
+_M = TypeVar("_M", bound="Message")
 _Bytes = bytes | bytearray | memoryview
 _log = logging.getLogger("horizon_lite")        # no NullHandler: a handler's traceback must show
 
@@ -1687,10 +1688,11 @@ class Message(metaclass=_MessageMeta):
         parts, size = self._parts()
         if at < 0 or at + size > len(buffer):
             raise BufferTooSmall(size, max(0, len(buffer) - at))
-        for part in parts:
-            end = at + len(part)
-            buffer[at:end] = part
-            at = end
+        with memoryview(buffer) as view:        # a bytearray's slice would copy once more
+            for part in parts:
+                end = at + len(part)
+                view[at:end] = part
+                at = end
         return at
 
     def byte_size(self) -> int:
@@ -2475,7 +2477,8 @@ class _ProtoLoader:
         for root in self._roots:
             if os.path.isfile(full := os.path.join(root, path)):
                 return self.read(full)
-        raise FileNotFoundError(f"there is no file {path!r} in {', '.join(self._roots) or 'a text'}")
+        places = ", ".join(self._roots) or "a text"
+        raise FileNotFoundError(f"there is no file {path!r} in {places}")
 
     def read(self, full: str) -> _ProtoFile:
         """Return what the file at *full* declares."""
@@ -2652,7 +2655,8 @@ class _ProtoWriter:
     def _field(self, field_: _Field, scope: str, names: Mapping[str, str]) -> str:
         label = "optional " if field_.optional else ""
         if field_.map:
-            kind = "map<{}, {}>".format(*(self._kind(each, scope) for each in field_.target._fields))
+            key, value = (self._kind(each, scope) for each in field_.target._fields)
+            kind = f"map<{key}, {value}>"
         else:
             label = "repeated " if field_.repeated else label
             kind = self._kind(field_, scope)
@@ -2730,8 +2734,8 @@ def _file_text(file: _ProtoFile) -> str:
         each: each._proto for each in seen if each._proto.file != file.label})
     imports = [f'import {how + " " if how else ""}"{path}";' for how, path in file.imports]
     return writer.write(file.types.values(), imports) + "".join(
-        f"\nservice {name} {{\n" + "".join(f"  rpc {key}{types};\n" for key, types in methods.items())
-        + "}\n" for name, methods in file.services.items())
+        "\n".join([f"\nservice {name} {{", *(f"  rpc {key}{types};" for key, types in rpcs.items()),
+                   "}\n"]) for name, rpcs in file.services.items())
 
 
 # Numbers of seed 000 as its repository had them when the seed was written; where the seed is
@@ -2919,30 +2923,50 @@ def _moves_struct(count: int, wide: bool) -> struct.Struct:
     return struct.Struct("<" + ("16sddd" if wide else "16sfff") * count)
 
 
-def pack_moves(moves: Mapping[bytes, _Position], *, wide: bool = False) -> bytes:
-    """Return one block of positions: ``u32 count``, then ``uuid16 x y z`` a player.
+def pack_moves_into(moves: Mapping[bytes, _Position], buffer: bytearray | memoryview, at: int = 0,
+                    *, wide: bool = False) -> int:
+    """Write one block of positions into *buffer* from *at* and return its end.
 
-    *moves* maps 16-byte ids to coordinates; *wide* writes them as f64 instead of f32.
-    Little-endian (DESIGN 3, Packed movement; seed 000 item 8). Cost: a struct call per 512.
+    A block is ``u32 count``, then ``uuid16 x y z`` a player, little-endian. *moves* maps
+    16-byte ids to coordinates; *wide* writes them as f64 instead of f32 (DESIGN 3, Packed
+    movement; seed 000 item 8). Cost: a struct call per 512 players.
 
     Raises:
+        BufferTooSmall: with ``needed``, before the first byte is written.
         UsageError: an id that is not 16 bytes, or a coordinate that is not a number.
     """
+    size = 4 + len(moves) * (40 if wide else 28)
+    if at < 0 or at + size > len(buffer):
+        raise BufferTooSmall(size, max(0, len(buffer) - at))
     flat: list[Any] = []
     for player, position in moves.items():
         if len(player) != 16 or len(position) != 3:
             raise UsageError(f"{player!r}: {position!r} must be 16 bytes and three numbers")
         flat.append(player)
         flat += position
-    block = len(moves).to_bytes(4, "little")
     step = 4 * _MOVES_AT_ONCE
     try:
-        for at in range(0, len(flat), step):
-            part = flat[at:at + step]
-            block += _moves_struct(len(part) // 4, wide).pack(*part)
-        return block
+        struct.pack_into("<I", buffer, at, len(moves))
+        at += 4
+        for first in range(0, len(flat), step):
+            part = flat[first:first + step]
+            row = _moves_struct(len(part) // 4, wide)
+            row.pack_into(buffer, at, *part)
+            at += row.size
+        return at
     except (struct.error, OverflowError) as error:
         raise UsageError(f"a position does not fit {'f64' if wide else 'f32'}: {error}") from None
+
+
+def pack_moves(moves: Mapping[bytes, _Position], *, wide: bool = False) -> bytes:
+    """Return what ``pack_moves_into`` writes.
+
+    Raises:
+        UsageError: as there.
+    """
+    block = bytearray(4 + len(moves) * (40 if wide else 28))
+    pack_moves_into(moves, block, wide=wide)
+    return bytes(block)
 
 
 def unpack_moves(data: _Bytes, *, wide: bool = False) -> dict[bytes, _Position]:
@@ -2965,8 +2989,10 @@ def unpack_moves(data: _Bytes, *, wide: bool = False) -> dict[bytes, _Position]:
 # Knows: objects, ERRORS.     Never: messages, clocks.
 #
 # Last in, first out: the object released last is the one still in the processor's cache.
-# In CPython a pool pays for objects that are dear to build (a message with containers, a
-# large buffer); for small ones the allocator's own free lists win, so measure first.
+# CPython's allocator has free lists of its own, and they win: making a message or a small
+# buffer costs less than acquire and release (the bench's rows 6.pools.*).  So the engine
+# uses no pool.  What a pool gives is that nothing is allocated in steady state, for which
+# one may want it: for objects that are dear to make, and to keep the collector still.
 
 
 class Pool(Generic[_T]):
@@ -3030,6 +3056,53 @@ class Pool(Generic[_T]):
             yield item
         finally:
             self.release(item)
+
+
+class BufferPool:
+    """Byte buffers in classes of 512 bytes and 4 KiB; larger ones are let go (seed 000).
+
+    A buffer is at least as long as asked, and holds what its last user wrote. It pays only
+    where nothing may be allocated: ``Message.encode`` is cheaper than a pooled buffer.
+
+    >>> pool = BufferPool()
+    >>> buffer = pool.acquire(600)
+    >>> len(buffer), pool.release(buffer), len(pool), pool.misses
+    (4096, None, 1, 1)
+    """
+
+    __slots__ = ("_classes", "oversize")
+
+    def __init__(self, cap: int = 1000, sizes: Iterable[int] = (512, 4096)) -> None:
+        self._classes = {size: Pool(functools.partial(bytearray, size), cap)
+                         for size in sorted(sizes)}
+        self.oversize = 0               # buffers that fitted no class
+
+    def __len__(self) -> int:
+        return sum(map(len, self._classes.values()))
+
+    @property
+    def hits(self) -> int:
+        """Buffers that were reused."""
+        return sum(pool.hits for pool in self._classes.values())
+
+    @property
+    def misses(self) -> int:
+        """Buffers that had to be made, oversize ones included."""
+        return self.oversize + sum(pool.misses for pool in self._classes.values())
+
+    def acquire(self, size: int = 0) -> bytearray:
+        """Return a buffer of at least *size* bytes."""
+        for length, pool in self._classes.items():
+            if size <= length:
+                return pool.acquire()
+        self.oversize += 1
+        return bytearray(size)
+
+    def release(self, buffer: bytearray) -> None:
+        """Give *buffer* back; one of another length than the classes' is forgotten."""
+        pool = self._classes.get(len(buffer))
+        if pool is not None:
+            pool.release(buffer)
 
 
 # =============================================================================
@@ -4798,6 +4871,86 @@ def _accept_upgrade(request: Request, subprotocol: str) -> bytes:
     return Response(status=101, headers=headers).encode()
 
 
+# -- delimited messages (Java's writeDelimitedTo, Go's protodelim) --
+
+def encode_delimited(message: Message) -> bytes:
+    """Return *message* with its length before it, as a varint; raises as ``encode`` does."""
+    parts, size = message._parts()
+    return b"".join((_varint(size), *parts))
+
+
+class DelimitedReader(Generic[_M]):
+    """Cut a stream of length-prefixed messages, however its bytes are split.
+
+    A length over *max_bytes* is refused before any of its message is stored. What came
+    before a fault is returned first; the next ``feed`` raises, and so does each after it.
+
+    >>> class Note(Message):
+    ...     text: str = field(1, "string")
+    >>> reader = DelimitedReader(Note, max_bytes=100)
+    >>> [reader.feed(bytes((byte,))) for byte in encode_delimited(Note(text="hi"))]
+    [[], [], [], [], [Note(text='hi')]]
+    """
+
+    __slots__ = ("_cls", "_max_bytes", "_buffer", "_need", "_fault")
+
+    def __init__(self, cls: type[_M], max_bytes: int = 1 << 20) -> None:
+        self._cls = cls
+        self._max_bytes = max_bytes
+        self._buffer = bytearray()
+        self._need = 1                  # nothing can be done with fewer bytes
+        self._fault: PeerError | None = None
+
+    @property
+    def pending(self) -> int:
+        """How many bytes of an unfinished message are here: not 0 at the end, it was cut."""
+        return len(self._buffer)
+
+    def feed(self, data: _Bytes) -> list[_M]:
+        """Return the messages that *data* completes.
+
+        Raises:
+            TooBig: a length passes the limit.
+            WireError: a length or a message is malformed.
+        """
+        messages: list[_M] = []
+        if self._fault is None:
+            self._buffer += data
+            if len(self._buffer) < self._need:
+                return messages
+            try:
+                self._cut(messages)
+            except PeerError as fault:
+                self._fault, self._buffer = fault, bytearray()
+        if self._fault is not None and not messages:
+            raise self._fault
+        return messages
+
+    def _cut(self, messages: list[_M]) -> None:
+        at, end = 0, len(self._buffer)
+        with memoryview(self._buffer) as view:
+            while True:
+                size, start = _delimiter(view[at:at + 5])
+                if size > self._max_bytes:
+                    raise TooBig(f"a message of {size} bytes; the limit is {self._max_bytes}")
+                self._need = start + size or 1
+                if not start or at + self._need > end:
+                    break
+                messages.append(self._cls.decode(bytes(view[at + start:at + self._need])))
+                at += self._need
+        del self._buffer[:at]
+
+
+def _delimiter(head: _Bytes) -> tuple[int, int]:
+    """Return a length and where it ends; (0, 0) while it is incomplete."""
+    try:
+        return _read_short(head, 0)
+    except IndexError:
+        if len(head) == 5:
+            raise WireError("tag or length of more than 32 bits", at=0) from None
+        return 0, 0
+
+
 # =============================================================================
 # 14  TRANSPORT - the selector loop; all server sockets live here
 # =============================================================================
@@ -6321,8 +6474,6 @@ _WATCHED = (                        # name, kind, where in the engine it is coun
     ("horizon_topics_errors_total", "counter", "topics.errors", "Subscribers' calls that raised."),
     ("horizon_topics_published_total", "counter", "topics.published", "Publications."),
     ("horizon_topics_delivered_total", "counter", "topics.delivered", "Publications times sinks."),
-    ("horizon_pool_hits_total", "counter", "_batches.hits", "Objects reused from a pool."),
-    ("horizon_pool_misses_total", "counter", "_batches.misses", "Objects a pool had to make."),
     ("horizon_events_sent_total", "counter", "events_sent", "Events sent, by type."),
     ("horizon_refused_total", "counter", "server.refused", "Peers' faults and our limits."),
     ("horizon_requests_refused_total", "counter", "refusals", "Requests answered with an error."),
@@ -6401,9 +6552,6 @@ class Engine:
         self._urgent: dict[Session, None] = {}          # whose outbox leaves with this pass
         self._repeats: list[tuple[Ticker, Callable[[], object]]] = []
         self._routes: list[_Endpoint] = []
-        self._batches: Pool[Any] = Pool(
-            builtin_schema().EventBatch, reset=lambda batch: batch.clear()
-        )
         self._gc = GCWatch()
         self._ticker: Ticker | None = None
         self._thread_id: int | None = None
@@ -7038,16 +7186,15 @@ class Engine:
         if isinstance(message, str):
             self._on_json(session, self._parse(message))
         else:
-            with self._batches.lease() as batch:
-                try:
-                    batch.decode_from(message)
-                except WireError as error:
-                    error.label = "bad_protobuf"
-                    raise
-                session.connection.charge(len(batch.events) - 1)        # the frame was charged
-                for envelope in batch.events:
-                    if session.connection.is_open:      # one may have ended it
-                        self._on_envelope(session, envelope)
+            try:
+                events = builtin_schema().EventBatch.decode(message).events
+            except WireError as error:
+                error.label = "bad_protobuf"
+                raise
+            session.connection.charge(len(events) - 1)      # the frame was charged
+            for envelope in events:
+                if session.connection.is_open:              # one may have ended it
+                    self._on_envelope(session, envelope)
 
     def _parse(self, text: str) -> Any:
         try:
