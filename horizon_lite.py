@@ -1167,8 +1167,9 @@ class _Run:
 
     def _packed(self, **how: str) -> str:
         """Return what struct packs: tags and values, those of some kinds in another way."""
-        return ", ".join(f"{_tag_value(each)}, {how.get(each.kind, '{}')}".format(f"v{each.number}")
-                         for each in self.fields)
+        return ", ".join(
+            f"{_tag_value(each)}, " + how.get(each.kind, "{}").format(f"v{each.number}")
+            for each in self.fields)
 
     def _locals(self) -> str:
         return "".join(f"v{each.number} = self.{each.name}\n" for each in self.fields)

@@ -653,7 +653,7 @@ class Blob(hl.Message):             # runs that are not the whole message
     y: int = hl.field(3, "sfixed64")
     more: int = hl.field(4, "uint32")
     z: float = hl.field(5000, "double")
-    w: float = hl.field(300000, "double")
+    w: float = hl.field(256661, "double")           # a brace among the bytes of its tag
 
 
 def test_runs_are_byte_identical_whatever_is_missing(rng):
@@ -1364,6 +1364,263 @@ def test_protoc_accepts_the_built_in_schema_and_google_reads_our_bytes(google):
         assert {field.name.rstrip("_"): field.number for field in cls._fields} == want, name
 
 
+KITCHEN_SINK = r"""// everything that real files have
+syntax = "proto3";
+package zoo.animals;
+option java_package = "x" 'y\x41\102\u0041\n';
+import "google/protobuf/timestamp.proto"; import "google/protobuf/struct.proto";
+import public "sub/base.proto";
+/* block
+   comment; message Not { } */
+message Cage {
+  message Lock { int32 code = 1; Cage in = 2; enum State { OPEN = 0; SHUT = 1; } State state = 3; }
+  enum Size { option allow_alias = true; SMALL = 0; TINY = 0; BIG = 0x10; NEG = - 1; reserved 2, -9 to -5, 100 to max; }
+  reserved 2, 9 to 11, 1000 to max; reserved "old", 'older';
+  ;
+  Lock lock = 1 [deprecated = true];
+  repeated Lock.State states = 03;
+  Size size = 4;
+  map < string , Cage . Lock > locks = 5;
+  oneof what { string class = 6; .zoo.animals.Animal animal = 7; base.Thing thing = 8; }
+  google.protobuf.Timestamp at = 12;
+  optional bool ok = 13 [json_name = "fine"];
+  int32 encode = 14; int32 none = 15; int32 _x = 16; int32 __name__ = 17;
+  repeated sint32 loose = 18 [packed=false];
+  message Animal { int32 legs = 1; }
+  Animal mine = 19; animals.Animal outer = 20; google.protobuf.Value any = 21; optional Lock.State maybe = 22;
+}
+message Animal { bytes message = 1; string string = 2; int32 optional = 3; repeated double repeated = 4; }
+enum Odd { None = 0; mro = 1; _a = 2; name = 3; value = 4; real = 5; }
+service Keeper { rpc Feed (Animal) returns (stream .zoo.animals.Cage) { option deprecated = true; } rpc Two(stream Animal) returns (Cage); }
+service Idle {}
+"""
+
+
+@pytest.fixture
+def zoo(tmp_path):
+    """A folder of .proto files that import each other; Google's are beside protoc."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "text.proto").write_text(KITCHEN_SINK)
+    (tmp_path / "sub/base.proto").write_text('syntax = "proto3"; package zoo.base; import "sub/more.proto"; message Thing { more.Extra e = 1; }')
+    (tmp_path / "sub/more.proto").write_text('syntax = "proto3"; package zoo.more; message Extra { float f = 1; }')
+    return tmp_path
+
+
+def test_what_real_files_have_is_read(zoo):
+    schema = hl.load_proto(zoo / "text.proto")
+    assert list(vars(schema)) == ["Cage", "Animal", "Odd"]
+    assert schema.__services__ == {"Keeper": ("Feed", "Two"), "Idle": ()}
+    cage, lock = schema.Cage, schema.Cage.Lock
+    assert [field.name for field in cage._fields][4:] == [
+        "class_", "animal", "thing", "at", "ok", "encode_", "none", "x_", "name___", "loose", "mine", "outer", "any", "maybe"]
+    assert list(schema.Odd.__members__) == ["None_", "mro_", "a_", "name", "value", "real"]
+    twice = hl.parse_proto("message M { int32 class = 1; int32 class_ = 2; } enum E { None = 0; None_ = 1; }")
+    assert [field.name for field in twice.M._fields] == ["class__", "class_"] and list(twice.E.__members__) == ["None__", "None_"]
+    assert cage.Size.BIG == 16 and cage.Size.TINY is cage.Size.SMALL and lock.State.SHUT == 1
+    stamp = cage._fields[7].target
+    message = cage(locks={"a": lock(code=5)}, animal=schema.Animal(optional=3), mine=cage.Animal(legs=4), encode_=1, x_=2,
+                   at=stamp(seconds=1), states=[1, 0, 7], maybe=0, loose=[-1], outer=schema.Animal(string="s"))
+    assert cage.decode(message.encode()) == message and message.which("what") == "animal"
+
+
+def test_files_agree_with_protoc(zoo, rng):
+    theirs, files = google_classes(zoo, KITCHEN_SINK)
+    ours = hl.load_proto(zoo / "text.proto")
+    for name in ("Cage", "Animal", "Cage.Lock", "Cage.Animal"):
+        cls = ours
+        for part in name.split("."):
+            cls = getattr(cls, part)
+        for _ in range(50):
+            agree(cls(), theirs(f"zoo.animals.{name}")(), rng)
+
+
+def shape(descriptor):
+    """Return what matters of a protoc descriptor of a message or a file, as plain data."""
+    enums = {each.name: {value.name: value.number for value in each.value} for each in descriptor.enum_type}
+    messages = descriptor.message_type if hasattr(descriptor, "message_type") else descriptor.nested_type
+    fields = [(each.name, each.number, each.label, each.type, each.type_name, each.proto3_optional,
+               each.options.packed if each.options.HasField("packed") else None,
+               descriptor.oneof_decl[each.oneof_index].name if each.HasField("oneof_index") else None)
+              for each in getattr(descriptor, "field", ())]
+    return {"enums": enums, "messages": {each.name: shape(each) for each in messages}, "fields": sorted(fields),
+            "reserved": sorted((each.start, each.end) for each in getattr(descriptor, "reserved_range", ()))}
+
+
+def test_normalised_files_are_stable_and_the_same_to_protoc(zoo):
+    _, before = google_classes(zoo, KITCHEN_SINK)
+    once = hl._file_text(hl._read_proto(zoo / "text.proto", ()))
+    (zoo / "text.proto").write_text(once)
+    assert hl._file_text(hl._read_proto(zoo / "text.proto", ())) == once
+    _, after = google_classes(zoo, once)
+    assert [shape(each) for each in after] == [shape(each) for each in before]
+
+
+def test_googles_own_files_are_the_same_to_protoc_when_written_back(tmp_path):
+    protoc = pytest.importorskip("grpc_tools.protoc", reason="pip install grpcio-tools protobuf")
+    folder = Path(protoc.__file__).parent / "_proto"
+    read = []
+    for path in sorted(folder.rglob("*.proto")):
+        name = os.fspath(path.relative_to(folder))
+        if 'syntax = "proto3"' not in path.read_text():
+            with pytest.raises(hl.SchemaError, match="is proto2|editions"):
+                hl.load_proto(path, include=folder)
+            continue
+        _, before = google_classes(tmp_path, path.read_text())
+        _, after = google_classes(tmp_path, hl._file_text(hl._read_proto(path, folder)))
+        assert [shape(each) for each in after] == [shape(each) for each in before], name
+        read.append(name)
+    assert {"google/protobuf/api.proto", "google/protobuf/struct.proto", "google/protobuf/type.proto"} <= set(read)
+
+
+def test_well_known_types_are_googles_and_the_same_for_everybody():
+    from_text = hl.parse_proto('import "google/protobuf/timestamp.proto"; import "google/protobuf/wrappers.proto";'
+                               "message M { google.protobuf.Timestamp at = 1; google.protobuf.UInt32Value n = 2; }")
+    other = hl.parse_proto('import "google/protobuf/timestamp.proto"; message N { google.protobuf.Timestamp at = 1; }')
+    from_text.M(), other.N()
+    stamp = from_text.M._fields[0].target
+    assert stamp is other.N._fields[0].target and stamp(seconds=-1, nanos=5).encode() == b"\x08" + b"\xff" * 9 + b"\1\x10\5"
+    pytest.importorskip("google.protobuf", reason="pip install protobuf")
+    import importlib
+    for name in filter(None, hl._WELL_KNOWN):
+        theirs = importlib.import_module(f"google.protobuf.{name}_pb2").DESCRIPTOR
+        ours = hl._well_known(f"google/protobuf/{name}.proto")
+        if name == "descriptor":
+            continue
+        assert set(ours.types) == set(theirs.message_types_by_name) | set(theirs.enum_types_by_name)
+        for key, cls in ours.types.items():
+            if issubclass(cls, hl.Message):
+                assert [(f.name, f.number) for f in cls._fields] == [(f.name, f.number) for f in theirs.message_types_by_name[key].fields]
+
+
+def test_imports_are_looked_for_in_order_and_may_not_lead_back(tmp_path):
+    for name, text in {
+            "a.proto": 'import "b.proto"; message A { B b = 1; }', "b.proto": "message B { int32 mine = 1; }",
+            "other/b.proto": "message B { int32 other = 1; }", "loop.proto": 'import "pool.proto";', "pool.proto": 'import "loop.proto";',
+            "hidden.proto": 'import "a.proto"; message H { B b = 1; }', "twice.proto": 'import "b.proto"; message B {}',
+            "ext.proto": 'import "google/protobuf/descriptor.proto"; extend google.protobuf.FieldOptions { string x = 50000; }',
+            "latin.proto": "// \xe9", "deep.proto": 'import "gone.proto";', "deeper.proto": 'import "deep.proto";'}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, "latin-1")
+    (tmp_path / "bom.proto").write_bytes(b"\xef\xbb\xbfmessage Bom {}")
+    assert hl.load_proto(tmp_path / "bom.proto").Bom
+    assert hl.load_proto(tmp_path / "a.proto").A._prepare()._fields[0].target(mine=1)
+    assert hl.load_proto(os.fspath(tmp_path / "a.proto"), include=tmp_path / "other").A._prepare()._fields[0].target(other=1)
+    assert hl.load_proto(tmp_path / "a.proto", include=[os.fspath(tmp_path / "other")]).A
+    for name, words in {
+            "hidden.proto": "hidden.proto:1:31: there is no type 'B' here", "loop.proto": "imports lead back to where they came from",
+            "twice.proto": "twice.proto:1:27: 'B' is declared twice", "ext.proto": "ext.proto:1:44: 'extend' is not supported",
+            "latin.proto": "not UTF-8 at byte 3", "deeper.proto": "deep.proto:1:8: there is no file 'gone.proto' in"}.items():
+        with pytest.raises(hl.SchemaError, match=re.escape(words)):
+            hl.load_proto(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        hl.load_proto(tmp_path / "nothing.proto")
+
+
+class Fleet(hl.Message):
+    """Ships, and who sails them.
+
+    Two paragraphs.
+    """
+
+    class Ship(hl.Message):
+        class Kind(enum.IntEnum):
+            TUG = 1
+            NONE = 0
+            TOW = 1
+        kind: int = hl.field(1, Kind)
+        fleet: Fleet | None = hl.field(2, "Fleet")
+    ships: list[Ship] = hl.field(1, Ship, repeated=True)
+    by_name: dict[str, Ship] = hl.field(2, map=("string", Ship))
+    home: Vec3 | None = hl.field(3, Vec3, oneof="place")
+    port: str | None = hl.field(4, "string", oneof="place")
+    marks: list[int] = hl.field(5, "uint32", repeated=True, packed=False)
+    note: str | None = hl.field(6, "string", optional=True)
+
+
+def test_classes_are_written_as_proto_text_that_reads_back():
+    text = hl.proto_text(Fleet)
+    assert text == """\
+syntax = "proto3";
+
+// Ships, and who sails them.
+//
+// Two paragraphs.
+message Fleet {
+  message Ship {
+    enum Kind {
+      option allow_alias = true;
+      NONE = 0;
+      TUG = 1;
+      TOW = 1;
+    }
+    Kind kind = 1;
+    Fleet fleet = 2;
+  }
+  repeated Ship ships = 1;
+  map<string, Ship> by_name = 2;
+  oneof place {
+    Vec3 home = 3;
+    string port = 4;
+  }
+  repeated uint32 marks = 5 [packed = false];
+  optional string note = 6;
+}
+
+message Vec3 {
+  double x = 1;
+  double y = 2;
+}
+"""
+    again = hl.parse_proto(text)
+    undocumented = re.sub("//.*\n", "", text)
+    assert hl.proto_text(again.Fleet) == undocumented == hl.proto_text(*vars(hl.parse_proto(undocumented)).values())
+    assert hl.proto_text(again.Fleet.Ship.Kind) == hl.proto_text(again.Fleet)      # what surrounds it comes along
+    fleet = Fleet(by_name={"a": Fleet.Ship(kind=1)}, port="Riga", marks=[1, 2])
+    assert again.Fleet.decode(fleet.encode()).encode() == fleet.encode()
+    builtin = hl.proto_text(*vars(hl.builtin_schema()).values())
+    assert hl.proto_text(*vars(hl.parse_proto(builtin)).values()) == builtin and "package horizon;" in builtin
+
+
+def test_what_no_proto_text_can_say_is_named(tmp_path):
+    nothing = enum.IntEnum("Nothing", {"ONE": 1})
+    for classes, error, words in (
+            ([nothing], hl.SchemaError, "Nothing has no value 0"), ([5], hl.UsageError, "not 5"), ([int], hl.UsageError, "int"),
+            ([enum.IntEnum("A", {"Z": 0}), enum.IntEnum("B", {"Z": 0})], hl.SchemaError, "'Z' is declared twice"),
+            ([type(hl.Message)("M", (hl.Message,), {"\u00e9": hl.field(1, "int32")})], hl.SchemaError, "can't be written")):
+        with pytest.raises(error, match=words):
+            hl.proto_text(*classes)
+    stamped = hl.parse_proto('import "google/protobuf/timestamp.proto"; message M { google.protobuf.Timestamp at = 1; }')
+    assert 'import "google/protobuf/timestamp.proto";' in hl.proto_text(stamped.M)
+    assert "message Timestamp" in hl.proto_text(stamped.M._fields[0].target)
+
+
+def test_node_reads_our_bytes_and_we_read_what_it_writes(tmp_path, rng):
+    node = shutil.which("node")
+    if not node or subprocess.run([node, "-e", "require('protobufjs')"], capture_output=True).returncode:
+        pytest.skip("install Node, npm install protobufjs, and set NODE_PATH to its node_modules")
+    (tmp_path / "everything.proto").write_text(EVERYTHING_PROTO)
+    messages = []
+    for _ in range(100):
+        message = Everything()
+        fill(rng, message)
+        messages.append(message)
+    (tmp_path / "ours").write_bytes(b"".join(map(hl.encode_delimited, messages)))
+    program = """
+        const pb = require("protobufjs"), fs = require("fs");
+        const Everything = pb.loadSync("everything.proto").lookupType("Everything");
+        const reader = pb.Reader.create(fs.readFileSync("ours")), parts = [];
+        while (reader.pos < reader.len)
+            parts.push(Everything.encodeDelimited(Everything.decodeDelimited(reader)).finish());
+        fs.writeFileSync("theirs", Buffer.concat(parts)); console.log(parts.length);"""
+    done = subprocess.run([node, "-e", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "100\n", done.stderr
+    reader = hl.DelimitedReader(Everything)
+    again = reader.feed((tmp_path / "theirs").read_bytes())
+    assert len(again) == 100 and reader.pending == 0
+    for message, other in zip(messages, again, strict=True):
+        assert Everything.decode(message.encode()).to_dict() == other.to_dict()
+
+
 def test_packed_movement_is_count_then_uuid_and_coordinates():
     moves = {b"a" * 16: (1.0, -2.5, 0.0), b"b" * 16: (1e9, 0.0, 3.0)}
     data = hl.pack_moves(moves)
@@ -1375,6 +1632,21 @@ def test_packed_movement_is_count_then_uuid_and_coordinates():
     for count in (511, 512, 513, 1500):
         many = {struct.pack("<IIII", n, 0, 0, 0): (float(n), 0.0, 0.0) for n in range(count)}
         assert hl.unpack_moves(hl.pack_moves(many)) == many
+
+
+def test_packed_movement_goes_into_a_callers_buffer():
+    moves = {struct.pack("<IIII", n, 0, 0, 0): (float(n), 0.5, -1.0) for n in range(700)}
+    for wide, size in ((False, 28), (True, 40)):
+        buffer = bytearray(b"\xee" * (10 + 4 + 700 * size))
+        end = hl.pack_moves_into(moves, buffer, 10, wide=wide)
+        assert end == len(buffer) and buffer[:10] == b"\xee" * 10 and buffer[10:] == hl.pack_moves(moves, wide=wide)
+        assert hl.unpack_moves(memoryview(buffer)[10:], wide=wide) == moves
+        assert hl.pack_moves_into(moves, memoryview(buffer), 0, wide=wide) == end - 10
+        untouched = bytes(buffer)
+        for at in (11, -1):
+            with pytest.raises(hl.BufferTooSmall) as caught:
+                hl.pack_moves_into(moves, buffer, at, wide=wide)
+            assert caught.value.needed == 4 + 700 * size and buffer == untouched
 
 
 def test_packed_movement_refuses_what_does_not_fit():
@@ -2220,6 +2492,41 @@ def test_random_bytes_never_raise_anything_but_peer_errors(rng):
                 connection.receive(data)
                 while connection.take_events():
                     pass
+
+
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 300, 20000])
+def test_delimited_messages_come_out_of_every_split(size):
+    messages = [Tree(name="x" * size), Tree(), Tree(name="last")]
+    data = b"".join(map(hl.encode_delimited, messages))
+    for cut in range(0, len(data) + 1, 1 + size // 20):
+        reader = hl.DelimitedReader(Tree)
+        assert reader.feed(data[:cut]) + reader.feed(memoryview(data)[cut:]) == messages and reader.pending == 0
+    reader = hl.DelimitedReader(Tree)
+    got = [message for byte in data for message in reader.feed(bytes((byte,)))]
+    assert got == messages
+
+
+@pytest.mark.parametrize("data, error", [
+    (b"\xff\xff\xff\xff\x07", hl.TooBig), (b"\x65", hl.TooBig), (b"\xff\xff\xff\xff\xff", hl.WireError),
+    (b"\xff\xff\xff\xff\x7f", hl.WireError), (b"\2\x0a\5", hl.WireError),
+])
+def test_a_bad_delimited_stream_is_refused_before_it_is_stored(data, error):
+    reader = hl.DelimitedReader(Tree, max_bytes=100)
+    good = hl.encode_delimited(Tree(name="good"))
+    assert reader.feed(good + data) == [Tree(name="good")]      # first what came before
+    for more in (b"", b"x" * 100_000):
+        with pytest.raises(error):
+            reader.feed(more)
+    assert reader.pending == 0
+
+
+def test_a_large_delimited_message_in_small_pieces_takes_linear_time():
+    data = hl.encode_delimited(Tree(name="x" * 1_000_000))
+    reader, got = hl.DelimitedReader(Tree), []
+    began = time.process_time()
+    for at in range(0, len(data), 10):
+        got += reader.feed(data[at:at + 10])
+    assert len(got) == 1 and time.process_time() - began < 2.0
 
 
 # =============================================================================
