@@ -8,7 +8,7 @@
 Every row is a cost, so less is better, and every row checks its own answer before it is
 timed.  A ratio is the peer's cost divided by ours.  Peers that are not installed are
 skipped and said so:  pip install prometheus_client pyee blinker psygnal websockets aiohttp
-picows protobuf grpcio-tools.  Servers run in processes of their own, clients here; CPU time
+picows protobuf grpcio-tools betterproto2 msgspec msgpack pycapnp.  Servers run in processes of their own, clients here; CPU time
 is the server's, read from /proc.
 """
 
@@ -16,19 +16,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import importlib
 import json
+import operator
 import os
 import platform
 import re
 import selectors
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import timeit
+import uuid
 from pathlib import Path
 
 import horizon_lite as hl
@@ -128,11 +132,12 @@ def _():
 
 MOVE = {"player_uuid": "8f14e45f-ceea-467f-a0e6-1f1a4b2c3d4e", "x": 101.5, "y": 64.0, "z": -33.25,
         "yaw": 90.0, "pitch": -12.5, "on_ground": True}
+MOVES = [{**MOVE, "player_uuid": str(uuid.UUID(int=n << 64 | 7)), "x": n + 0.5} for n in range(100)]
 
 
 @functools.cache
-def upb_move():
-    """Return Google's PlayerMoveEvent, compiled from our own schema, or None."""
+def upb():
+    """Return the module that protoc makes of our own schema, or None."""
     if not (peer("google.protobuf") and peer("grpc_tools.protoc")):
         return None
     folder = tempfile.mkdtemp()
@@ -140,46 +145,307 @@ def upb_move():
     importlib.import_module("grpc_tools.protoc").main(
         ["protoc", f"-I{folder}", f"--python_out={folder}", "horizon.proto"])
     sys.path.insert(0, folder)
-    return importlib.import_module("horizon_pb2").PlayerMoveEvent
+    return importlib.import_module("horizon_pb2")
 
 
 def read_all(move):
     return move.player_uuid, move.x, move.y, move.z, move.yaw, move.pitch, move.on_ground
 
 
+class Format:
+    """One way to write a move and a batch of moves: build and write, parse and read."""
+
+    def __init__(self, encode, decode, encode_many, decode_many):
+        self.encode, self.decode, self.encode_many, self.decode_many = encode, decode, encode_many, decode_many
+
+
+def protobuf_format(move, envelope, batch, encode, decode):
+    """Return the Format of message classes that are built by keywords."""
+    def many(moves):
+        return encode(batch(events=[envelope(type="PLAYER_MOVE", player_move=move(**each)) for each in moves]))
+    return Format(lambda fields: encode(move(**fields)), lambda data: read_all(decode(move)(data)), many,
+                  lambda data: [read_all(each.player_move) for each in decode(batch)(data).events])
+
+
+def ours():
+    schema = hl.builtin_schema()
+    return protobuf_format(schema.PlayerMoveEvent, schema.EventEnvelope, schema.EventBatch,
+                           lambda message: message.encode(), lambda cls: cls.decode)
+
+
+def google():
+    if not (module := upb()):
+        return None
+    return protobuf_format(module.PlayerMoveEvent, module.EventEnvelope, module.EventBatch,
+                           lambda message: message.SerializeToString(), lambda cls: cls.FromString)
+
+
+def betterproto2():
+    if not (better := peer("betterproto2")):
+        return None
+    kinds = {"player_uuid": ("str", "STRING"), "x": ("float", "DOUBLE"), "y": ("float", "DOUBLE"), "z": ("float", "DOUBLE"),
+             "yaw": ("float", "FLOAT"), "pitch": ("float", "FLOAT"), "on_ground": ("bool", "BOOL")}
+
+    def message(name, **fields):
+        made = type(name, (better.Message,), {"__annotations__": {key: each[0] for key, each in fields.items()}, "__module__": __name__,
+                                              **{key: each[1] for key, each in fields.items()}})
+        globals()[name] = dataclasses.dataclass(eq=False, repr=False)(made)
+        return globals()[name]
+    move = message("BetterMove", **{key: (name, better.field(number, getattr(better, f"TYPE_{kind}")))
+                                    for number, (key, (name, kind)) in enumerate(kinds.items(), 1)})
+    envelope = message("BetterEnvelope", type=("str", better.field(2, better.TYPE_STRING)),
+                       player_move=("BetterMove | None", better.field(16, better.TYPE_MESSAGE, optional=True)))
+    batch = message("BetterBatch", events=("list[BetterEnvelope]", better.field(1, better.TYPE_MESSAGE, repeated=True)))
+    return protobuf_format(move, envelope, batch, bytes, lambda cls: cls.parse)
+
+
+def msgspec():
+    if not (spec := peer("msgspec")):
+        return None
+    move = spec.defstruct("Move", [(key, type(value)) for key, value in MOVE.items()])
+    encode = spec.msgpack.Encoder().encode
+    decode, decode_many = spec.msgpack.Decoder(move).decode, spec.msgpack.Decoder(list[move]).decode
+    return Format(lambda fields: encode(move(**fields)), lambda data: read_all(decode(data)),
+                  lambda moves: encode([move(**each) for each in moves]),
+                  lambda data: [read_all(each) for each in decode_many(data)])
+
+
+def plain(pack, unpack):
+    """Return the Format of what writes dicts."""
+    return Format(pack, lambda data: tuple(unpack(data).values()), pack,
+                  lambda data: [tuple(each.values()) for each in unpack(data)])
+
+
+def msgpack():
+    module = peer("msgpack")
+    return module and plain(module.packb, module.unpackb)
+
+
+def capnp():
+    if not (module := peer("capnp")):
+        return None
+    path = Path(tempfile.mkdtemp(), "move.capnp")
+    path.write_text("@0xb312981b2552a250; struct Move { playerUuid @0 :Text; x @1 :Float64; y @2 :Float64; z @3 :Float64;"
+                    " yaw @4 :Float32; pitch @5 :Float32; onGround @6 :Bool; } struct Batch { events @0 :List(Move); }")
+    schema = module.load(os.fspath(path))
+    keys = ["playerUuid", "x", "y", "z", "yaw", "pitch", "onGround"]
+
+    def build(fields):
+        return dict(zip(keys, fields.values(), strict=True))
+
+    def read(move):
+        return move.playerUuid, move.x, move.y, move.z, move.yaw, move.pitch, move.onGround
+
+    def decode(data):
+        with schema.Move.from_bytes(data) as move:
+            return read(move)
+
+    def decode_many(data):
+        with schema.Batch.from_bytes(data) as batch:
+            return [read(each) for each in batch.events]
+    return Format(lambda fields: schema.Move.new_message(**build(fields)).to_bytes(), decode,
+                  lambda moves: schema.Batch.new_message(events=[build(each) for each in moves]).to_bytes(), decode_many)
+
+
+def plain_struct():
+    one, uuid_bytes = struct.Struct("<36sdddff?"), operator.itemgetter("player_uuid")
+
+    def encode(fields):
+        return one.pack(uuid_bytes(fields).encode(), *list(fields.values())[1:])
+
+    def decode(data):
+        uuid, *rest = one.unpack(data)
+        return (uuid.decode(), *rest)
+    return Format(encode, decode, lambda moves: b"".join(map(encode, moves)),
+                  lambda data: [(row[0].decode(), *row[1:]) for row in one.iter_unpack(data)])
+
+
+@functools.cache
+def formats():
+    """Return every format that is installed, ours first; each has shown that it brings back what it wrote."""
+    found = {"horizon_lite": ours(), "protobuf": google(), "betterproto2": betterproto2(), "msgspec": msgspec(),
+             "msgpack": msgpack(), "pycapnp": capnp(),
+             "json": plain(lambda value: json.dumps(value, separators=(",", ":")).encode(), json.loads),
+             "struct": plain_struct()}
+    found = {who: each for who, each in found.items() if each}
+    for who, each in found.items():
+        assert each.decode(each.encode(MOVE)) == tuple(MOVE.values()), who
+        assert each.decode_many(each.encode_many(MOVES)) == [tuple(move.values()) for move in MOVES], who
+    for who in {"protobuf", "betterproto2"} & set(found):
+        assert found[who].encode(MOVE) == found["horizon_lite"].encode(MOVE), who
+        assert found[who].encode_many(MOVES) == found["horizon_lite"].encode_many(MOVES), who
+    return found
+
+
+def names_and_places():
+    """Return the 100 moves as packed movement knows them."""
+    return {uuid.UUID(move["player_uuid"]).bytes: (move["x"], move["y"], move["z"]) for move in MOVES}
+
+
+@bench("4.schema.move_bytes", "bytes")
+def _():
+    return {who: len(each.encode(MOVE)) for who, each in formats().items()}
+
+
 @bench("4.schema.move_build_encode", "ns")
 def _():
-    ours, theirs = hl.builtin_schema().PlayerMoveEvent, upb_move()
-    assert theirs is None or ours(**MOVE).encode() == theirs(**MOVE).SerializeToString()
-    return compare(horizon_lite=lambda: ours(**MOVE).encode(),
-                   protobuf=theirs and (lambda: theirs(**MOVE).SerializeToString()))
+    return compare(**{who: functools.partial(each.encode, MOVE) for who, each in formats().items()})
+
+
+@bench("4.schema.move_reuse_encode", "ns")
+def _():
+    """Set the seven fields of one that exists, and encode it."""
+    player, x, y, z, yaw, pitch, on_ground = MOVE.values()
+
+    def reuse(move, encode):
+        def call():
+            move.player_uuid = player
+            move.x = x
+            move.y = y
+            move.z = z
+            move.yaw = yaw
+            move.pitch = pitch
+            move.on_ground = on_ground
+            return encode()
+        return call
+    mine, theirs = hl.builtin_schema().PlayerMoveEvent(), upb() and upb().PlayerMoveEvent()
+    calls = {"horizon_lite": reuse(mine, mine.encode)}
+    if theirs is not None:
+        calls["protobuf"] = reuse(theirs, theirs.SerializeToString)
+        assert calls["protobuf"]() == calls["horizon_lite"]()
+    return compare(**calls)
 
 
 @bench("4.schema.move_decode_read", "ns")
 def _():
-    ours, theirs = hl.builtin_schema().PlayerMoveEvent, upb_move()
-    data = ours(**MOVE).encode()
-    assert read_all(ours.decode(data)) == tuple(MOVE.values())
-    return compare(horizon_lite=lambda: read_all(ours.decode(data)),
-                   protobuf=theirs and (lambda: read_all(theirs.FromString(data))))
+    return compare(**{who: functools.partial(each.decode, each.encode(MOVE)) for who, each in formats().items()})
 
 
-@bench("5.proto.packed_100", "us")
+@bench("4.schema.batch100_bytes", "bytes")
 def _():
-    moves = {os.urandom(16): (float(n), 2.0, 3.0) for n in range(100)}
-    assert hl.unpack_moves(hl.pack_moves(moves)) == moves
-    schema, theirs = hl.builtin_schema(), upb_move()
-    result = {"horizon_lite": best_ns(lambda: hl.pack_moves(moves)) / 1000}
-    if theirs is not None:
-        batch, envelope = (getattr(sys.modules["horizon_pb2"], name) for name in ("EventBatch", "EventEnvelope"))
-        names = [hl._uuid_text(player) for player in moves]
+    sizes = {who: len(each.encode_many(MOVES)) for who, each in formats().items()}
+    return {**sizes, "packed movement": len(hl.pack_moves(names_and_places()))}
 
-        def events():
-            return batch(events=[envelope(type="PLAYER_MOVE", player_move=theirs(player_uuid=name, x=x, y=y, z=z))
-                                 for name, (x, y, z) in zip(names, moves.values())]).SerializeToString()
-        assert len(schema.EventBatch.decode(events()).events) == 100
-        result["protobuf (batch of events)"] = best_ns(events) / 1000
+
+@bench("4.schema.batch100_build_encode", "us")
+def _():
+    result = {who: best_ns(functools.partial(each.encode_many, MOVES)) / 1000 for who, each in formats().items()}
+    schema = hl.builtin_schema()
+    rows = [tuple(move.values()) for move in MOVES]
+
+    def by_position():
+        return schema.EventBatch([schema.EventEnvelope("", "PLAYER_MOVE", player_move=schema.PlayerMoveEvent(*row))
+                                  for row in rows]).encode()
+
+    def by_add():
+        batch = upb().EventBatch()
+        for player, x, y, z, yaw, pitch, on_ground in rows:
+            event = batch.events.add()
+            event.type = "PLAYER_MOVE"
+            move = event.player_move
+            move.player_uuid = player
+            move.x = x
+            move.y = y
+            move.z = z
+            move.yaw = yaw
+            move.pitch = pitch
+            move.on_ground = on_ground
+        return batch.SerializeToString()
+    for who, call in {"horizon_lite by position": by_position, "protobuf by add()": upb() and by_add}.items():
+        if call:
+            assert call() == formats()["horizon_lite"].encode_many(MOVES)
+            result[who] = best_ns(call) / 1000
     return result
+
+
+@bench("4.schema.batch100_decode_read", "us")
+def _():
+    return {who: best_ns(functools.partial(each.decode_many, each.encode_many(MOVES))) / 1000
+            for who, each in formats().items()}
+
+
+@bench("4.schema.packed100", "us")
+def _():
+    """One tick's positions: packed by us, as a batch of events by the others."""
+    moves = names_and_places()
+    assert hl.unpack_moves(hl.pack_moves(moves)) == moves and len(moves) == 100
+    result = {"horizon_lite": best_ns(lambda: hl.pack_moves(moves)) / 1000}
+    for who, each in formats().items():
+        result[f"{who} batch"] = best_ns(functools.partial(each.encode_many, MOVES)) / 1000
+    return result
+
+
+@bench("4.schema.packed100_read", "us")
+def _():
+    data = hl.pack_moves(names_and_places())
+    result = {"horizon_lite": best_ns(lambda: hl.unpack_moves(data)) / 1000}
+    for who, each in formats().items():
+        result[f"{who} batch"] = best_ns(functools.partial(each.decode_many, each.encode_many(MOVES))) / 1000
+    return result
+
+
+@bench("4.schema.uuid_to_bytes", "ns")
+def _():
+    """Is it worth to remember the bytes of a player's uuid?"""
+    cache = {move["player_uuid"]: move["player_uuid"].encode() for move in MOVES}
+    player = "".join(list(MOVE["player_uuid"]))         # equal, but another object: as after parsing
+    assert cache.setdefault(player, player.encode()) == player.encode()
+    return compare(**{"horizon_lite": functools.partial(str.encode, player),
+                      "dict of bytes": functools.partial(cache.__getitem__, player),
+                      "lru_cache": functools.partial(functools.lru_cache(1024)(str.encode), player)})
+
+
+# =============================================================================
+# 6  POOLS - does reuse pay?  Ours is what the engine does: no pool
+# =============================================================================
+
+@bench("6.pools.message", "ns")
+def _():
+    move, values = hl.builtin_schema().PlayerMoveEvent, tuple(MOVE.values())
+    pool, kept = hl.Pool(move, reset=move.clear), move()
+
+    def set_all(message):
+        (message.player_uuid, message.x, message.y, message.z, message.yaw, message.pitch,
+         message.on_ground) = values
+        return message.encode()
+
+    def pooled():
+        message = pool.acquire()
+        data = set_all(message)
+        pool.release(message)
+        return data
+    assert pooled() == set_all(kept) == move(*values).encode()
+    return compare(**{"horizon_lite": lambda: move(*values).encode(), "keywords": lambda: move(**MOVE).encode(),
+                      "Pool": pooled, "one that is kept": lambda: set_all(kept)})
+
+
+@bench("6.pools.buffer", "ns")
+def _():
+    move, pool = hl.builtin_schema().PlayerMoveEvent(**MOVE), hl.BufferPool()
+
+    def pooled():
+        buffer = pool.acquire()
+        end = move.encode_into(buffer)
+        pool.release(buffer)
+        return end
+    assert pooled() == len(move.encode())
+    return compare(**{"horizon_lite": move.encode, "new bytearray": lambda: move.encode_into(bytearray(512)),
+                      "BufferPool": pooled})
+
+
+@bench("6.pools.decode", "ns")
+def _():
+    """Read a batch of one into a new message, or into a pooled one."""
+    batch = hl.builtin_schema().EventBatch
+    data, pool = formats()["horizon_lite"].encode_many(MOVES[:1]), hl.Pool(batch)
+
+    def pooled():
+        message = pool.acquire()
+        message.decode_from(data)
+        pool.release(message)
+        return message
+    assert pooled() == batch.decode(data)
+    return compare(**{"horizon_lite": lambda: batch.decode(data), "Pool": pooled})
 
 
 # =============================================================================

@@ -1135,21 +1135,26 @@ def _get_lines(field_: _Field) -> str:
 class _Run:
     """Neighbours of fixed width: one struct call with their tags.
 
-    ``shape`` is its format, ``spans`` where each value stands. A run that is a whole
+    ``reads`` and ``writes`` are its formats: tags are compared quickest as numbers, and
+    packed quickest as bytes. ``spans`` is where each value stands. A run that is a whole
     message may have a ``lead``, a string or bytes field before it, and bools at its end.
     """
 
-    __slots__ = ("fields", "shape", "spans", "width", "lead")
+    __slots__ = ("fields", "lead", "reads", "writes", "spans", "width")
 
     def __init__(self, fields: list[_Field], lead: _Field | None = None) -> None:
         self.fields = fields
         self.lead = lead
-        self.shape = "<"
+        self.reads = self.writes = "<"
         self.spans: list[tuple[int, int, int]] = []         # of a tag, its value, the value's end
         self.width = 0
+        if lead:
+            self.reads += _tag_form(lead) + "B%ds"
+            self.writes += f"{len(lead.tag) + 1}s%ds"
         for each in fields:
             tag, form = len(each.tag), _FIXED.get(each.kind, "B")
-            self.shape += ("B" if tag == 1 else f"{tag}s") + form
+            self.reads += _tag_form(each) + form
+            self.writes += f"{tag}s{form}" if form != "B" else f"{tag + 1}s"
             at, self.width = self.width, self.width + tag + struct.calcsize("<" + form)
             self.spans.append((at, at + tag, self.width))
 
@@ -1160,30 +1165,32 @@ class _Run:
             return str(self.width)
         return f"size + {self.width + len(self.lead.tag) + 1}"
 
-    @property
-    def lead_shape(self) -> str:
-        tag = len(self.lead.tag) if self.lead else 0
-        return "<" + ("B" if tag == 1 else f"{tag}s") + "B%ds" + self.shape[1:]
+    def calls(self, name: str) -> dict[str, Any]:
+        """Return the functions that the text calls, for a run of this name."""
+        if not self.lead:
+            return {f"pack_{name}": struct.Struct(self.writes).pack,
+                    f"unpack_{name}": struct.Struct(self.reads).unpack_from}
+        return {f"pack_{name}": _by_size(self.writes, "pack"),
+                f"unpack_{name}": _by_size(self.reads, "unpack_from")}
 
-    def _packed(self, **how: str) -> str:
-        """Return what struct packs: tags and values, those of some kinds in another way."""
-        return ", ".join(
-            f"{_tag_value(each)}, " + how.get(each.kind, "{}").format(f"v{each.number}")
-            for each in self.fields)
+    def _packed(self, floats: str = "{}") -> str:
+        """Return what struct packs: tags and values; a bool is known to be true."""
+        return ", ".join(repr(f.tag + b"\1") if f.kind == "bool" else
+                         f"{f.tag!r}, {floats if f.kind == 'float' else '{}'}".replace(
+                             "{}", f"v{f.number}") for f in self.fields)
 
     def _locals(self) -> str:
         return "".join(f"v{each.number} = self.{each.name}\n" for each in self.fields)
 
     def put_lines(self) -> str:
         """Return the lines that write the run: all of it, then what is default is cut out."""
-        shape = f"shape_{self.fields[0].number}"
-        text = f"raw = {shape}.pack({self._packed()})\n"
+        pack = f"pack_{self.fields[0].number}"
+        text = f"raw = {pack}({self._packed()})\n"
         if any(each.kind == "float" for each in self.fields):
-            text = (f"try: {text}except OverflowError: "
-                    f"raw = {shape}.pack({self._packed(float='f32({})')})\n")
+            text = f"try: {text}except OverflowError: raw = {pack}({self._packed('f32({})')})\n"
         for each, (at, value, end) in reversed(list(zip(self.fields, self.spans, strict=True))):
             zero = f" and raw[{value}:{end}] == {bytes(end - value)!r}"
-            text += (f"if {_is_zero(each)}{zero if each.kind in ('float', 'double') else ''}: "
+            text += (f"if not {_is_set(each)}{zero if each.kind in ('float', 'double') else ''}: "
                      f"raw = raw[:{at}] + raw[{end}:]\n")
         return self._locals() + text + "out.append(raw)\ntotal += len(raw)\n"
 
@@ -1196,7 +1203,7 @@ class _Run:
         tag = self.spans[0][1]
         names = ", ".join(["_", f"v{first.number}", *(f"t{f.number}, v{f.number}" for f in rest)])
         whole = (f"if at + {self.width - tag} <= end:\n"
-                 f"    {names} = shape_{first.number}.unpack_from(data, at - {tag})\n"
+                 f"    {names} = unpack_{first.number}(data, at - {tag})\n"
                  f"    if {self._tags_fit(rest)}:\n"
                  + _indent(self._stores() + f"at += {self.width - tag}\ncontinue\n", 2))
         head, _, body = single[0].partition("\n")
@@ -1217,47 +1224,60 @@ class _Run:
         *done* is what to do with the bytes, as text. What does not fit, or fails, goes on
         to the careful lines, which also find out what is wrong.
         """
-        tests = [*(f"not ({_is_zero(f)})" if f.kind == "float" else
-                   f"v{f.number}" + (" is True" if f.kind == "bool" else "")
-                   for f in self.fields), "not self._unknown"]
-        read, shape, values = "", "whole", self._packed(bool="1")
+        tests = [*map(_is_set, self.fields), "not self._unknown"]
+        read, call = "", f"pack_whole({self._packed()})"
         if self.lead:
             raw = _KINDS[self.lead.kind].put.replace("value", f"self.{self.lead.name}")
             read = f"raw = {raw}\nsize = len(raw)\n"
             tests.insert(0, "0 < size < 0x80")
-            shape, values = "(shapes[size] or shape(size))", (
-                f"{_tag_value(self.lead)}, size, raw, {values}")
+            call = f"pack_whole[size](head_{self.lead.number}[size], raw, {self._packed()})"
         body = (f"{read}{self._locals()}if {' and '.join(tests)}:\n"
-                + _indent(done.format(f"{shape}.pack({values})"), 1))
+                + _indent(done.replace("{}", call), 1))
         return "try:\n" + _indent(body, 1) + "except Exception: pass\n"
 
     def load_lines(self) -> str:
         """Return the lines that read a message that is only this run, and holds all of it."""
         names = ", ".join(f"t{f.number}, v{f.number}" for f in self.fields)
         fit, store = self._tags_fit(self.fields), self._stores()
-        room, shape = f"end - at == {self.width}", "whole"
-        size = ""
+        size, room, unpack = "", f"end - at == {self.width}", "unpack_whole"
         if self.lead:
             size, room = f"{self.size.replace('+', '= end - at -')}\n", "0 <= size < 0x80"
-            names, shape = f"tag, length, raw, {names}", "(shapes[size] or shape(size))"
+            names, unpack = f"tag, length, raw, {names}", "unpack_whole[size]"
             fit = f"tag == {_tag_value(self.lead)} and length == size and {fit}"
             value = "raw.decode()" if self.lead.kind == "string" else "raw"
             store = f"self.{self.lead.name} = {value}\n" + store
-        body = (f"{names} = {shape}.unpack_from(data, at)\nif {fit}:\n    self = new(cls)\n"
+        body = (f"{names} = {unpack}(data, at)\nif {fit}:\n    self = new(cls)\n"
                 + _indent(store + "self._unknown = b''\nreturn self\n", 1))
         return (f"{size}if {room}:\n    try:\n" + _indent(body, 2)
                 + "    except UnicodeDecodeError: pass     # _read says where\n")
 
 
+def _by_size(form: str, name: str) -> list[Callable[..., Any]]:
+    """Return a method of struct for each size below 128; it is made at its first call."""
+    calls: list[Callable[..., Any]] = []
+
+    def first_call(size: int, *values: Any) -> Any:
+        calls[size] = getattr(struct.Struct(form % size), name)
+        return calls[size](*values)
+    calls += [functools.partial(first_call, size) for size in range(128)]
+    return calls
+
+
+def _tag_form(field_: _Field) -> str:
+    return "B" if len(field_.tag) == 1 else f"{len(field_.tag)}s"
+
+
 def _tag_value(field_: _Field) -> str:
-    """Return a tag as struct has it: a number if it is one byte."""
+    """Return a tag as it is unpacked: a number if it is one byte."""
     return str(field_.tag[0]) if len(field_.tag) == 1 else repr(field_.tag)
 
 
-def _is_zero(field_: _Field) -> str:
-    # up to half of the least f32 becomes 0.0, and is left out like that
+def _is_set(field_: _Field) -> str:
+    """Return a test for values that are surely not the default."""
     name = f"v{field_.number}"
-    return f"{-2 ** -150} <= {name} <= {2 ** -150}" if field_.kind == "float" else f"not {name}"
+    if field_.kind == "float":      # up to half of the least f32 becomes 0.0
+        return f"({name} > {2 ** -150} or {name} < {-2 ** -150})"
+    return name + " is True" * (field_.kind == "bool")
 
 
 class _Choice:
@@ -1433,11 +1453,6 @@ def _heads(tag: bytes) -> list[bytes]:
     return [tag + one for one in _ONE]
 
 
-def _new_shape(shapes: list[struct.Struct | None], form: str, size: int) -> struct.Struct:
-    made = shapes[size] = struct.Struct(form % size)
-    return made
-
-
 def _names_for(fields: tuple[_Field, ...]) -> dict[str, Any]:
     """Return what the text of one class refers to, beside _GENERATED_NAMES."""
     names = dict(_GENERATED_NAMES)
@@ -1451,13 +1466,11 @@ def _names_for(fields: tuple[_Field, ...]) -> dict[str, Any]:
     parts = _parts_of(fields)
     for part in parts:
         if isinstance(part, _Run):
-            names[f"shape_{part.fields[0].number}"] = struct.Struct(part.shape)
+            names |= part.calls(str(part.fields[0].number))
         elif isinstance(part, _Choice):
             names[part.label] = part.table()
     if whole := _whole(parts):
-        shapes: list[struct.Struct | None] = [None] * 128
-        names |= {"whole": struct.Struct(whole.shape), "shapes": shapes,
-                  "shape": functools.partial(_new_shape, shapes, whole.lead_shape)}
+        names |= whole.calls("whole")
     return names
 
 

@@ -657,7 +657,7 @@ class Blob(hl.Message):             # runs that are not the whole message
 
 
 def test_runs_are_byte_identical_whatever_is_missing(rng):
-    assert struct.Struct(hl._whole(hl._parts_of(Shot._prepare()._fields)).lead_shape % 3).size == 2 + 3 + 9 + 5 + 5 + 3
+    assert struct.Struct(hl._whole(hl._parts_of(Shot._prepare()._fields)).reads % 3).size == 2 + 3 + 9 + 5 + 5 + 3
     texts = ["", "a", "\u20ac" * 40, "x" * 127, "y" * 128, "z" * 300]
     for cls, values in ((Shot, (texts, [0.0, -0.0, 1.5, math.nan, 5], [0.0, -0.0, 1e-46, -1e-46, 7e-46, 1e39, -1e39, 2.5, math.inf],
                                 [0, 7, (1 << 32) - 1], [False, True, 5])),
@@ -685,9 +685,9 @@ def test_runs_are_byte_identical_whatever_is_missing(rng):
 def test_the_move_event_is_one_struct_call():
     move = hl.builtin_schema().PlayerMoveEvent
     whole = hl._whole(hl._parts_of(move._prepare()._fields))
-    assert whole.shape == "<BdBdBdBfBfBB" and whole.lead.name == "player_uuid"
-    assert "return (shapes[size] or shape(size)).pack(10, size, raw, 17, v2" in move.__source__["encode"]
-    assert "unpack_from(data)" in move.__source__["decode"]
+    assert whole.reads == "<BB%dsBdBdBdBfBfBB" and whole.lead.name == "player_uuid"
+    assert "return pack_whole[size](head_1[size], raw, b'\\x11', v2" in move.__source__["encode"]
+    assert "unpack_whole[size](data)" in move.__source__["decode"]
 
 
 @pytest.fixture(scope="session")
@@ -1139,7 +1139,7 @@ def test_a_traceback_shows_the_generated_line():
     except hl.UsageError as error:
         import traceback
         text = "".join(traceback.format_exception(error))
-    assert "raw = shape_1.pack(9, v1, 17, v2)" in text and "<horizon_lite Vec3._put>" in text
+    assert "raw = pack_1(b'\\t', v1, b'\\x11', v2)" in text and "<horizon_lite Vec3._put>" in text
 
 
 @pytest.mark.parametrize("declare", [
