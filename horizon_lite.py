@@ -1097,7 +1097,8 @@ def _store(field_: _Field) -> str:
 
 
 def _get_message(field_: _Field) -> str:
-    load = "class_{0}._load(class_{0}, data, at, stop, depth - 1)".format(field_.number)
+    old = "" if field_.repeated else f", self.{field_.name}"        # which the bytes are added to
+    load = "class_{0}._load(class_{0}, data, at, stop, depth - 1{1})".format(field_.number, old)
     text = f"{_GET_LENGTH}if depth <= 0: raise too_deep(at)\n"
     if field_.map:
         # an entry with a field that is unknown is kept as it is, as Google's runtime does
@@ -1108,8 +1109,7 @@ def _get_message(field_: _Field) -> str:
     elif field_.repeated:
         text += f"self.{field_.name}.append({load})\n"
     else:
-        text += (f"value = self.{field_.name}\nif value is None: self.{field_.name} = {load}\n"
-                 "else: value._read(data, at, stop, depth - 1)\n")
+        text += f"self.{field_.name} = {load}\n"
     return text + "at = stop\n"
 
 
@@ -1249,7 +1249,7 @@ class _Run:
         body = (f"{names} = {unpack}(data, at)\nif {fit}:\n    self = new(cls)\n"
                 + _indent(store + "self._unknown = b''\nreturn self\n", 1))
         return (f"{size}if {room}:\n    try:\n" + _indent(body, 2)
-                + "    except UnicodeDecodeError: pass     # _read says where\n")
+                + "    except UnicodeDecodeError: pass     # the loop says where\n")
 
 
 def _by_size(form: str, name: str) -> list[Callable[..., Any]]:
@@ -1317,11 +1317,9 @@ class _Choice:
         if self.messages:
             text = f"elif tag in {self.label}:\n    which, kind = {self.label}[tag]\n" + _indent(
                 f"{_GET_LENGTH}if depth <= 0: raise too_deep(at)\n"
-                f"if self._set_{self.group} is which: "
-                f"self._value_{self.group}._read(data, at, stop, depth - 1)\n"
-                "else:\n"
-                f"    self._value_{self.group} = kind._load(kind, data, at, stop, depth - 1)\n"
-                f"    self._set_{self.group} = which\n"
+                f"old = self._value_{self.group} if self._set_{self.group} is which else None\n"
+                f"self._value_{self.group} = kind._load(kind, data, at, stop, depth - 1, old)\n"
+                f"self._set_{self.group} = which\n"
                 "at = stop\n", 1)
         return text + "".join(map(_get_lines, self.scalars))
 
@@ -1400,14 +1398,16 @@ def _put_source(parts: list[_Run | _Choice | _Field], owner: str) -> str:
         "    total += len(self._unknown)\nreturn total\n", 1)
 
 
-def _read_source(parts: list[_Run | _Choice | _Field]) -> str:
+def _load_source(parts: list[_Run | _Choice | _Field], clear: str, short: str) -> str:
     branches = "".join(_get_lines(each) if isinstance(each, _Field) else each.get_lines()
                        for each in parts).replace("elif", "if", 1)
     unknown = ("at = skip(data, at, end, tag, depth)\n"
                "unknown = unknown or []\n"
                "unknown.append(bytes(data[start:at]))\n")
     return (
-        "def _read(self, data, at, end, depth):\n"
+        "def _load(cls, data, at, end, depth, self=None):\n"
+        "    if self is None:\n"
+        + _indent(f"{short}self = new(cls)\n{clear}", 2) +
         "    unknown = None\n"
         "    while at < end:\n"
         "        start = at\n"
@@ -1417,10 +1417,10 @@ def _read_source(parts: list[_Run | _Choice | _Field]) -> str:
         "            tag += (data[at] << 7) - 0x80\n"
         "            at += 1\n"
         "            if tag >= 0x4000: tag, at = read_short(data, start)\n"
-        + _indent(branches, 2)
-        + (_indent("else:\n" + _indent(unknown, 1), 2) if branches else _indent(unknown, 2))
-        + "    if at > end: raise too_long(start, at - start)\n"
-        "    if unknown: self._unknown += b''.join(unknown)\n")
+        + _indent(branches + ("else:\n" + _indent(unknown, 1) if branches else unknown), 2) +
+        "    if at > end: raise too_long(start, at - start)\n"
+        "    if unknown: self._unknown += b''.join(unknown)\n"
+        "    return self\n")
 
 
 def _sources(fields: tuple[_Field, ...], owner: str) -> dict[str, str]:
@@ -1434,9 +1434,7 @@ def _sources(fields: tuple[_Field, ...], owner: str) -> dict[str, str]:
                  '    """Set every field back to its default and forget unknown fields."""\n'
                  + _indent(clear, 1),
         "_put": _put_source(parts, owner),
-        "_load": "def _load(cls, data, at, end, depth):\n" + _indent(
-            f"{load}self = new(cls)\n{clear}self._read(data, at, end, depth)\nreturn self\n", 1),
-        "_read": _read_source(parts),
+        "_load": _load_source(parts, clear, load),
     }
     if whole:
         short = load.replace("end - at", "len(data)").replace("(data, at)", "(data)")
@@ -1669,7 +1667,6 @@ class Message(metaclass=_MessageMeta):
     if TYPE_CHECKING:               # generated for each class
         _fields: tuple[_Field, ...]
         def _put(self, out: list[_Bytes], depth: int) -> int: ...
-        def _read(self, data: _Bytes, at: int, end: int, depth: int) -> None: ...
 
     # -- writing --
 
@@ -1735,15 +1732,15 @@ class Message(metaclass=_MessageMeta):
         view = _view(data)
         self.clear()
         try:
-            self._read(view, 0, len(view), _MAX_DEPTH)
+            type(self)._load(type(self), view, 0, len(view), _MAX_DEPTH, self)
         except (IndexError, struct.error, UnicodeDecodeError) as error:
             raise _wire_error(error, len(view)) from None
 
-    def _load(cls: Any, data: _Bytes, at: int, end: int, depth: int) -> Any:
+    def _load(cls: Any, data: _Bytes, at: int, end: int, depth: int, self: Any = None) -> Any:
         # a function of the class, for it is called without binding; like __init__, this
         # one serves only until the class has its own
         cls._prepare()
-        return cls._load(cls, data, at, end, depth)
+        return cls._load(cls, data, at, end, depth, self)
 
     # -- values --
 

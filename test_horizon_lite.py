@@ -1214,7 +1214,7 @@ def test_nesting_may_go_a_hundred_deep_both_ways():
 def test_the_generated_text_is_there_before_the_first_use():
     class Unused(hl.Message):
         x: int = hl.field(1, "int32")
-    assert list(Unused.__source__) == ["__init__", "clear", "_put", "_load", "_read"]
+    assert list(Unused.__source__) == ["__init__", "clear", "_put", "_load"]
     assert all(text.startswith(f"def {name}(") for name, text in Unused.__source__.items())
 
 
