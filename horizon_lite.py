@@ -74,7 +74,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from types import ModuleType, SimpleNamespace, TracebackType
 from typing import (TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar,
                     cast, dataclass_transform, overload)
@@ -1905,13 +1905,18 @@ def _unescape(match: re.Match[str]) -> str:
         int(octal, 8) if octal else int(hexadecimal or short or long, 16))
 
 
-def _attribute(name: str, others: Iterable[str]) -> str:
+def _attribute(name: str, taken: Callable[[str], bool], *others: Container[str]) -> str:
     """Return the attribute for a name of .proto text: itself, or with underscores after it."""
-    if _is_taken(name):
+    if taken(name):
         name = name.lstrip("_") + "_"
-        while _is_taken(name) or name in others:
+        while taken(name) or any(name in each for each in others):
             name += "_"
     return name
+
+
+def _is_no_member(name: str) -> bool:
+    """Whether an enum of Python's can't have the value *name*."""
+    return keyword.iskeyword(name) or name.startswith("_") or name == "mro"
 
 
 def _is_message_class(found: object) -> bool:
@@ -2031,6 +2036,18 @@ class _ProtoReader:
             raise self._expected(wanted) from None
         self._at += 1
         return sign * number
+
+    def _block(self) -> Iterator[None]:
+        """Yield for each statement between braces; the caller passes it."""
+        self._expect("{")
+        while not self._accept("}"):
+            yield
+
+    def _commas(self) -> Iterator[None]:
+        """Yield for each item of a list; the caller passes it."""
+        yield
+        while self._accept(","):
+            yield
 
     def _string(self, wanted: str) -> str:
         text = ""
@@ -2171,14 +2188,12 @@ class _ProtoReader:
     def _field_options(self) -> dict[str, str]:
         options: dict[str, str] = {}
         if self._accept("["):
-            while True:
+            for _ in self._commas():
                 at = self._at
                 name, value = self._one_option()
                 if name == "default":
                     raise self._fail(f"a default {_PROTO2}", at)
                 options[name] = value
-                if not self._accept(","):
-                    break
             self._expect("]")
         return options
 
@@ -2194,8 +2209,7 @@ class _ProtoReader:
         if depth > _MAX_NESTED:
             raise self._fail(f"messages nested deeper than {_MAX_NESTED}", at)
         body = _Body(self._define(scope, name, at))
-        self._expect("{")
-        while not self._accept("}"):
+        for _ in self._block():
             self._member(body, depth)
         self._check_reserved(body)
         made = body.make_message(name, self._file)
@@ -2222,9 +2236,8 @@ class _ProtoReader:
         self._at += 1
         at, group = self._at, self._word("a oneof's name")
         self._define(body.full, group, at)
-        self._expect("{")
         before = len(body.fields)
-        while not self._accept("}"):
+        for _ in self._block():
             if self._accept("option"):
                 self._option()
             elif self._peek() in ("repeated", "optional", "required", "map"):
@@ -2271,20 +2284,17 @@ class _ProtoReader:
         """Read `reserved` of a message or an enum: numbers, or names in quotes."""
         self._at += 1
         names = self._peek()[:1] in ('"', "'")
-        while True:
+        for _ in self._commas():
             at = self._at
             if names:
                 body.reserved_names.append(self._string("a name in quotes"))
-            else:
-                low = high = self._integer("a number, or a name in quotes")
-                if self._accept("to"):
-                    high = top if self._accept("max") else self._integer()
-                if low > high or any(low <= last and first <= high
-                                     for first, last in body.reserved):
-                    raise self._fail(f"{low} to {high} is backwards, or reserved already", at)
-                body.reserved.append((low, high))
-            if not self._accept(","):
-                break
+                continue
+            low = high = self._integer("a number, or a name in quotes")
+            if self._accept("to"):
+                high = top if self._accept("max") else self._integer()
+            if low > high or any(low <= last and first <= high for first, last in body.reserved):
+                raise self._fail(f"{low} to {high} is backwards, or reserved already", at)
+            body.reserved.append((low, high))
         self._expect(";")
 
     def _check_reserved(self, body: _Body) -> None:
@@ -2297,8 +2307,7 @@ class _ProtoReader:
         at, name = self._at, self._word("an enum's name")
         body = _Body(self._define(scope, name, at))
         alias = False
-        self._expect("{")
-        while not self._accept("}"):
+        for _ in self._block():
             if self._accept("option"):
                 alias |= self._one_option() == ("allow_alias", "true")
                 self._expect(";")
@@ -2337,8 +2346,7 @@ class _ProtoReader:
         at, name = self._at, self._word("a service's name")
         full = self._define(scope, name, at)
         methods = self._file.services[name] = {}
-        self._expect("{")
-        while not self._accept("}"):
+        for _ in self._block():
             if self._accept("option"):
                 self._option()
             elif not self._accept(";"):
@@ -2359,13 +2367,12 @@ class _ProtoReader:
         return f"({stream}{name})"
 
     def _rpc_end(self) -> None:
-        if self._accept("{"):
-            while not self._accept("}"):
-                if not self._accept(";"):
-                    self._expect("option")
-                    self._option()
-        else:
-            self._expect(";")
+        if self._accept(";"):
+            return
+        for _ in self._block():
+            if not self._accept(";"):
+                self._expect("option")
+                self._option()
 
 
 _STATEMENTS: dict[str, Callable[[_ProtoReader, str, int], Any]] = {
@@ -2403,26 +2410,23 @@ class _Body:
             "__module__": __name__, "__qualname__": self.full.removeprefix(file.package + ".")}
         names = {}
         for each, _ in self.fields:
-            attribute = _attribute(each.name, {*said, *namespace})
+            attribute = _attribute(each.name, _is_taken, said, namespace)
             names[attribute] = each.name
             namespace[attribute] = each
         made: Any = _MessageMeta(name, (Message,), namespace)
         made._proto = self._origin(file, names, _MAX_FIELD)
         for each in self.nested:
             each._outer = made
-            setattr(made, _attribute(each.__name__, namespace), each)
+            setattr(made, _attribute(each.__name__, _is_taken, namespace), each)
         return cast("type[Message]", made)
 
     def make_enum(self, name: str, file: _ProtoFile) -> type[enum.IntEnum]:
         """Return the class, its aliases included."""
         said = {each.name for each, _ in self.fields}
-        names, members = {}, {}
+        names: dict[str, str] = {}
+        members: dict[str, int] = {}
         for each, _ in self.fields:
-            attribute = each.name
-            if keyword.iskeyword(attribute) or attribute.startswith("_") or attribute == "mro":
-                attribute = attribute.lstrip("_") + "_"
-                while attribute in said or attribute in members:
-                    attribute += "_"
+            attribute = _attribute(each.name, _is_no_member, said, members)
             names[attribute], members[attribute] = each.name, each.number
         make: Any = enum.IntEnum    # mypy wants its first argument written out
         made = make(name, members, module=__name__,
