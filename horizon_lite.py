@@ -75,7 +75,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from types import ModuleType, SimpleNamespace, TracebackType
+from types import ModuleType, SimpleNamespace
 from typing import (TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar,
                     cast, dataclass_transform, overload)
 
@@ -517,6 +517,7 @@ _VARINT, _I64, _LEN, _GROUP, _GROUP_END, _I32 = range(6)
 _MASK64 = (1 << 64) - 1
 _MAX_FIELD = (1 << 29) - 1
 _MAX_DEPTH = 100                    # nesting, as Google's runtimes have it
+_SMALL = 4096                       # up to here one more copy costs less than many steps
 _ONE = tuple(bytes((n,)) for n in range(128))       # every varint of one byte
 
 
@@ -534,15 +535,14 @@ def _varint(value: int) -> bytes:
 def _read_varint(data: _Bytes, at: int) -> tuple[int, int]:
     """Return a varint's value, cut to 64 bits as the specification says, and its end."""
     value = shift = 0
-    while True:
+    while shift < 70:
         byte = data[at]
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value & _MASK64, at
         shift += 7
-        if shift == 70:
-            raise WireError("varint longer than ten bytes", at=at)
+    raise WireError("varint longer than ten bytes", at=at - 10)
 
 
 def _read_short(data: _Bytes, at: int) -> tuple[int, int]:
@@ -607,8 +607,8 @@ def _too_deep(at: int) -> WireError:
     return WireError(f"nested deeper than {_MAX_DEPTH}", at=at)
 
 
-def _skip(data: _Bytes, at: int, end: int, tag: int, depth: int) -> int:
-    """Return where the value after *tag* ends; groups are followed to their own end.
+def _skip(data: _Bytes, start: int, at: int, end: int, tag: int, depth: int) -> int:
+    """Return where the value at *at*, whose tag is at *start*, ends; groups end by themselves.
 
     Raises:
         WireError: field number 0, wire type 6 or 7, a group that is not closed, or a
@@ -616,7 +616,7 @@ def _skip(data: _Bytes, at: int, end: int, tag: int, depth: int) -> int:
     """
     wire_type = tag & 7
     if tag < 8:
-        raise WireError("field number 0", at=at)
+        raise WireError("field number 0", at=start)
     if wire_type == _VARINT:
         at = _read_varint(data, at)[1]
     elif wire_type == _I64:
@@ -629,9 +629,9 @@ def _skip(data: _Bytes, at: int, end: int, tag: int, depth: int) -> int:
     elif wire_type == _GROUP:
         at = _skip_group(data, at, end, tag + 1, depth - 1)
     else:
-        raise WireError(f"wire type {wire_type}", at=at)
+        raise WireError(f"wire type {wire_type}", at=start)
     if at > end:
-        raise WireError("field runs past the end of its message", at=end)
+        raise WireError("field runs past the end of its message", at=start)
     return at
 
 
@@ -639,10 +639,11 @@ def _skip_group(data: _Bytes, at: int, end: int, end_tag: int, depth: int) -> in
     if depth < 0:
         raise _too_deep(at)
     while at < end:
+        start = at
         tag, at = _read_short(data, at)
         if tag == end_tag:
             return at
-        at = _skip(data, at, end, tag, depth)
+        at = _skip(data, start, at, end, tag, depth)
     raise WireError("group is not closed", at=end)
 
 
@@ -680,7 +681,7 @@ def _skip_group(data: _Bytes, at: int, end: int, end_tag: int, depth: int) -> in
 #                 raw = put_uint32(value)
 #                 out.append(b'\x08' + raw)
 #                 total += len(raw) + 1
-#         elif value != 0: raise TypeError
+#         elif value.__class__ is not int: put_uint32(value)
 #         value = self.name
 #         if value:
 #             raw = to_utf8(value)
@@ -726,7 +727,7 @@ def _checked(kind: str, value: Any) -> int:
     try:
         number = int(value.__index__())
     except AttributeError:
-        raise TypeError(f"{value!r} is not of type {kind}") from None
+        raise TypeError(f"{reprlib.repr(value)} is not of type {kind}") from None
     low, high = _RANGES[_ALIKE.get(kind, kind)]
     if not low <= number <= high:
         raise ValueError(f"{number} is out of range for {kind}")
@@ -747,7 +748,7 @@ def _put_fixed(kind: str, value: Any) -> bytes:
 
 def _put_bool(value: Any) -> bytes:
     if not isinstance(value, int):
-        raise TypeError(f"{value!r} is not of type bool")
+        raise TypeError(f"{reprlib.repr(value)} is not of type bool")
     return b"\x01" if value else b"\x00"
 
 
@@ -764,33 +765,33 @@ def _put_float(value: Any) -> bytes:
     try:
         return struct.pack("<f", _f32(value))
     except struct.error:
-        raise TypeError(f"{value!r} is not of type float") from None
+        raise TypeError(f"{reprlib.repr(value)} is not of type float") from None
 
 
 def _put_double(value: Any) -> bytes:
     try:
         return struct.pack("<d", value)
     except struct.error:
-        raise TypeError(f"{value!r} is not of type double") from None
+        raise TypeError(f"{reprlib.repr(value)} is not of type double") from None
 
 
 def _put_bytes(value: Any) -> _Bytes:
     if isinstance(value, memoryview):
         return bytes(value)         # whatever its items and strides are
     if not isinstance(value, bytes | bytearray):
-        raise TypeError(f"{value!r} is not of type bytes")
+        raise TypeError(f"{reprlib.repr(value)} is not of type bytes")
     return value
 
 
 def _put_string(value: Any) -> bytes:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not of type string")
+        raise TypeError(f"{reprlib.repr(value)} is not of type string")
     return value.encode()
 
 
 def _items(values: Any) -> list[Any] | tuple[Any, ...]:
     if not isinstance(values, list | tuple):
-        raise TypeError(f"{values!r} is not a list")
+        raise TypeError(f"{reprlib.repr(values)} is not a list")
     return values
 
 
@@ -821,12 +822,12 @@ def _unpack_fixed(form: str, data: _Bytes, at: int, stop: int) -> tuple[Any, ...
 
 def _map_value(entry: Any) -> Any:
     """Return a map entry's value; a message that was left out is an empty one."""
-    return entry._fields[1].target() if entry.value is None else entry.value
+    return entry._fields[1].target.decode(b"") if entry.value is None else entry.value
 
 
 def _map_items(values: Any) -> Any:
     if not isinstance(values, dict):
-        raise TypeError(f"{values!r} is not a dict")
+        raise TypeError(f"{reprlib.repr(values)} is not a dict")
     return values.items()
 
 
@@ -957,14 +958,19 @@ class _Field:
         elif self.repeated:
             for one in _items(value):
                 self._check_one(one)
-        elif value is not None or not self.explicit:
+        elif value is not None or self.always or not self.explicit:
             self._check_one(value)
 
     def _check_one(self, value: Any) -> None:
+        if self.kind == "enum" and not isinstance(value, int):
+            raise TypeError(f"{reprlib.repr(value)} is not of type {self.target.__name__}: "
+                            f"{', '.join(map(str, self.target.__members__))}, or a number")
         if self.kind != "message":
             _PUT[self.kind](value)
         elif not isinstance(value, self.target):
-            raise TypeError(f"{value!r} is not of type {self.target.__name__}")
+            twin = type(value).__name__ == self.target.__name__
+            raise TypeError(f"{reprlib.repr(value)} is not of type {self.target.__name__}"
+                            f"{', but of another class of that name' if twin else ''}")
 
 
 def field(number: int, type: Any = None, /, *, repeated: bool = False, packed: bool = True,
@@ -990,8 +996,8 @@ def field(number: int, type: Any = None, /, *, repeated: bool = False, packed: b
     if map is not None and (not isinstance(map, tuple) or len(map) != 2 or map[0] not in _MAP_KEYS):
         raise SchemaError(f"field {number}: map={map!r} must be (key type, value type), and a key "
                           "is bool, string or any integer type")
-    if oneof and not (isinstance(oneof, str) and oneof.isidentifier()):
-        raise SchemaError(f"field {number}: oneof={oneof!r} must be a name")
+    if oneof and not (isinstance(oneof, str) and oneof.isascii() and oneof.isidentifier()):
+        raise SchemaError(f"field {number}: oneof={oneof!r} must be a name of ASCII letters")
     made = _Field(number, type)
     made.repeated = repeated or map is not None
     made.packed = packed
@@ -1042,7 +1048,7 @@ def _put_scalar(field_: _Field) -> str:
 def _put_message(heads: str, tag: str, class_: str, label: str) -> str:
     """Return lines that append the tag, the length and the parts of the message in `value`."""
     return (f"if not isinstance(value, {class_}): raise TypeError\n"
-            f"if depth <= 0: raise UsageError(f'{label}: nested deeper than {_MAX_DEPTH}')\n"
+            f"if depth <= 0: raise UsageError({label} + ': nested deeper than {_MAX_DEPTH}')\n"
             "mark = len(out)\n"
             "out.append(b'')\n"
             "size = value._put(out, depth - 1)\n"
@@ -1054,7 +1060,8 @@ def _put_one(field_: _Field, owner: str) -> str:
     if field_.kind != "message":
         return _put_scalar(field_)
     n = field_.number
-    return _put_message(f"head_{n}", repr(field_.tag), f"class_{n}", f"{owner}.{field_.name}")
+    return _put_message(f"head_{n}", repr(field_.tag), f"class_{n}",
+                        repr(f"{owner}.{field_.name}"))
 
 
 def _packed_text(field_: _Field) -> str:
@@ -1083,9 +1090,9 @@ def _put_lines(field_: _Field, owner: str) -> str:
     if field_.explicit:
         return f"value = {name}\nif value is not None:\n" + _indent(put, 1)
     blank = _KINDS[field_.kind].default
-    wrong = "is not False and value != 0" if blank is False else f"!= {blank!r}"
-    return (f"value = {name}\nif value:\n" + _indent(put, 1)
-            + f"elif value {wrong}: raise TypeError\n")
+    wrong = (f"value != {blank!r}: raise TypeError" if field_.wire_type == _LEN else
+             f"value.__class__ is not {type(blank).__name__}: put_{field_.kind}(value)")
+    return f"value = {name}\nif value:\n" + _indent(put, 1) + f"elif {wrong}\n"
 
 
 def _store(field_: _Field) -> str:
@@ -1117,16 +1124,16 @@ def _get_lines(field_: _Field) -> str:
     """Return the branch that reads a field; scalars that repeat get one for each form."""
     tag = field_.number << 3 | field_.wire_type
     if field_.kind == "message":
-        return f"elif tag == {tag}:\n" + _indent(_get_message(field_), 1)
+        return f"if tag == {tag}:\n" + _indent(_get_message(field_) + "continue", 1)
     kind = _KINDS[field_.kind]
-    text = f"elif tag == {tag}:\n" + _indent(f"{kind.get}\n{_store(field_)}", 1)
+    text = f"if tag == {tag}:\n" + _indent(f"{kind.get}\n{_store(field_)}\ncontinue", 1)
     if field_.repeated and field_.wire_type != _LEN:
         values = (f"unpack_fixed('{kind.form}', data, at, stop)" if kind.form
                   else "read_varints(data, at, stop)")
         for each in filter(None, (kind.wide, kind.convert)):
             values = f"[{each} for value in {values}]"
-        text += (f"elif tag == {field_.number << 3 | _LEN}:\n" + _indent(_GET_LENGTH, 1)
-                 + f"    self.{field_.name} += {values}\n    at = stop\n")
+        text += (f"if tag == {field_.number << 3 | _LEN}:\n" + _indent(_GET_LENGTH, 1)
+                 + f"    self.{field_.name} += {values}\n    at = stop\n    continue\n")
     return text.replace("member(", f"member_{field_.number}(")
 
 
@@ -1303,7 +1310,7 @@ class _Choice:
         text = f"which = self._set_{self.group}\nvalue = self._value_{self.group}\n"
         word = "if"
         if self.messages:
-            put = _put_message("heads", "heads[0][:-1]", "kind", f"{owner}.{{which}}")
+            put = _put_message("heads", "heads[0][:-1]", "kind", f"{owner + '.'!r} + which")
             text += f"if which in {self.label}:\n    heads, kind = {self.label}[which]\n"
             text += _indent(put, 1)
             word = "elif"
@@ -1315,12 +1322,12 @@ class _Choice:
     def get_lines(self) -> str:
         text = ""
         if self.messages:
-            text = f"elif tag in {self.label}:\n    which, kind = {self.label}[tag]\n" + _indent(
+            text = f"if tag in {self.label}:\n    which, kind = {self.label}[tag]\n" + _indent(
                 f"{_GET_LENGTH}if depth <= 0: raise too_deep(at)\n"
                 f"old = self._value_{self.group} if self._set_{self.group} is which else None\n"
                 f"self._value_{self.group} = kind._load(kind, data, at, stop, depth - 1, old)\n"
                 f"self._set_{self.group} = which\n"
-                "at = stop\n", 1)
+                "at = stop\ncontinue\n", 1)
         return text + "".join(map(_get_lines, self.scalars))
 
 
@@ -1400,8 +1407,8 @@ def _put_source(parts: list[_Run | _Choice | _Field], owner: str) -> str:
 
 def _load_source(parts: list[_Run | _Choice | _Field], clear: str, short: str) -> str:
     branches = "".join(_get_lines(each) if isinstance(each, _Field) else each.get_lines()
-                       for each in parts).replace("elif", "if", 1)
-    unknown = ("at = skip(data, at, end, tag, depth)\n"
+                       for each in parts)
+    unknown = ("at = skip(data, start, at, end, tag, depth)\n"
                "unknown = unknown or []\n"
                "unknown.append(bytes(data[start:at]))\n")
     return (
@@ -1417,9 +1424,10 @@ def _load_source(parts: list[_Run | _Choice | _Field], clear: str, short: str) -
         "            tag += (data[at] << 7) - 0x80\n"
         "            at += 1\n"
         "            if tag >= 0x4000: tag, at = read_short(data, start)\n"
-        + _indent(branches + ("else:\n" + _indent(unknown, 1) if branches else unknown), 2) +
+        + _indent(branches + unknown, 2) +
         "    if at > end: raise too_long(start, at - start)\n"
-        "    if unknown: self._unknown += b''.join(unknown)\n"
+        "    if unknown and self._unknown: self._unknown += b''.join(unknown)\n"
+        "    elif unknown: self._unknown = bytearray().join(unknown)    # which grows in place\n"
         "    return self\n")
 
 
@@ -1429,12 +1437,10 @@ def _sources(fields: tuple[_Field, ...], owner: str) -> dict[str, str]:
     whole = _whole(parts)
     clear, load = _clear_lines(fields), whole.load_lines() if whole else ""
     sources = {
-        "__init__": _init_source(fields),
+        "_put": _put_source(parts, owner),
         "clear": "def clear(self):\n"
                  '    """Set every field back to its default and forget unknown fields."""\n'
                  + _indent(clear, 1),
-        "_put": _put_source(parts, owner),
-        "_load": _load_source(parts, clear, load),
     }
     if whole:
         short = load.replace("end - at", "len(data)").replace("(data, at)", "(data)")
@@ -1442,7 +1448,7 @@ def _sources(fields: tuple[_Field, ...], owner: str) -> dict[str, str]:
             whole.short_lines("return {}") + "return encode_parts(self)\n", 1)
         sources["decode"] = ("def decode(cls, data):\n    if type(data) is bytes:\n"
                              + _indent(short, 2) + "    return decode_parts(cls, data)\n")
-    return sources
+    return sources | {"_load": _load_source(parts, clear, load), "__init__": _init_source(fields)}
 
 
 @functools.cache
@@ -1475,10 +1481,8 @@ def _names_for(fields: tuple[_Field, ...]) -> dict[str, Any]:
 def _compile(source: str, label: str, names: dict[str, Any]) -> dict[str, Any]:
     """Execute generated text and return what it defines; tracebacks can show its lines."""
     filename = f"<horizon_lite {label}>"
-    number = 1
-    while filename in linecache.cache and "".join(linecache.getlines(filename)) != source:
-        number += 1                 # another class of that name
-        filename = f"<horizon_lite {label} {number}>"
+    if "".join(linecache.getlines(filename)) not in ("", source):
+        filename = f"<horizon_lite {label} {hash(source):x}>"       # another class of that name
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
     namespace = dict(names)
     exec(compile(source, filename, "exec"), namespace)
@@ -1537,7 +1541,10 @@ def _find_class(owner: type, name: str) -> Any:
     return None
 
 
-def _resolve_kind(field_: _Field, target: Any, owner: type) -> None:
+_MEANT = {str: "string", int: "int64", float: "double", bytes: "bytes", bool: "bool"}
+
+
+def _resolve_kind(field_: _Field, target: Any, owner: type, name: str) -> None:
     """Settle what a declared type means."""
     if isinstance(target, str) and target in _KINDS and target != "enum":
         field_.kind = target
@@ -1547,13 +1554,14 @@ def _resolve_kind(field_: _Field, target: Any, owner: type) -> None:
         target = _find_class(owner, target)
     if isinstance(target, type) and issubclass(target, enum.IntEnum):
         field_.kind = "enum"
-    elif isinstance(target, type) and issubclass(target, Message):
+    elif isinstance(target, type) and issubclass(target, Message) and target is not Message:
         field_.kind = "message"
     else:
         names = sorted(set(_KINDS) - {"enum"})
-        raise SchemaError(f"{owner.__name__}.{field_.name}: {said!r} is no field type"
-                          f"{_did_you_mean(said, names) if isinstance(said, str) else ''}; "
-                          f"use {', '.join(names)}, a Message or an IntEnum, or the name of one")
+        meant = _MEANT.get(said, said) if isinstance(said, type) else said
+        raise SchemaError(f"{owner.__name__}.{name}: {said!r} is no field type: "
+                          f"use {', '.join(names)}, a Message or an IntEnum, or the name of one"
+                          f"{_did_you_mean(meant, names) if isinstance(meant, str) else ''}")
     field_.target = target
 
 
@@ -1562,7 +1570,7 @@ class _MessageMeta(type):
 
     _fields: tuple[_Field, ...]
     _source: dict[str, str] | None          # None until the code is made
-    _init: Callable[..., None]
+    _made: dict[str, Callable[..., Any]]    # then what it defines, by name
 
     @property
     def __source__(cls) -> dict[str, str]:
@@ -1576,6 +1584,9 @@ class _MessageMeta(type):
             raise SchemaError(f"{name}: a message can't add fields to {bases[0].__name__}; "
                               "protobuf has no inheritance, use a sub-message")
         for key, each in own.items():
+            if each.name:
+                raise SchemaError(f"{name}.{key}: this field() is another field already; "
+                                  "call field() for each")
             each.name = sys.intern(key)     # generated text compares names by identity
             del namespace[key]
             if _is_taken(key):
@@ -1584,6 +1595,8 @@ class _MessageMeta(type):
         if twice := [n for n, count in numbers.items() if count > 1]:
             raise SchemaError(f"{name}: field number {twice[0]} is used twice")
         groups = dict.fromkeys(each.oneof for each in own.values() if each.oneof)
+        if both := groups.keys() & own.keys():
+            raise SchemaError(f"{name}.{min(both)}: a oneof and a field can't share a name")
         slots = [key for key, each in own.items() if not each.oneof]
         slots += [f"_{part}_{g}" for g in groups for part in ("set", "value")]
         namespace["__slots__"] = (*slots, *(() if bases else ("_unknown",)))
@@ -1603,22 +1616,26 @@ class _MessageMeta(type):
         """
         owner = next(each for each in cls.__mro__ if "_fields" in vars(each))
         assert isinstance(owner, _MessageMeta)
+        if owner is Message:
+            raise UsageError("Message itself has no fields: derive a class from it")
         return owner if owner._source is not None else owner._generate()
 
     def _generate(cls) -> _MessageMeta:
         for each in cls._fields:
             if each.map and not each.kind:
                 each.target = _map_entry(cls, each)
-            _resolve_kind(each, each.target, cls)
+            _resolve_kind(each, each.target, cls, each.name)
         names, sources = _names_for(cls._fields), _sources(cls._fields, cls.__name__)
         names |= {"encode_parts": Message.encode, "decode_parts": vars(Message)["decode"].__func__}
-        for label, source in sources.items():
-            made = _compile(source, f"{cls.__name__}.{label}", names)[label]
-            made.__qualname__ = f"{cls.__qualname__}.{label}"
-            if label == "__init__":
-                cls._init = made
-            if label not in vars(cls):                  # a user's own method stays
-                setattr(cls, label, classmethod(made) if label == "decode" else made)
+        made = {label: _compile(source, f"{cls.__name__}.{label}", names)[label]
+                for label, source in sources.items()}
+        cls._made = made
+        for label, function in made.items():            # what makes instances comes last:
+            function.__qualname__ = f"{cls.__qualname__}.{label}"
+            # another thread may use what is there; a user's own method stays; and a class
+            # without fields leaves the makers alone, for it may be the base of one with some
+            if label not in vars(cls) and (cls._fields or label not in ("_load", "__init__")):
+                setattr(cls, label, classmethod(function) if label == "decode" else function)
         cls._source = sources
         return cls
 
@@ -1633,8 +1650,9 @@ def _map_entry(owner: type, field_: _Field) -> type:
         "__module__": owner.__module__,
         "__qualname__": f"{owner.__qualname__}.{field_.name}",
     }
-    for each in (members["key"], members["value"]):
-        each.always = True
+    for name in ("key", "value"):
+        members[name].always = True
+        _resolve_kind(members[name], members[name].target, owner, field_.name)
     return _MessageMeta(f"{owner.__name__}.{field_.name}", (Message,), members)
 
 
@@ -1656,13 +1674,13 @@ class Message(metaclass=_MessageMeta):
     Point(x=1)
     """
 
-    _unknown: bytes
+    _unknown: _Bytes
     _proto: ClassVar[Any] = None    # where the class was read from, if it was
     __hash__ = None                 # type: ignore[assignment]  # messages are values that change
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # only the first construction comes here: _prepare gives the class its own
-        type(self)._prepare()._init(self, *args, **kwargs)
+        type(self)._prepare()._made["__init__"](self, *args, **kwargs)
 
     if TYPE_CHECKING:               # generated for each class
         _fields: tuple[_Field, ...]
@@ -1688,18 +1706,22 @@ class Message(metaclass=_MessageMeta):
 
     def append_to(self, out: bytearray) -> None:
         """Append what ``encode`` returns to *out*; on an error *out* is as it was."""
+        if not isinstance(out, bytearray):
+            raise UsageError(f"append_to grows a bytearray, not {type(out).__name__}")
         out += self.encode()
 
     def encode_into(self, buffer: bytearray | memoryview, at: int = 0) -> int:
         """Write into *buffer* from *at* and return the end; never resizes it.
 
+        Cost: for small messages more than ``encode``; a large one is not copied twice.
+
         Raises:
             BufferTooSmall: with ``needed``, before the first byte is written.
         """
         parts, size = self._parts()
-        if at < 0 or at + size > len(buffer):
-            raise BufferTooSmall(size, max(0, len(buffer) - at))
-        with memoryview(buffer) as view:        # a bytearray's slice would copy once more
+        with _room(size, buffer, at) as view:   # a bytearray's slice would copy once more
+            if size <= _SMALL:          # joining is quicker, and a copy costs little
+                parts = [b"".join(parts)]
             for part in parts:
                 end = at + len(part)
                 view[at:end] = part
@@ -1719,34 +1741,24 @@ class Message(metaclass=_MessageMeta):
         Raises:
             WireError: the bytes are not a valid message of this class; ``at`` says where.
         """
-        if type(data) is not bytes:
-            data = _view(data)
-        try:
-            message: Self = cls._load(cls, data, 0, len(data), _MAX_DEPTH)
-            return message
-        except (IndexError, struct.error, UnicodeDecodeError) as error:
-            raise _wire_error(error, len(data)) from None
+        message: Self = _reading(cls, data, None)
+        return message
 
     def decode_from(self, data: _Bytes) -> None:
         """Clear this message and read *data* into it; raises as ``decode`` does."""
-        view = _view(data)
         self.clear()
-        try:
-            type(self)._load(type(self), view, 0, len(view), _MAX_DEPTH, self)
-        except (IndexError, struct.error, UnicodeDecodeError) as error:
-            raise _wire_error(error, len(view)) from None
+        _reading(type(self), data, self)
 
     def _load(cls: Any, data: _Bytes, at: int, end: int, depth: int, self: Any = None) -> Any:
         # a function of the class, for it is called without binding; like __init__, this
         # one serves only until the class has its own
-        cls._prepare()
-        return cls._load(cls, data, at, end, depth, self)
+        return cls._prepare()._made["_load"](cls, data, at, end, depth, self)
 
     # -- values --
 
     def clear(self) -> None:
         """Set every field back to its default and forget unknown fields."""
-        vars(type(self)._prepare())["clear"](self)
+        type(self)._prepare()._made["clear"](self)
 
     def which(self, oneof: str) -> str | None:
         """Return the name of the field that is set in *oneof*, or None."""
@@ -1759,8 +1771,8 @@ class Message(metaclass=_MessageMeta):
     def _present(self) -> Iterator[tuple[_Field, Any]]:
         for each in self._fields:
             value = getattr(self, each.name)
-            if value is not None and (each.explicit or value != each.default()
-                                      or isinstance(value, float) and math.copysign(1, value) < 0):
+            if value is not None if each.explicit else value != each.default() or (
+                    isinstance(value, float) and math.copysign(1, value) < 0):
                 yield each, value
 
     def to_dict(self) -> dict[str, Any]:
@@ -1770,14 +1782,18 @@ class Message(metaclass=_MessageMeta):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return a message from what ``to_dict`` gives; an unknown key is a UsageError."""
-        message = cls()
+        if not isinstance(values, Mapping):
+            raise UsageError(f"{cls.__name__}.from_dict takes a dict, not {values!r}")
+        message = cls.decode(b"")           # whatever arguments its constructor takes
         fields = {each.name: each for each in cls._fields}
         for key, value in values.items():
             if key not in fields:
                 raise UsageError(f"{cls.__name__} has no field {key!r}{_did_you_mean(key, fields)}")
+            if value is None and fields[key].explicit:
+                continue
             try:
                 setattr(message, key, _from_plain(fields[key], value))
-            except (AttributeError, TypeError):
+            except (AttributeError, TypeError, ValueError):
                 raise UsageError(f"{cls.__name__}.{key}: {value!r} does not fit") from None
         return message
 
@@ -1792,8 +1808,10 @@ class Message(metaclass=_MessageMeta):
 
     @reprlib.recursive_repr()
     def __repr__(self) -> str:
-        shown = ", ".join(f"{each.name}={value!r}" for each, value in self._present())
-        return f"{type(self).__name__}({shown})"
+        shown = [f"{each.name}={value!r}" for each, value in self._present()]
+        if self._unknown:
+            shown.append(f"<{len(self._unknown)} bytes of unknown fields>")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 def _plain(value: Any) -> Any:
@@ -1808,11 +1826,19 @@ def _plain(value: Any) -> Any:
 
 def _from_plain(field_: _Field, value: Any) -> Any:
     if field_.map:
-        entry = field_.target._prepare()._fields[1]
-        return {key: _one_from_plain(entry, each) for key, each in value.items()}
+        key_field, value_field = field_.target._prepare()._fields
+        return {_key_from_plain(key_field, key): _one_from_plain(value_field, each)
+                for key, each in value.items()}
     if field_.repeated:
         return [_one_from_plain(field_, each) for each in _items(value)]
     return _one_from_plain(field_, value)
+
+
+def _key_from_plain(field_: _Field, key: Any) -> Any:
+    """Return a map's key; JSON has made a text of it, whatever it was."""
+    if field_.kind == "string" or not isinstance(key, str):
+        return key
+    return key == "true" if key in ("true", "false") else int(key)
 
 
 def _one_from_plain(field_: _Field, value: Any) -> Any:
@@ -1821,12 +1847,12 @@ def _one_from_plain(field_: _Field, value: Any) -> Any:
     return value
 
 
-def _generated_frame(error: BaseException) -> TracebackType | None:
-    """Return the innermost frame of generated code that *error* passed through."""
-    found, trace = None, error.__traceback__
+def _generated_local(error: BaseException, name: str, default: Any) -> Any:
+    """Return a local of the innermost generated function that *error* passed through."""
+    found, trace = default, error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename.startswith("<horizon_lite "):
-            found = trace
+            found = trace.tb_frame.f_locals.get(name, found)    # a comprehension's has it not
         trace = trace.tb_next
     return found
 
@@ -1839,8 +1865,7 @@ def _name_field(error: Exception, message: Message) -> Exception:
     """
     if isinstance(error, HorizonError):
         return error
-    if frame := _generated_frame(error):
-        message = frame.tb_frame.f_locals["self"]
+    message = _generated_local(error, "self", message)
     for each in message._fields:
         try:
             each.check(getattr(message, each.name))
@@ -1849,22 +1874,42 @@ def _name_field(error: Exception, message: Message) -> Exception:
     return UsageError(f"{type(message).__name__}: {error}")
 
 
-def _wire_error(error: Exception, end: int) -> WireError:
-    """Turn what reading past the end or bad text raised into an error with its place."""
-    if not isinstance(error, UnicodeDecodeError):
-        return WireError("message is cut short", at=end)
-    frame = _generated_frame(error)
-    at = frame.tb_frame.f_locals["at"] if frame else 0
-    return WireError("text is not UTF-8", at=at + error.start)
+def _reading(cls: Any, data: _Bytes, message: Message | None) -> Any:
+    """Read *data* into *message*, or a new one; what goes wrong becomes a WireError."""
+    if type(data) is not bytes:
+        with _view(data) as view:       # released even if a traceback keeps it
+            return _reading_from(cls, view, message)
+    return _reading_from(cls, data, message)
 
 
-def _view(data: _Bytes) -> _Bytes:
-    if type(data) is bytes:
-        return data
+def _reading_from(cls: Any, data: _Bytes, message: Message | None) -> Any:
+    try:
+        return cls._load(cls, data, 0, len(data), _MAX_DEPTH, message)
+    except (IndexError, struct.error):
+        raise WireError("message is cut short", at=len(data)) from None
+    except UnicodeDecodeError as error:
+        at: int = _generated_local(error, "at", 0) + error.start
+        raise WireError("text is not UTF-8", at=at) from None
+
+
+def _view(data: _Bytes) -> memoryview:
     try:
         return memoryview(data).cast("B")
-    except TypeError as error:
-        raise UsageError(f"decode reads bytes, not {type(data).__name__}: {error}") from None
+    except TypeError:
+        what = "a memoryview with gaps" if isinstance(data, memoryview) else type(data).__name__
+        raise UsageError(f"bytes, bytearray or memoryview is wanted here, not {what}") from None
+
+
+def _room(size: int, buffer: bytearray | memoryview, at: int) -> memoryview:
+    """Return a view of *buffer* into which *size* bytes fit from *at*."""
+    view = _view(buffer)
+    if view.readonly:
+        raise UsageError(f"{type(buffer).__name__} can't be written to: use a bytearray")
+    if at < 0:
+        raise UsageError(f"at is {at}: it counts from the start of the buffer")
+    if at + size > len(view):
+        raise BufferTooSmall(size, max(0, len(view) - at))
+    return view
 
 
 # =============================================================================
@@ -1895,6 +1940,8 @@ _NO_EXTEND = ("'extend' is not supported: options need no definition here, so le
               "the import of files that only define options")
 _MAX_NESTED = 32                    # messages in messages, as protoc has it
 _PACKAGE = object()
+_NOT_CLOSED = {"/*": "this comment is not closed", '"': "this text is not closed",
+               "'": "this text is not closed"}
 
 
 def _unescape(match: re.Match[str]) -> str:
@@ -1978,7 +2025,8 @@ class _ProtoReader:
         self._waiting: list[tuple[str, str, int, _Field | None]] = []   # for _look_up
         for match in _TOKEN.finditer(text):
             if match.lastgroup == "bad":
-                raise self._error(match.start(), f"unexpected {match[0]!r}")
+                raise self._error(match.start(), _NOT_CLOSED.get(match[0])
+                                  or f"unexpected {match[0]!r}")
             if match.lastgroup != "blank":
                 self._tokens.append(match[0])
                 self._offsets.append(match.start())
@@ -2082,13 +2130,22 @@ class _ProtoReader:
         """Find the type that a field, or a service, asks for."""
         found = _find_type(self._file.names, name, scope)
         if not isinstance(found, type) or not field_ and not _is_message_class(found):
-            known = [each for each, what in self._file.names.items() if isinstance(what, type)]
             raise self._fail(f"there is no {'type' if field_ else 'message'} {name!r} here"
-                             f"{_did_you_mean(name, known)}", at)
+                             f"{self._hint(name)}", at)
         if field_ and field_.map:
             field_.map = field_.map[0], found
         elif field_:
             field_.target = found
+
+    def _hint(self, name: str) -> str:
+        for each in _WELL_KNOWN:
+            path = f"google/protobuf/{each}.proto"
+            if name.lstrip(".") in _well_known(path).exports:
+                return f'; add: import "{path}";'
+        known = [each for each, what in self._file.names.items() if isinstance(what, type)]
+        last = name.rpartition(".")[2]
+        elsewhere = [each for each in known if each.rpartition(".")[2] == last]
+        return _did_you_mean(elsewhere[0] if elsewhere else name, [*known, *_KINDS])
 
     # -- statements --
 
@@ -2126,6 +2183,8 @@ class _ProtoReader:
         except OSError as error:
             raise self._fail(str(error), at) from None
         self._expect(";")
+        if any(path == before for _, before in self._file.imports):
+            raise self._fail(f"{path!r} is imported twice", at)
         self._file.imports.append((how, path))
         for full, what in found.exports.items():
             if self._file.names.setdefault(full, what) is not what:
@@ -2287,11 +2346,15 @@ class _ProtoReader:
         for _ in self._commas():
             at = self._at
             if names:
-                body.reserved_names.append(self._string("a name in quotes"))
+                body.reserved_names.append(name := self._string("a name in quotes"))
+                if name in body.reserved_names[:-1]:
+                    raise self._fail(f"{name!r} is reserved already", at)
                 continue
             low = high = self._integer("a number, or a name in quotes")
             if self._accept("to"):
                 high = top if self._accept("max") else self._integer()
+            if low < 1 and top == _MAX_FIELD or high > top:
+                raise self._fail(f"{low} to {high} are no field numbers", at)
             if low > high or any(low <= last and first <= high for first, last in body.reserved):
                 raise self._fail(f"{low} to {high} is backwards, or reserved already", at)
             body.reserved.append((low, high))
@@ -2406,12 +2469,12 @@ class _Body:
     def make_message(self, name: str, file: _ProtoFile) -> type[Message]:
         """Return the class: fields under names that Python can take, nested types inside."""
         said = {each.name for each, _ in self.fields}
-        namespace: dict[str, Any] = {
-            "__module__": __name__, "__qualname__": self.full.removeprefix(file.package + ".")}
+        namespace: dict[str, Any] = {"__module__": os.path.basename(file.label),
+                                     "__qualname__": self.full.removeprefix(file.package + ".")}
         names = {}
         for each, _ in self.fields:
             attribute = _attribute(each.name, _is_taken, said, namespace)
-            names[attribute] = each.name
+            names[attribute], each.name = each.name, ""     # the metaclass names it
             namespace[attribute] = each
         made: Any = _MessageMeta(name, (Message,), namespace)
         made._proto = self._origin(file, names, _MAX_FIELD)
@@ -2429,7 +2492,7 @@ class _Body:
             attribute = _attribute(each.name, _is_no_member, said, members)
             names[attribute], members[attribute] = each.name, each.number
         make: Any = enum.IntEnum    # mypy wants its first argument written out
-        made = make(name, members, module=__name__,
+        made = make(name, members, module=os.path.basename(file.label),
                     qualname=self.full.removeprefix(file.package + "."))
         made._proto = self._origin(file, names, (1 << 31) - 1)
         return cast("type[enum.IntEnum]", made)
@@ -2492,8 +2555,9 @@ class _ProtoLoader:
         for root in self._roots:
             if os.path.isfile(full := os.path.join(root, path)):
                 return self.read(full)
-        places = ", ".join(self._roots) or "a text"
-        raise FileNotFoundError(f"there is no file {path!r} in {places}")
+        raise FileNotFoundError(
+            f"there is no file {path!r} in {', '.join(self._roots)}" if self._roots else
+            f"{path!r} can't be imported by a text: load_proto(path, include=...) finds files")
 
     def read(self, full: str) -> _ProtoFile:
         """Return what the file at *full* declares."""
@@ -2513,15 +2577,39 @@ class _ProtoLoader:
         return self._files[key]
 
 
-class _Namespace(SimpleNamespace):
-    """The top-level types of a file, as attributes."""
+class _Names:
+    """A package: what a file can see in it, as attributes."""
 
-    __slots__ = ("__file__", "__services__")
+    __slots__ = ("_known", "_name")
+
+    def __init__(self, known: Mapping[str, Any], name: str) -> None:
+        self._known = known
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        full = f"{self._name}.{name}".lstrip(".")
+        found = self._known.get(full)
+        if found is _PACKAGE:
+            return _Names(self._known, full)
+        if isinstance(found, type):
+            return found
+        raise AttributeError(f"there is no type or package {full!r}"
+                             f"{_did_you_mean(full, self._known)}")
+
+
+class _Namespace(SimpleNamespace):
+    """The top-level types of a file, as attributes; imported ones by their full names."""
+
+    __slots__ = ("__file__", "__services__", "__names__")
 
     def __init__(self, file: _ProtoFile) -> None:
         super().__init__(**file.types)
         self.__file__ = file.label
         self.__services__ = {name: tuple(methods) for name, methods in file.services.items()}
+        self.__names__ = _Names(file.names, "")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__names__, name)        # what is not a top-level type of the file
 
 
 def load_proto(path: str | os.PathLike[str],
@@ -2531,10 +2619,11 @@ def load_proto(path: str | os.PathLike[str],
 
     Imports are looked for in *include*, a folder or several, then beside the file;
     ``google/protobuf/timestamp``, ``duration``, ``any``, ``wrappers``, ``empty``, ``struct``
-    and ``field_mask`` are built in. Nested types are attributes of their class. A field named
+    and ``field_mask`` are built in. Nested types are attributes of their class; what is
+    imported is there by its full name (``schema.google.protobuf.Timestamp``). A field named
     like a Python keyword or a method of Message gets an underscore after it as attribute, not
-    on the wire. Options are parsed and ignored, services too: ``__services__`` names them and
-    their methods. A file that does not say its syntax is taken for proto3.
+    on the wire. Comments and options are parsed and ignored, services too: ``__services__``
+    names them and their methods. A file that does not say its syntax is taken for proto3.
 
     Raises:
         SchemaError: file, line, column, and what was expected there.
@@ -2546,6 +2635,11 @@ def load_proto(path: str | os.PathLike[str],
 def _read_proto(path: str | os.PathLike[str], include: Any) -> _ProtoFile:
     folders = [include] if isinstance(include, str | os.PathLike) else list(include)
     path = os.fspath(path)
+    if not os.path.exists(path):        # as protoc's -I: the file itself may be in a folder too
+        try:
+            return _ProtoLoader(folders).load(path)
+        except FileNotFoundError:
+            pass                        # the error of opening it says more
     return _ProtoLoader([*folders, os.path.dirname(path) or "."]).read(path)
 
 
@@ -2557,6 +2651,10 @@ def parse_proto(text: str) -> SimpleNamespace:
     Raises:
         SchemaError: line, column, and what was expected there.
     """
+    if not isinstance(text, str):
+        raise UsageError(f"parse_proto reads text, not {type(text).__name__}")
+    if text.endswith(".proto"):
+        raise UsageError(f"parse_proto reads text; load_proto({text!r}) reads a file")
     return _Namespace(_ProtoReader(text, "<text>", _ProtoLoader(()).load).read())
 
 
@@ -2719,8 +2817,8 @@ def _targets(cls: Any) -> list[Any]:
 def proto_text(*classes: type[Message] | type[enum.IntEnum]) -> str:
     """Return .proto text that declares *classes* and all that they refer to.
 
-    protoc accepts it, and ``parse_proto`` reads it back to the same text. Well-known types
-    are imported. Docstrings of messages become comments.
+    protoc accepts it, and ``parse_proto`` reads it back. All are declared in one package, that
+    of the first class; well-known types are imported. Docstrings of messages become comments.
 
     Raises:
         SchemaError: no .proto text can say it, such as an enum without 0.
@@ -2950,27 +3048,40 @@ def pack_moves_into(moves: Mapping[bytes, _Position], buffer: bytearray | memory
         BufferTooSmall: with ``needed``, before the first byte is written.
         UsageError: an id that is not 16 bytes, or a coordinate that is not a number.
     """
-    size = 4 + len(moves) * (40 if wide else 28)
-    if at < 0 or at + size > len(buffer):
-        raise BufferTooSmall(size, max(0, len(buffer) - at))
-    flat: list[Any] = []
+    with _room(4 + _count(moves) * (40 if wide else 28), buffer, at) as view:
+        try:
+            if not {*map(len, moves)} <= {16}:
+                raise ValueError            # struct would cut and fill
+            flat = [each for player, (x, y, z) in moves.items() for each in (player, x, y, z)]
+            struct.pack_into("<I", view, at, len(moves))
+            at += 4
+            for first in range(0, len(flat), 4 * _MOVES_AT_ONCE):
+                part = flat[first:first + 4 * _MOVES_AT_ONCE]
+                row = _moves_struct(len(part) // 4, wide)
+                row.pack_into(view, at, *part)
+                at += row.size
+            return at
+        except (struct.error, OverflowError, TypeError, ValueError):
+            raise _wrong_move(moves, wide) from None
+
+
+def _count(moves: Mapping[bytes, _Position]) -> int:
+    if not isinstance(moves, Mapping):
+        raise UsageError(f"moves are {{uuid16: (x, y, z)}}, not {type(moves).__name__}")
+    return len(moves)
+
+
+def _wrong_move(moves: Mapping[bytes, _Position], wide: bool) -> UsageError:
+    """Return an error that names the move which can't be packed."""
     for player, position in moves.items():
-        if len(player) != 16 or len(position) != 3:
-            raise UsageError(f"{player!r}: {position!r} must be 16 bytes and three numbers")
-        flat.append(player)
-        flat += position
-    step = 4 * _MOVES_AT_ONCE
-    try:
-        struct.pack_into("<I", buffer, at, len(moves))
-        at += 4
-        for first in range(0, len(flat), step):
-            part = flat[first:first + step]
-            row = _moves_struct(len(part) // 4, wide)
-            row.pack_into(buffer, at, *part)
-            at += row.size
-        return at
-    except (struct.error, OverflowError) as error:
-        raise UsageError(f"a position does not fit {'f64' if wide else 'f32'}: {error}") from None
+        try:
+            if len(player) != 16:
+                raise ValueError("the id has another length")
+            struct.pack("<16s3d" if wide else "<16s3f", player, *position)
+        except (struct.error, OverflowError, TypeError, ValueError) as error:
+            return UsageError(f"{player!r}: {position!r} must be 16 bytes (a uuid's .bytes) and "
+                              f"three numbers that fit {'f64' if wide else 'f32'}: {error}")
+    return UsageError("the moves changed meanwhile")
 
 
 def pack_moves(moves: Mapping[bytes, _Position], *, wide: bool = False) -> bytes:
@@ -2979,7 +3090,7 @@ def pack_moves(moves: Mapping[bytes, _Position], *, wide: bool = False) -> bytes
     Raises:
         UsageError: as there.
     """
-    block = bytearray(4 + len(moves) * (40 if wide else 28))
+    block = bytearray(4 + _count(moves) * (40 if wide else 28))
     pack_moves_into(moves, block, wide=wide)
     return bytes(block)
 
@@ -2990,12 +3101,14 @@ def unpack_moves(data: _Bytes, *, wide: bool = False) -> dict[bytes, _Position]:
     Raises:
         WireError: the length does not match the count.
     """
-    size = 40 if wide else 28
+    size, data = 40 if wide else 28, _view(data)
     count = int.from_bytes(data[:4], "little")
     if len(data) != 4 + count * size:
-        raise WireError(f"{len(data)} bytes can't hold {count} players", at=0)
+        other = ": it is a block of the other width" * (len(data) == 4 + count * (68 - size))
+        raise WireError(f"{len(data)} bytes can't hold a count of {count} and so many players"
+                        f"{other}", at=0)
     row = struct.Struct("<16sddd" if wide else "<16sfff")
-    return {player: (x, y, z) for player, x, y, z in row.iter_unpack(memoryview(data)[4:])}
+    return {player: (x, y, z) for player, x, y, z in row.iter_unpack(data[4:])}
 
 
 # =============================================================================
@@ -3115,6 +3228,8 @@ class BufferPool:
 
     def release(self, buffer: bytearray) -> None:
         """Give *buffer* back; one of another length than the classes' is forgotten."""
+        if type(buffer) is not bytearray:
+            raise UsageError(f"this pool lends bytearrays, not {type(buffer).__name__}")
         pool = self._classes.get(len(buffer))
         if pool is not None:
             pool.release(buffer)
@@ -4890,6 +5005,8 @@ def _accept_upgrade(request: Request, subprotocol: str) -> bytes:
 
 def encode_delimited(message: Message) -> bytes:
     """Return *message* with its length before it, as a varint; raises as ``encode`` does."""
+    if not isinstance(message, Message):
+        raise UsageError(f"encode_delimited takes a Message, not {type(message).__name__}")
     parts, size = message._parts()
     return b"".join((_varint(size), *parts))
 
@@ -4898,62 +5015,95 @@ class DelimitedReader(Generic[_M]):
     """Cut a stream of length-prefixed messages, however its bytes are split.
 
     A length over *max_bytes* is refused before any of its message is stored. What came
-    before a fault is returned first; the next ``feed`` raises, and so does each after it.
+    before a fault is returned first; the next ``feed`` raises, and so do all after it and
+    ``close``, which one calls when the stream ends. ``position`` is where in the stream the
+    last whole message ended: a file that was cut short can be truncated there.
 
     >>> class Note(Message):
     ...     text: str = field(1, "string")
     >>> reader = DelimitedReader(Note, max_bytes=100)
     >>> [reader.feed(bytes((byte,))) for byte in encode_delimited(Note(text="hi"))]
     [[], [], [], [], [Note(text='hi')]]
+    >>> reader.close(), reader.position
+    (None, 5)
     """
 
-    __slots__ = ("_cls", "_max_bytes", "_buffer", "_need", "_fault")
+    __slots__ = ("_cls", "_max_bytes", "_buffer", "_need", "_fault", "position", "pending")
 
     def __init__(self, cls: type[_M], max_bytes: int = 1 << 20) -> None:
+        if not (isinstance(cls, type) and issubclass(cls, Message)):
+            raise UsageError(f"DelimitedReader reads a class of messages, not {cls!r}")
         self._cls = cls
         self._max_bytes = max_bytes
         self._buffer = bytearray()
-        self._need = 1                  # nothing can be done with fewer bytes
-        self._fault: PeerError | None = None
-
-    @property
-    def pending(self) -> int:
-        """How many bytes of an unfinished message are here: not 0 at the end, it was cut."""
-        return len(self._buffer)
+        self._need = 1                  # so many bytes are wanted in the buffer
+        self._fault: tuple[type[PeerError], str] | None = None
+        self.position = 0
+        self.pending = 0                # bytes after position, kept or not
 
     def feed(self, data: _Bytes) -> list[_M]:
         """Return the messages that *data* completes.
 
         Raises:
             TooBig: a length passes the limit.
-            WireError: a length or a message is malformed.
+            WireError: a length or a message is malformed; says where in the stream.
         """
         messages: list[_M] = []
-        if self._fault is None:
-            self._buffer += data
-            if len(self._buffer) < self._need:
-                return messages
-            try:
-                self._cut(messages)
-            except PeerError as fault:
-                self._fault, self._buffer = fault, bytearray()
-        if self._fault is not None and not messages:
-            raise self._fault
+        with _view(data) as view:
+            self.pending += len(view)
+            if self._fault is None:
+                try:
+                    self._take(view, messages)
+                except PeerError as fault:
+                    self._fault = type(fault), str(fault)
+                    self._buffer = bytearray()
+        if not messages:
+            self._raise_fault()
         return messages
 
-    def _cut(self, messages: list[_M]) -> None:
-        at, end = 0, len(self._buffer)
-        with memoryview(self._buffer) as view:
+    def close(self) -> None:
+        """Say that the stream has ended.
+
+        Raises:
+            WireError: within a message; or the fault that ``feed`` has still to raise.
+        """
+        self._raise_fault()
+        if self.pending:
+            raise WireError(f"the stream ends {self.pending} bytes into the message at byte "
+                            f"{self.position}")
+
+    def _raise_fault(self) -> None:
+        if self._fault is not None:     # a new one each time: a kept one would keep its frames
+            error, text = self._fault
+            raise error(f"{text}, in the message at byte {self.position} of the stream")
+
+    def _take(self, view: memoryview, messages: list[_M]) -> None:
+        at = 0
+        while self._buffer and at < len(view):      # finish what is under way
+            stop = at + self._need - len(self._buffer)
+            self._buffer += view[at:stop]
+            at = min(stop, len(view))
+            if len(self._buffer) >= self._need:
+                del self._buffer[:self._cut(memoryview(self._buffer), messages)]
+        if not self._buffer:
+            at += self._cut(view[at:], messages)
+            self._buffer += view[at:]
+
+    def _cut(self, view: memoryview, messages: list[_M]) -> int:
+        """Decode the whole messages in *view* and return where they end."""
+        at = 0
+        with view:
             while True:
                 size, start = _delimiter(view[at:at + 5])
                 if size > self._max_bytes:
                     raise TooBig(f"a message of {size} bytes; the limit is {self._max_bytes}")
-                self._need = start + size or 1
-                if not start or at + self._need > end:
-                    break
+                self._need = start + size if start else len(view) - at + 1
+                if at + self._need > len(view):
+                    return at
                 messages.append(self._cls.decode(bytes(view[at + start:at + self._need])))
                 at += self._need
-        del self._buffer[:at]
+                self.position += self._need
+                self.pending -= self._need
 
 
 def _delimiter(head: _Bytes) -> tuple[int, int]:
@@ -7980,16 +8130,23 @@ def _find_engine(module: ModuleType, target: str) -> Engine:
 
 
 def _print_proto(args: argparse.Namespace) -> int:
-    """Print the built-in schema, or files as ``proto_text`` writes them."""
+    """Print the built-in schema, or files in one form; with --check only what is wrong."""
     if not args.files:
         print("builtin.proto: ok\n" if args.check else builtin_proto(), end="")
+    wrong = 0
     for path in args.files:
-        file = _read_proto(path, args.include)
+        try:
+            file = _read_proto(path, args.include)
+        except SchemaError as error:
+            print(f"horizon_lite: {error}", file=sys.stderr)
+            wrong = 2
+            continue
         if args.check:
-            print(f"{path}: ok, {len(file.types)} types, {len(file.services)} services")
+            print(f"{path}: ok, {len(file.types)} top-level types"
+                  f"{''.join(f', service {name}' for name in file.services)}")
         else:
             print(_file_text(file), end="" if path == args.files[-1] else "\n")
-    return 0
+    return wrong
 
 
 # -- the load test --

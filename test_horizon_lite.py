@@ -8,6 +8,7 @@ Random tests print their seed when they fail; HORIZON_SEED=n repeats one.
 
 from __future__ import annotations
 
+import array
 import ast
 import asyncio
 import contextlib
@@ -36,6 +37,7 @@ import time
 import timeit
 import tracemalloc
 import urllib.request
+import uuid
 from pathlib import Path
 
 import pytest
@@ -925,8 +927,8 @@ def test_a_cycle_is_an_error_and_not_a_crash():
 
 
 @pytest.mark.parametrize("data, at", [
-    ("09 00 00", 3), ("72 05 61", 2), ("00 01", 1), ("0e", 1), ("07 00", 1), ("72 02 ff 61", 2),
-    ("18 80 80 80 80 80 80 80 80 80 80 01", None), ("a2 01 03 80 80 80", None), ("0c", 1),
+    ("09 00 00", 3), ("72 05 61", 2), ("00 01", 0), ("0e", 0), ("07 00", 0), ("72 02 ff 61", 2),
+    ("18 80 80 80 80 80 80 80 80 80 80 01", None), ("a2 01 03 80 80 80", None), ("0c", 0),
     ("1b 08 01", None), ("8a 01 03 09 00 00 00 00", None), ("72 ff ff ff ff 0f", None),
     ("a2 01 05 01", None), ("b2 01 07 00 00 00 00 00 00 00", None),
 ])
@@ -1042,6 +1044,164 @@ def test_a_user_may_add_methods_and_a_constructor():
     assert Named(1.0).encode() == b"mine" + Point(1.0).encode() and Named(2.0) != Point(2.0)
     with pytest.raises(TypeError, match="Shot.__init__"):
         Shot(speed=1)
+
+
+class Lists(hl.Message):
+    sints: list[int] = hl.field(1, "sint32", repeated=True)
+    bools: list[bool] = hl.field(2, "bool", repeated=True)
+    floats: list[float] = hl.field(3, "float", repeated=True)
+    items: dict[int, Vec3] = hl.field(4, map=("int32", Vec3))
+    color: int = hl.field(5, Kind)
+
+
+@pytest.mark.parametrize("values, words", [
+    ({"sints": [1, "2"]}, "Lists.sints: '2' is not of type sint32"), ({"sints": [1 << 40]}, "Lists.sints: 1099511627776 is out of range"),
+    ({"bools": [True, None]}, "Lists.bools: None is not of type bool"), ({"floats": [1.0, "x"]}, "Lists.floats: 'x' is not of type float"),
+    ({"items": {1: None}}, "Lists.items.value: None is not of type Vec3"), ({"color": "ONE"}, "Lists.color: 'ONE' is not of type Kind: NONE, ONE, LOW"),
+    ({"items": {1: type(hl.Message)("Vec3", (hl.Message,), {"x": hl.field(1, "double")})()}}, "but of another class of that name"),
+])
+def test_a_wrong_value_in_a_container_is_named_by_every_way_to_write(values, words):
+    message = Lists(**values)
+    for act in (message.encode, message.byte_size, lambda: message.append_to(bytearray()), lambda: message.encode_into(bytearray(99))):
+        with pytest.raises(hl.UsageError, match=re.escape(words)):
+            act()
+
+
+def test_buffers_are_what_they_should_be():
+    with pytest.raises(hl.UsageError, match="grows a bytearray, not bytes"):
+        Vec3(x=1.0).append_to(b"")
+    with pytest.raises(hl.UsageError, match="at is -2"):
+        Vec3(x=1.0).encode_into(bytearray(20), -2)
+    with pytest.raises(hl.UsageError, match="bytes can't be written to"):
+        Vec3(x=1.0).encode_into(b"x" * 20)
+    for wide in (memoryview(bytearray(64)).cast("i"), array.array("I", [0] * 16), memoryview(bytearray(64)).cast("B", (8, 8))):
+        assert Vec3(x=1.0).encode_into(wide, 3) == 12 and bytes(wide)[3:12] == Vec3(x=1.0).encode()
+        with pytest.raises(hl.BufferTooSmall, match="9 bytes needed, 4 given"):
+            Vec3(x=1.0).encode_into(wide, 60)
+    buffer = bytearray(b"\x12\x05ab")
+    for act in (Everything.decode, Everything().decode_from):
+        try:
+            act(buffer)
+        except hl.WireError as error:
+            kept = error
+            buffer += b"x"          # nothing of it is held by the error's traceback
+            assert kept.at is not None
+
+
+def test_what_is_unknown_or_wrong_shows():
+    assert repr(Vec3.decode(b"\x40\1")) == "Vec3(<2 bytes of unknown fields>)" and repr(Vec3(x=None)) == "Vec3(x=None)"
+    for declare in (lambda: type(hl.Message)("M", (hl.Message,), {"a": hl.field(1, "int32", oneof="a")}),
+                    lambda: type(hl.Message)("M", (hl.Message,), {"a": hl.field(1, hl.Message)})()):
+        with pytest.raises(hl.SchemaError):
+            declare()
+    with pytest.raises(hl.SchemaError, match="did you mean 'string'"):
+        type(hl.Message)("M", (hl.Message,), {"a": hl.field(1, str)})()
+    with pytest.raises(hl.UsageError, match="takes a dict"):
+        Vec3.from_dict([1])
+
+
+def test_maps_come_back_from_json_with_their_kinds_of_keys():
+    message = Everything(m_int={-1: Vec3(x=1.0)}, m_bool={True: b"", False: b""}, m_string={"1": 1})
+    plain = json.loads(json.dumps({**message.to_dict(), "m_bool": {}}))
+    assert Everything.from_dict(plain).m_int == message.m_int and Everything.from_dict(plain).m_string == {"1": 1}
+    assert Everything.from_dict({"m_bool": {"true": b"t", "false": b"f"}}).m_bool == {True: b"t", False: b"f"}
+    with pytest.raises(hl.UsageError):
+        Everything.from_dict({"m_int": {"x": {}}})
+
+
+def test_a_class_may_be_used_first_by_several_threads_at_once():
+    for number in range(10):
+        cls = type(hl.Message)(f"C{number}", (hl.Message,), {f"f{n}": hl.field(n, "int32") for n in range(1, 60)})
+        wrong, ready = [], threading.Barrier(4)
+
+        def work(cls=cls, wrong=wrong, ready=ready):
+            ready.wait()
+            try:
+                for _ in range(50):
+                    assert cls.decode(cls(f1=1).encode()).f1 == 1
+            except Exception as error:
+                wrong.append(error)
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+        assert wrong == []
+
+
+def test_many_merges_with_unknown_fields_take_linear_time():
+    class Outer(hl.Message):
+        inner = hl.field(1, Vec3)
+        one = hl.field(2, Vec3, oneof="o")
+    for piece in (b"\x0a\x02\x18\x01", b"\x12\x02\x18\x01"):
+        began = time.process_time()
+        message = Outer.decode(piece * 300_000)
+        assert time.process_time() - began < 2.0 and len((message.inner or message.one)._unknown) == 600_000
+        assert Outer.decode(message.encode()) == message
+
+
+class Needy(hl.Message):
+    x: int = hl.field(1, "int32")
+    more: dict[int, Needy] = hl.field(2, map=("int32", "Needy"))
+
+    def __init__(self, x):
+        super().__init__(x=x)
+
+    def clear(self):
+        super().clear()
+
+
+class Around:
+    class Vec3(hl.Message):
+        kid = hl.field(1, "Vec3")
+        kids = hl.field(2, map=("string", "Vec3"))
+
+
+def test_constructors_and_names_of_users_are_respected():
+    assert Needy.decode(b"\x12\x02\x08\x01").more == {1: Needy(0)} and Needy.from_dict({"x": 1, "more": {"2": {"x": 5}}}).more[2].x == 5
+    message = Needy(3)
+    message.clear()
+    assert message == Needy(0)
+    message.decode_from(Needy(7).encode())
+    assert message.x == 7
+    inner = Around.Vec3.decode(b"\x0a\x00\x12\x03\x0a\x01k")
+    assert type(inner.kid) is type(inner.kids["k"]) is Around.Vec3 and inner.encode() == b"\x0a\x00\x12\x05\x0a\x01k\x12\x00"
+
+    class Local(hl.Message):
+        kids = hl.field(1, map=("string", "Local"))
+    assert Local(kids={"a": Local()}).encode() == b"\x0a\x05\x0a\x01a\x12\x00"
+
+    class Base(hl.Message):
+        def hello(self):
+            return "hello"
+    assert Base() == Base.decode(b"") and Base.decode(b"\x08\1").encode() == b"\x08\1"
+
+    class Derived(Base):
+        x = hl.field(1, "int32")
+    assert Derived(x=1) == Derived.decode(b"\x08\1") and Derived().hello() == "hello"
+    with pytest.raises(hl.UsageError, match="derive a class from it"):
+        hl.Message()
+
+
+@pytest.mark.parametrize("values", [{"f_int32": 0.0}, {"f_bool": 0.0}, {"f_sint64": 0j}, {"f_uint64": None}, {"f_enum": ""},
+                                    {"f_fixed32": 0.0}, {"f_string": b""}, {"f_string": 0}, {"f_bytes": ""}, {"f_double": ""}])
+def test_a_nothing_of_another_type_is_wrong_as_well(values):
+    with pytest.raises(hl.UsageError, match=f"Everything.{next(iter(values))}"):
+        Everything(**values).encode()
+
+
+def test_odd_names_and_many_fields_are_no_trouble():
+    odd = type(hl.Message)("We'ird {x}", (hl.Message,), {"v": hl.field(1, Vec3), "w": hl.field(2, Vec3, oneof="o")})
+    message = odd(v=Vec3(x=1.0), w=Vec3())
+    assert odd.decode(message.encode()) == message
+    big = type(hl.Message)("Big", (hl.Message,), {f"f{n}": hl.field(n, "int32") for n in range(1, 4001)})
+    assert big.decode(big(f4000=5).encode()).f4000 == 5
+    shared = hl.field(1, "int32")
+    type(hl.Message)("A", (hl.Message,), {"x": shared})
+    with pytest.raises(hl.SchemaError, match="call field"):
+        type(hl.Message)("B", (hl.Message,), {"y": shared})
+    with pytest.raises(hl.SchemaError, match="ASCII"):
+        hl.field(1, "int32", oneof="\ufb01")
 
 
 def test_a_field_may_not_be_called_like_a_method():
@@ -1214,7 +1374,7 @@ def test_nesting_may_go_a_hundred_deep_both_ways():
 def test_the_generated_text_is_there_before_the_first_use():
     class Unused(hl.Message):
         x: int = hl.field(1, "int32")
-    assert list(Unused.__source__) == ["__init__", "clear", "_put", "_load"]
+    assert list(Unused.__source__) == ["_put", "clear", "_load", "__init__"]
     assert all(text.startswith(f"def {name}(") for name, text in Unused.__source__.items())
 
 
@@ -1303,14 +1463,18 @@ def test_nested_types_comments_options_and_keywords():
     ("message M { extensions 100 to 200; }", "'extensions' is proto2"),
     ("message M {} extend M { int32 a = 1; }", "1:14: 'extend' is not supported: options need no"),
     ("message M { string a = 1 [packed = true]; }", "only repeated numbers, bools and enums can be packed"),
+    ("message M { google.protobuf.Any a = 1; }", 'here; add: import "google/protobuf/any.proto";'),
+    ("message M { strin a = 1; }", "did you mean 'string'?"), ("package p; message M { V a = 1; message A { message V {} } }", "did you mean 'p.M.A.V'"),
+    ('import "google/protobuf/any.proto"; import "google/protobuf/any.proto";', "is imported twice"),
+    ('message M { reserved "a", "a"; }', "'a' is reserved already"), ("message M { reserved -1; }", "are no field numbers"),
     ("message M { M2 a = 1; } message M22 {}", "1:13: there is no type 'M2' here; did you mean 'M22'?"),
     ("message M { map<string, N> a = 1; }", "1:25: there is no type 'N' here"),
     ("enum E { A = 0; } service S { rpc R (E) returns (E); }", "1:38: there is no message 'E' here"),
-    ('import "nowhere.proto";', "1:8: there is no file 'nowhere.proto' in a text"),
+    ('import "nowhere.proto";', "1:8: 'nowhere.proto' can't be imported by a text: load_proto(path, include=...) finds files"),
     ('import "../up.proto";', "must be relative, with single slashes and no '..'"),
     ("message M { int32 a = 089; }", "expected a field's number, got '089'"),
-    ("message M { int32 a = 1a; }", "1:23: unexpected '1'"), ("/* no end", "1:1: unexpected '/*'"),
-    ('option a = "\\q";', "1:12: invalid escape \\q"), ('option a = "no end;', "1:12: unexpected '\"'"),
+    ("message M { int32 a = 1a; }", "1:23: unexpected '1'"), ("/* no end", "1:1: this comment is not closed"),
+    ('option a = "\\q";', "1:12: invalid escape \\q"), ('option a = "no end;', "1:12: this text is not closed"),
     ("option a = { b: [1, 2 };", "1:23: unexpected '}'"), ("option a = { b", "1:15: expected '}'"),
     ("message M {" * 40, "messages nested deeper than 32"), ("message \u00e9 {}", "unexpected"),
 ])
@@ -1418,6 +1582,12 @@ def test_what_real_files_have_is_read(zoo):
     assert [field.name for field in twice.M._fields] == ["class__", "class_"] and list(twice.E.__members__) == ["None__", "None_"]
     assert cage.Size.BIG == 16 and cage.Size.TINY is cage.Size.SMALL and lock.State.SHUT == 1
     stamp = cage._fields[7].target
+    assert schema.google.protobuf.Timestamp is stamp and schema.zoo.base.Thing and schema.zoo.animals.Cage is cage
+    with pytest.raises(AttributeError, match="there is no type or package 'zoo.animals.Cags'; did you mean 'zoo.animals.Cage'"):
+        schema.zoo.animals.Cags
+    assert "Cage" in repr(schema) and "sub" not in dir(schema)
+    assert hl.load_proto("google/protobuf/timestamp.proto").Timestamp is stamp
+    assert hl.load_proto("more.proto", include=[zoo / "nowhere", zoo / "sub"]).Extra
     message = cage(locks={"a": lock(code=5)}, animal=schema.Animal(optional=3), mine=cage.Animal(legs=4), encode_=1, x_=2,
                    at=stamp(seconds=1), states=[1, 0, 7], maybe=0, loose=[-1], outer=schema.Animal(string="s"))
     assert cage.decode(message.encode()) == message and message.which("what") == "animal"
@@ -1514,6 +1684,9 @@ def test_imports_are_looked_for_in_order_and_may_not_lead_back(tmp_path):
             hl.load_proto(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         hl.load_proto(tmp_path / "nothing.proto")
+    for text in (b"", "chat.proto"):
+        with pytest.raises(hl.UsageError, match="parse_proto reads text"):
+            hl.parse_proto(text)
 
 
 class Fleet(hl.Message):
@@ -1643,16 +1816,20 @@ def test_packed_movement_goes_into_a_callers_buffer():
         assert hl.unpack_moves(memoryview(buffer)[10:], wide=wide) == moves
         assert hl.pack_moves_into(moves, memoryview(buffer), 0, wide=wide) == end - 10
         untouched = bytes(buffer)
-        for at in (11, -1):
-            with pytest.raises(hl.BufferTooSmall) as caught:
-                hl.pack_moves_into(moves, buffer, at, wide=wide)
-            assert caught.value.needed == 4 + 700 * size and buffer == untouched
+        with pytest.raises(hl.BufferTooSmall) as caught:
+            hl.pack_moves_into(moves, buffer, 11, wide=wide)
+        with pytest.raises(hl.UsageError, match="at is -1"):
+            hl.pack_moves_into(moves, buffer, -1, wide=wide)
+        assert caught.value.needed == 4 + 700 * size and buffer == untouched
 
 
 def test_packed_movement_refuses_what_does_not_fit():
-    for moves in ({b"short": (0, 0, 0)}, {b"a" * 16: (1e300, 0, 0)}, {b"a" * 16: ("x", 0, 0)}, {b"a" * 16: (0, 0)}):
-        with pytest.raises(hl.UsageError):
+    for moves in ({b"short": (0, 0, 0)}, {b"a" * 16: (1e300, 0, 0)}, {b"a" * 16: ("x", 0, 0)}, {b"a" * 16: (0, 0)},
+                  {b"a" * 16: None}, {b"b" * 16: (0, 0, 0), uuid.UUID(int=5): (0, 0, 0)}, {b"a" * 16: (0, 0, 0, 0)}, [], None):
+        with pytest.raises(hl.UsageError, match="16 bytes .a uuid's .bytes. and three numbers|moves are"):
             hl.pack_moves(moves)
+    with pytest.raises(hl.WireError, match="of the other width"):
+        hl.unpack_moves(hl.pack_moves({b"a" * 16: (1, 2, 3)}), wide=True)
     for data in (b"", b"\1\0\0\0", b"\xff\xff\xff\xff" + b"x" * 28, hl.pack_moves({b"a" * 16: (1, 2, 3)}) + b"x"):
         with pytest.raises(hl.WireError):
             hl.unpack_moves(data)
@@ -1702,6 +1879,8 @@ def test_buffers_come_in_two_classes_and_oversize_ones_are_let_go():
     with pytest.raises(hl.StateError, match="twice"):
         pool.release(large)
         pool.release(large)
+    with pytest.raises(hl.UsageError, match="lends bytearrays, not bytes"):
+        pool.release(b"x" * 512)
 
 
 # =============================================================================
@@ -2514,10 +2693,28 @@ def test_a_bad_delimited_stream_is_refused_before_it_is_stored(data, error):
     reader = hl.DelimitedReader(Tree, max_bytes=100)
     good = hl.encode_delimited(Tree(name="good"))
     assert reader.feed(good + data) == [Tree(name="good")]      # first what came before
-    for more in (b"", b"x" * 100_000):
-        with pytest.raises(error):
+    tracemalloc.start()
+    for more in (b"", *[b"x" * 100_000] * 50):
+        with pytest.raises(error, match=f"in the message at byte {len(good)} of the stream"):
             reader.feed(more)
-    assert reader.pending == 0
+    with pytest.raises(error):
+        reader.close()
+    assert reader.position == len(good) and reader.pending == len(data) + 5_000_000
+    assert tracemalloc.get_traced_memory()[0] < 1_000_000
+    tracemalloc.stop()
+
+
+def test_a_stream_that_ends_inside_a_message_is_noticed_and_can_be_cut_there():
+    data = b"".join(hl.encode_delimited(Tree(name=name)) for name in "abc")
+    reader = hl.DelimitedReader(Tree)
+    assert len(reader.feed(data[:-2])) == 2 and reader.position == 8 and reader.pending == 2
+    with pytest.raises(hl.WireError, match="the stream ends 2 bytes into the message at byte 8"):
+        reader.close()
+    whole = hl.DelimitedReader(Tree)
+    assert len(whole.feed(data)) == 3 and whole.close() is None
+    for wrong in (lambda: hl.DelimitedReader("Tree"), lambda: hl.encode_delimited("x")):
+        with pytest.raises(hl.UsageError):
+            wrong()
 
 
 def test_a_large_delimited_message_in_small_pieces_takes_linear_time():
@@ -4021,7 +4218,7 @@ def test_the_page_lives_in_a_real_browser(chromium):
         _, url = server.enter_context(program("--port", str(port)))
         one, two = Tab(chromium, url), Tab(chromium, url)
         for tab in (one, two):
-            tab.wait("document.querySelector('#status').textContent === 'connected'")
+            tab.wait("document.querySelector('#status')?.textContent === 'connected'")
             tab.wait("players.size === 102")            # 100 walkers and two windows
         before = one.eval("JSON.stringify([...players])")
         one.wait(f"JSON.stringify([...players]) !== {json.dumps(before)}")
@@ -4068,7 +4265,7 @@ def test_the_page_lives_in_a_real_browser(chromium):
             assert tab.eval("document.querySelector('#text').value") == "kept"
         with program("--port", str(port)):
             for tab in (one, two):
-                tab.wait("document.querySelector('#status').textContent === 'connected' && players.size === 102", 30)
+                tab.wait("document.querySelector('#status')?.textContent === 'connected' && players.size === 102", 30)
             assert one.errors == two.errors == []
 
 
