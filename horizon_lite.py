@@ -3036,44 +3036,59 @@ def _moves_struct(count: int, wide: bool) -> struct.Struct:
     return struct.Struct("<" + ("16sddd" if wide else "16sfff") * count)
 
 
+def _rows(moves: Mapping[bytes, _Position],
+          wide: bool) -> Iterator[tuple[struct.Struct, list[Any]]]:
+    """Yield what is to be packed, 512 players at a time."""
+    flat: list[Any] = []
+    for player, position in moves.items():
+        flat.append(player)
+        flat += position
+    if not {*map(len, moves)} <= {16} or len(flat) != 4 * len(moves):
+        raise ValueError                # struct would cut and fill
+    for first in range(0, len(flat), 4 * _MOVES_AT_ONCE):
+        part = flat[first:first + 4 * _MOVES_AT_ONCE]
+        yield _moves_struct(len(part) // 4, wide), part
+
+
+def pack_moves(moves: Mapping[bytes, _Position], *, wide: bool = False) -> bytes:
+    """Return one block of positions: ``u32 count``, then ``uuid16 x y z`` a player.
+
+    *moves* maps 16-byte ids to coordinates; *wide* writes them as f64 instead of f32.
+    Little-endian (DESIGN 3, Packed movement; seed 000 item 8). Cost: a struct call per 512.
+
+    Raises:
+        UsageError: an id that is not 16 bytes, or a position that is not three numbers.
+    """
+    try:
+        return b"".join([len(moves).to_bytes(4, "little"),
+                         *(row.pack(*part) for row, part in _rows(moves, wide))])
+    except (AttributeError, struct.error, OverflowError, TypeError, ValueError):
+        raise _wrong_move(moves, wide) from None
+
+
 def pack_moves_into(moves: Mapping[bytes, _Position], buffer: bytearray | memoryview, at: int = 0,
                     *, wide: bool = False) -> int:
-    """Write one block of positions into *buffer* from *at* and return its end.
-
-    A block is ``u32 count``, then ``uuid16 x y z`` a player, little-endian. *moves* maps
-    16-byte ids to coordinates; *wide* writes them as f64 instead of f32 (DESIGN 3, Packed
-    movement; seed 000 item 8). Cost: a struct call per 512 players.
+    """Write what ``pack_moves`` returns into *buffer* from *at* and return its end.
 
     Raises:
         BufferTooSmall: with ``needed``, before the first byte is written.
-        UsageError: an id that is not 16 bytes, or a coordinate that is not a number.
+        UsageError: as there.
     """
-    with _room(4 + _count(moves) * (40 if wide else 28), buffer, at) as view:
+    with _room(4 + len(moves) * (40 if wide else 28), buffer, at) as view:
         try:
-            if not {*map(len, moves)} <= {16}:
-                raise ValueError            # struct would cut and fill
-            flat = [each for player, (x, y, z) in moves.items() for each in (player, x, y, z)]
             struct.pack_into("<I", view, at, len(moves))
             at += 4
-            for first in range(0, len(flat), 4 * _MOVES_AT_ONCE):
-                part = flat[first:first + 4 * _MOVES_AT_ONCE]
-                row = _moves_struct(len(part) // 4, wide)
+            for row, part in _rows(moves, wide):
                 row.pack_into(view, at, *part)
                 at += row.size
             return at
-        except (struct.error, OverflowError, TypeError, ValueError):
+        except (AttributeError, struct.error, OverflowError, TypeError, ValueError):
             raise _wrong_move(moves, wide) from None
 
 
-def _count(moves: Mapping[bytes, _Position]) -> int:
-    if not isinstance(moves, Mapping):
-        raise UsageError(f"moves are {{uuid16: (x, y, z)}}, not {type(moves).__name__}")
-    return len(moves)
-
-
-def _wrong_move(moves: Mapping[bytes, _Position], wide: bool) -> UsageError:
+def _wrong_move(moves: Any, wide: bool) -> UsageError:
     """Return an error that names the move which can't be packed."""
-    for player, position in moves.items():
+    for player, position in moves.items() if isinstance(moves, Mapping) else ():
         try:
             if len(player) != 16:
                 raise ValueError("the id has another length")
@@ -3081,18 +3096,7 @@ def _wrong_move(moves: Mapping[bytes, _Position], wide: bool) -> UsageError:
         except (struct.error, OverflowError, TypeError, ValueError) as error:
             return UsageError(f"{player!r}: {position!r} must be 16 bytes (a uuid's .bytes) and "
                               f"three numbers that fit {'f64' if wide else 'f32'}: {error}")
-    return UsageError("the moves changed meanwhile")
-
-
-def pack_moves(moves: Mapping[bytes, _Position], *, wide: bool = False) -> bytes:
-    """Return what ``pack_moves_into`` writes.
-
-    Raises:
-        UsageError: as there.
-    """
-    block = bytearray(4 + _count(moves) * (40 if wide else 28))
-    pack_moves_into(moves, block, wide=wide)
-    return bytes(block)
+    return UsageError(f"moves are {{uuid16: (x, y, z)}}, not {type(moves).__name__}")
 
 
 def unpack_moves(data: _Bytes, *, wide: bool = False) -> dict[bytes, _Position]:
