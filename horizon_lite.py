@@ -1926,7 +1926,7 @@ def _room(size: int, buffer: bytearray | memoryview, at: int) -> memoryview:
 _TOKEN = re.compile(r"""
     (?P<blank>\s+|//[^\n]*|/\*.*?\*/|\A\ufeff)
   | (?P<word>[A-Za-z_]\w*)
-  | (?P<number>(?:0[xX][\da-fA-F]+|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?[fF]?)(?![\w.]))
+  | (?P<number>(?>0[xX][\da-fA-F]+|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?[fF]?)(?![\w.]))
   | (?P<text>"(?:[^"\\\n]|\\[^\n])*"|'(?:[^'\\\n]|\\[^\n])*')
   | (?P<bad>/\*|["'\d\\`]|[^\x00-\x7f])
   | (?P<sign>[^\s\w])
@@ -1956,6 +1956,7 @@ def _attribute(name: str, taken: Callable[[str], bool], *others: Container[str])
     """Return the attribute for a name of .proto text: itself, or with underscores after it."""
     if taken(name):
         name = name.lstrip("_") + "_"
+        name = name if name[0].isalpha() else "f" + name        # it was _ or _1
         while taken(name) or any(name in each for each in others):
             name += "_"
     return name
@@ -1977,7 +1978,7 @@ def _find_type(known: Mapping[str, Any], name: str, scope: str) -> Any:
     first, dot, _ = name.partition(".")
     while True:
         found = known.get(f"{scope}.{first}".lstrip("."))
-        if dot and (found is _PACKAGE or _is_message_class(found)):
+        if dot and (found is _PACKAGE or isinstance(found, type)):
             return known.get(f"{scope}.{name}".lstrip("."))         # protoc looks no further
         if not dot and isinstance(found, type):
             return found
@@ -2078,6 +2079,8 @@ class _ProtoReader:
     def _integer(self, wanted: str = "an integer") -> int:
         sign = -1 if self._accept("-") else 1
         token = self._peek()
+        if len(token) > 24:
+            raise self._fail(f"{token[:20]}... is too large")
         try:
             number = int(token, 8 if token[:1] == "0" and token.isdigit() else 0)
         except ValueError:
@@ -2171,7 +2174,8 @@ class _ProtoReader:
         if self._accept("syntax"):
             self._expect("=")
             if (syntax := self._string('"proto3"')) != "proto3":
-                raise self._fail(f"syntax {syntax!r} {_PROTO2}", self._at - 1)
+                why = _PROTO2 if syntax == "proto2" else "is unknown; say \"proto3\""
+                raise self._fail(f"syntax {syntax!r} {why}", self._at - 1)
             self._expect(";")
 
     def _import(self, scope: str, depth: int) -> None:
@@ -2196,7 +2200,9 @@ class _ProtoReader:
         at = self._at
         if scope or self._file.types:
             raise self._fail("package comes once, and before all types", at - 1)
-        self._file.package = self._path("a package's name").lstrip(".")
+        if self._peek() == ".":
+            raise self._expected("a package's name")
+        self._file.package = self._path("a package's name")
         self._expect(";")
         scope = ""
         for part in self._file.package.split("."):
@@ -2265,8 +2271,8 @@ class _ProtoReader:
 
     def _message(self, scope: str, depth: int) -> Any:
         at, name = self._at, self._word("a message's name")
-        if depth > _MAX_NESTED:
-            raise self._fail(f"messages nested deeper than {_MAX_NESTED}", at)
+        if depth >= _MAX_NESTED:
+            raise self._fail(f"messages nested {_MAX_NESTED} deep", at)
         body = _Body(self._define(scope, name, at))
         for _ in self._block():
             self._member(body, depth)
@@ -2314,6 +2320,8 @@ class _ProtoReader:
             if options:
                 raise self._fail("a map can't be repeated or optional", type_at)
             key = self._word("a map's key type")
+            if key not in _MAP_KEYS:
+                raise self._fail("a map's key is bool, string or any integer type", self._at - 1)
             self._expect(",")
             type_at, kind = self._at, self._path("a map's value type")
             self._expect(">")
@@ -2355,15 +2363,14 @@ class _ProtoReader:
                 high = top if self._accept("max") else self._integer()
             if low < 1 and top == _MAX_FIELD or high > top:
                 raise self._fail(f"{low} to {high} are no field numbers", at)
-            if low > high or any(low <= last and first <= high for first, last in body.reserved):
+            if low > high or body.is_reserved(low, high):
                 raise self._fail(f"{low} to {high} is backwards, or reserved already", at)
-            body.reserved.append((low, high))
+            bisect.insort(body.reserved, (low, high))
         self._expect(";")
 
     def _check_reserved(self, body: _Body) -> None:
         for each, at in body.fields:
-            if each.name in body.reserved_names or any(
-                    low <= each.number <= high for low, high in body.reserved):
+            if each.name in body.reserved_names or body.is_reserved(each.number, each.number):
                 raise self._fail(f"{each.name!r} or its number {each.number} is reserved", at)
 
     def _enum(self, scope: str, depth: int) -> Any:
@@ -2456,19 +2463,24 @@ class _Body:
         self.fields: list[tuple[_Field, int]] = []          # or an enum's values; and where
         self.nested: list[Any] = []
         self.numbers: dict[int, str] = {}
-        self.reserved: list[tuple[int, int]] = []
+        self.reserved: list[tuple[int, int]] = []           # ranges, in order
         self.reserved_names: list[str] = []
+
+    def is_reserved(self, low: int, high: int) -> bool:
+        """Whether any number of a range is reserved."""
+        at = bisect.bisect_right(self.reserved, (high, _MASK64))
+        return at > 0 and self.reserved[at - 1][1] >= low
 
     def _origin(self, file: _ProtoFile, names: dict[str, str], top: int) -> _Origin:
         ranges = [f"{low}" if low == high else f"{low} to {'max' if high == top else high}"
                   for low, high in self.reserved]
-        return _Origin(self.full, file.label, names, tuple(
-            ", ".join(each) for each in (ranges, [f'"{name}"' for name in self.reserved_names])
-            if each))
+        quoted = [json.dumps(name) for name in self.reserved_names]
+        return _Origin(self.full, file.label, names,
+                       tuple(", ".join(each) for each in (ranges, quoted) if each))
 
     def make_message(self, name: str, file: _ProtoFile) -> type[Message]:
         """Return the class: fields under names that Python can take, nested types inside."""
-        said = {each.name for each, _ in self.fields}
+        said = {each.name for each, _ in self.fields} | {each.__name__ for each in self.nested}
         namespace: dict[str, Any] = {"__module__": os.path.basename(file.label),
                                      "__qualname__": self.full.removeprefix(file.package + ".")}
         names = {}
@@ -2480,7 +2492,7 @@ class _Body:
         made._proto = self._origin(file, names, _MAX_FIELD)
         for each in self.nested:
             each._outer = made
-            setattr(made, _attribute(each.__name__, _is_taken, namespace), each)
+            setattr(made, _attribute(each.__name__, _is_taken, said, vars(made)), each)
         return cast("type[Message]", made)
 
     def make_enum(self, name: str, file: _ProtoFile) -> type[enum.IntEnum]:
@@ -2566,11 +2578,11 @@ class _ProtoLoader:
             raise FileNotFoundError("imports lead back to where they came from: "
                                     + " -> ".join(map(os.path.basename, [*self._open, key])))
         if key not in self._files:
-            try:
-                with open(full, encoding="utf-8") as file:
-                    text = file.read()
-            except UnicodeDecodeError as error:
-                raise SchemaError(f"{full}: not UTF-8 at byte {error.start}") from None
+            if len(self._open) > _MAX_DEPTH:
+                raise FileNotFoundError(f"imports nested deeper than {_MAX_DEPTH}")
+            # comments may hold any bytes, and lines end where protoc ends them
+            with open(full, encoding="utf-8", errors="surrogateescape", newline="") as file:
+                text = file.read()
             self._open.append(key)
             self._files[key] = _ProtoReader(text, full, self.load).read()
             self._open.pop()
@@ -2660,6 +2672,9 @@ def parse_proto(text: str) -> SimpleNamespace:
 
 # -- and back --
 
+_NO_TYPES = {*_KINDS, *_STATEMENTS, "map", "oneof", "optional", "repeated", "reserved"}
+
+
 class _ProtoWriter:
     """Write classes as .proto text; ``outside`` are those that other files declare."""
 
@@ -2722,15 +2737,17 @@ class _ProtoWriter:
             full = self._full_name(target)
             most = full.count(".")
         names = (".".join(full.split(".")[at:]) for at in range(most, -1, -1))
-        return next((each for each in names if _find_type(self._names, each, scope) is target),
-                    "." + full)
+        return next((each for each in names if each.partition(".")[0] not in _NO_TYPES
+                     and _find_type(self._names, each, scope) is target), "." + full)
 
     def _type(self, cls: Any, pad: str) -> None:
         full = self._full_name(cls)
         name, origin = full.rpartition(".")[2], _origin(cls)
         is_message = _is_message_class(cls)
         if is_message and (doc := vars(cls).get("__doc__")):
-            self._lines += [f"{pad}// {line.strip()}".rstrip() for line in doc.strip().splitlines()]
+            self._lines += [
+                f"{pad}// {''.join(filter(str.isprintable, line)).strip()}".rstrip()
+                for line in doc.strip().splitlines()]
         self._lines.append(f"{pad}{'message' if is_message else 'enum'} {name} {{")
         before = len(self._lines)
         self._lines += [f"{pad}  reserved {each};" for each in (origin.reserved if origin else ())]
@@ -2783,7 +2800,7 @@ class _ProtoWriter:
 
 
 def _origin(cls: Any) -> _Origin | None:
-    origin: _Origin | None = getattr(cls, "_proto", None)
+    origin: _Origin | None = vars(cls).get("_proto")        # not that of a base class
     return origin
 
 

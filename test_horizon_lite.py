@@ -1440,7 +1440,11 @@ def test_nested_types_comments_options_and_keywords():
     ("syntax", "1:7: expected '='"), ('edition = "2023";', "1:1: editions are not supported"),
     ("message M { int32 a = 0; }", "1:23: field number 0: use 1 to 536870911"),
     ("message M { int32 a = 19500; }", "1:23: field number 19500"),
-    ("message M { map<float, int32> a = 1; }", "a key is bool, string"),
+    ("message M { map<float, int32> a = 1; }", "1:17: a map's key is bool, string or any integer type"),
+    ("enum E { A = 0; B = 0x" + "F" * 6000 + "; }", "is too large"), ("package .a;", "1:9: expected a package's name"),
+    ("1" * 20000 + "x", "1:1: unexpected '1'"), ('syntax = "proto9";', "syntax 'proto9' is unknown"),
+    ("message a { message b {} } message M { enum a { X = 0; } a.b d = 1; }", "there is no type 'a.b'"),
+    ("message M { reserved 1 to 99999999999; }", "are no field numbers"),
     ("message M { int32 a = 1; string a = 2; }", "1:33: 'M.a' is declared twice"),
     ("message M { int32 a = 1; int32 b = 1; }", "1:36: number 1 is 'a' already"),
     ("message M {} enum M { A = 0; }", "1:19: 'M' is declared twice"),
@@ -1476,7 +1480,7 @@ def test_nested_types_comments_options_and_keywords():
     ("message M { int32 a = 1a; }", "1:23: unexpected '1'"), ("/* no end", "1:1: this comment is not closed"),
     ('option a = "\\q";', "1:12: invalid escape \\q"), ('option a = "no end;', "1:12: this text is not closed"),
     ("option a = { b: [1, 2 };", "1:23: unexpected '}'"), ("option a = { b", "1:15: expected '}'"),
-    ("message M {" * 40, "messages nested deeper than 32"), ("message \u00e9 {}", "unexpected"),
+    ("message M {" * 40, "messages nested 32 deep"), ("message \u00e9 {}", "unexpected"),
 ])
 def test_errors_in_proto_text_say_where(text, words):
     with pytest.raises(hl.SchemaError, match=re.escape(words)):
@@ -1668,18 +1672,20 @@ def test_imports_are_looked_for_in_order_and_may_not_lead_back(tmp_path):
             "other/b.proto": "message B { int32 other = 1; }", "loop.proto": 'import "pool.proto";', "pool.proto": 'import "loop.proto";',
             "hidden.proto": 'import "a.proto"; message H { B b = 1; }', "twice.proto": 'import "b.proto"; message B {}',
             "ext.proto": 'import "google/protobuf/descriptor.proto"; extend google.protobuf.FieldOptions { string x = 50000; }',
-            "latin.proto": "// \xe9", "deep.proto": 'import "gone.proto";', "deeper.proto": 'import "deep.proto";'}.items():
+            "latin.proto": "// \xe9\nmessage L {}", **{f"n{n}.proto": f'import "n{n + 1}.proto";' for n in range(300)}, "deep.proto": 'import "gone.proto";', "deeper.proto": 'import "deep.proto";'}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text, "latin-1")
     (tmp_path / "bom.proto").write_bytes(b"\xef\xbb\xbfmessage Bom {}")
-    assert hl.load_proto(tmp_path / "bom.proto").Bom
+    assert hl.load_proto(tmp_path / "bom.proto").Bom and hl.load_proto(tmp_path / "latin.proto").L
+    with pytest.raises(hl.SchemaError, match="imports nested deeper than 100"):
+        hl.load_proto(tmp_path / "n0.proto")
     assert hl.load_proto(tmp_path / "a.proto").A._prepare()._fields[0].target(mine=1)
     assert hl.load_proto(os.fspath(tmp_path / "a.proto"), include=tmp_path / "other").A._prepare()._fields[0].target(other=1)
     assert hl.load_proto(tmp_path / "a.proto", include=[os.fspath(tmp_path / "other")]).A
     for name, words in {
             "hidden.proto": "hidden.proto:1:31: there is no type 'B' here", "loop.proto": "imports lead back to where they came from",
             "twice.proto": "twice.proto:1:27: 'B' is declared twice", "ext.proto": "ext.proto:1:44: 'extend' is not supported",
-            "latin.proto": "not UTF-8 at byte 3", "deeper.proto": "deep.proto:1:8: there is no file 'gone.proto' in"}.items():
+            "deeper.proto": "deep.proto:1:8: there is no file 'gone.proto' in"}.items():
         with pytest.raises(hl.SchemaError, match=re.escape(words)):
             hl.load_proto(tmp_path / name)
     with pytest.raises(FileNotFoundError):
@@ -1687,6 +1693,47 @@ def test_imports_are_looked_for_in_order_and_may_not_lead_back(tmp_path):
     for text in (b"", "chat.proto"):
         with pytest.raises(hl.UsageError, match="parse_proto reads text"):
             hl.parse_proto(text)
+
+
+def test_names_that_python_can_not_take_stay_apart(google):
+    text = """syntax = "proto3"; message M {
+      int32 _ = 1; int32 __ = 2; int32 _1 = 3; int32 f1_ = 4; message class_ { int32 x = 1; } int32 class = 5; class_ c = 6;
+      message _a { int32 x = 1; } message a_ { int32 y = 1; } _a p = 7; a_ q = 8; message encode { } message encode_ { } .M.encode e = 9;
+      enum __b { _0 = 0; _2 = 1; } __b b = 10; reserved "a\\"b", "c\\\\"; }"""
+    schema = hl.parse_proto(text)
+    assert [field.name for field in schema.M._fields] == ["f_", "f__", "f1__", "f1_", "class__", "c", "p", "q", "e", "b"]
+    made = schema.M(class__=3, c=schema.M.class_(x=1), p=schema.M.a__(x=2), q=schema.M.a_(y=3), e=schema.M.encode__(), b=1, f_=1)
+    assert schema.M.decode(made.encode()) == made
+    again = hl.proto_text(schema.M)
+    assert hl.proto_text(hl.parse_proto(again).M) == again and "message _a {" in again and 'reserved "a\\"b", "c\\\\";' in again
+
+
+@pytest.mark.parametrize("name", ["string", "int32", "option", "message", "map", "repeated", "group", "oneof", "Plain"])
+def test_a_type_may_be_called_like_a_word_of_the_language(name, tmp_path):
+    word = type(hl.Message)(name, (hl.Message,), {"x": hl.field(1, "int32")})
+    user = type(hl.Message)("User", (hl.Message,), {"w": hl.field(1, word), "m": hl.field(2, map=("int32", word)), "o": hl.field(3, word, oneof="c")})
+    text = hl.proto_text(user)
+    theirs, _ = google_classes(tmp_path, text)
+    data = user(w=word(x=5), m={1: word(x=6)}, o=word()).encode()
+    assert theirs("User").FromString(data).w.x == 5 and hl.proto_text(hl.parse_proto(text).User) == text
+    assert hl.parse_proto(text).User.decode(data).encode() == data
+
+
+def test_subclasses_of_loaded_messages_are_written_too():
+    schema = hl.parse_proto("package p; message A { message B {} B b = 1; }")
+
+    class Sub(schema.A):
+        """With a control \0 character."""
+    assert "message Sub {" in hl.proto_text(Sub) and "message A {" in hl.proto_text(schema.A)
+
+
+def test_reading_takes_linear_time():
+    fields = "".join(f"repeated int32 f{n} = {n}; " for n in range(1, 6000))
+    reserved = ", ".join(str(n) for n in range(10_000, 18_000))
+    began = time.process_time()
+    made = hl.parse_proto(f"message M {{ {fields} reserved {reserved}; }}").M
+    assert made.decode(made(f5999=[1]).encode()).f5999 == [1]
+    assert time.process_time() - began < 10.0
 
 
 class Fleet(hl.Message):
