@@ -713,43 +713,38 @@ class _Kind(NamedTuple):
     form: str = ""                  # its letter in struct
 
 
-_RANGES = {"int32": (-1 << 31, (1 << 31) - 1), "int64": (-1 << 63, (1 << 63) - 1),
-           "uint32": (0, (1 << 32) - 1), "uint64": (0, _MASK64),
-           "sint32": (-1 << 31, (1 << 31) - 1), "sint64": (-1 << 63, (1 << 63) - 1)}
-_ALIKE = {"fixed32": "uint32", "fixed64": "uint64", "sfixed32": "int32", "sfixed64": "int64",
-          "enum": "int32"}          # which integers they hold
+_RANGES = {                         # of the integer types
+    **dict.fromkeys(("int32", "sint32", "sfixed32", "enum"), (-1 << 31, (1 << 31) - 1)),
+    **dict.fromkeys(("int64", "sint64", "sfixed64"), (-1 << 63, (1 << 63) - 1)),
+    **dict.fromkeys(("uint32", "fixed32"), (0, (1 << 32) - 1)),
+    **dict.fromkeys(("uint64", "fixed64"), (0, _MASK64)),
+}
 _FIXED = {"double": "d", "float": "f", "fixed64": "Q", "fixed32": "I", "sfixed64": "q",
           "sfixed32": "i"}
 
 
-def _checked(kind: str, value: Any) -> int:
-    """Return *value* if it is an integer that the scalar type can hold."""
+def _put(kind: str, value: Any) -> _Bytes:
+    """Return one value's bytes, without a length: the careful way, which says what is wrong."""
     try:
-        number = int(value.__index__())
-    except AttributeError:
-        raise TypeError(f"{reprlib.repr(value)} is not of type {kind}") from None
-    low, high = _RANGES[_ALIKE.get(kind, kind)]
-    if not low <= number <= high:
-        raise ValueError(f"{number} is out of range for {kind}")
-    return number
-
-
-def _put_plain(kind: str, value: Any) -> bytes:
-    return _varint(_checked(kind, value) & _MASK64)
-
-
-def _put_zigzag(kind: str, value: Any) -> bytes:
-    return _varint(_zigzag(_checked(kind, value)))
-
-
-def _put_fixed(kind: str, value: Any) -> bytes:
-    return struct.pack("<" + _FIXED[kind], _checked(kind, value))
-
-
-def _put_bool(value: Any) -> bytes:
-    if not isinstance(value, int):
-        raise TypeError(f"{reprlib.repr(value)} is not of type bool")
-    return b"\x01" if value else b"\x00"
+        if kind in _RANGES:
+            number = int(value.__index__())
+            low, high = _RANGES[kind]
+            if not low <= number <= high:
+                raise ValueError(f"{number} is out of range for {kind}")
+            if kind in _FIXED:
+                return struct.pack("<" + _FIXED[kind], number)
+            return _varint(_zigzag(number) if kind[0] == "s" else number & _MASK64)
+        if kind in _FIXED:
+            return struct.pack("<" + _FIXED[kind], _f32(value) if kind == "float" else value)
+        if kind == "bool" and isinstance(value, int):
+            return b"\x01" if value else b"\x00"
+        if kind == "string" and isinstance(value, str):
+            return value.encode()
+        if kind == "bytes" and isinstance(value, bytes | bytearray | memoryview):
+            return bytes(value)         # a memoryview's items and strides may be any
+    except (AttributeError, struct.error):
+        pass
+    raise TypeError(f"{reprlib.repr(value)} is not of type {kind}")
 
 
 def _f32(value: Any) -> Any:
@@ -759,34 +754,6 @@ def _f32(value: Any) -> Any:
     except OverflowError:
         return math.copysign(math.inf, value)
     return value
-
-
-def _put_float(value: Any) -> bytes:
-    try:
-        return struct.pack("<f", _f32(value))
-    except struct.error:
-        raise TypeError(f"{reprlib.repr(value)} is not of type float") from None
-
-
-def _put_double(value: Any) -> bytes:
-    try:
-        return struct.pack("<d", value)
-    except struct.error:
-        raise TypeError(f"{reprlib.repr(value)} is not of type double") from None
-
-
-def _put_bytes(value: Any) -> _Bytes:
-    if isinstance(value, memoryview):
-        return bytes(value)         # whatever its items and strides are
-    if not isinstance(value, bytes | bytearray):
-        raise TypeError(f"{reprlib.repr(value)} is not of type bytes")
-    return value
-
-
-def _put_string(value: Any) -> bytes:
-    if not isinstance(value, str):
-        raise TypeError(f"{reprlib.repr(value)} is not of type string")
-    return value.encode()
 
 
 def _items(values: Any) -> list[Any] | tuple[Any, ...]:
@@ -874,21 +841,13 @@ _KINDS = {
     **{name: _fixed_kind(name, form) for name, form in _FIXED.items()},
     "string": _Kind(_LEN, "", "to_utf8(value)",
                     _GET_LENGTH + "value = str(data[at:stop], 'utf-8')\nat = stop"),
-    "bytes": _Kind(_LEN, b"", "put_bytes(value)",
+    "bytes": _Kind(_LEN, b"", "value if value.__class__ is bytes else put_bytes(value)",
                    _GET_LENGTH + "value = bytes(data[at:stop])\nat = stop"),
 }
 _MAP_KEYS = [each for each in _KINDS if each not in ("enum", "double", "float", "bytes")]
-_PUT: dict[str, Callable[[Any], _Bytes]] = {        # the careful way to write one value
-    **{name: functools.partial(_put_plain, name)
-       for name in ("int32", "int64", "uint32", "uint64", "enum")},
-    **{name: functools.partial(_put_zigzag, name) for name in ("sint32", "sint64")},
-    **{name: functools.partial(_put_fixed, name) for name in _FIXED},
-    "bool": _put_bool, "float": _put_float, "double": _put_double, "string": _put_string,
-    "bytes": _put_bytes,
-}
 _GENERATED_NAMES: dict[str, Any] = {                # what generated text may call
     "ONE": _ONE, "to_utf8": str.encode, "new": object.__new__, "UsageError": UsageError,
-    **{f"put_{name}": put for name, put in _PUT.items()},
+    **{f"put_{name}": functools.partial(_put, name) for name in _KINDS},
     **{f"pack_{name}": struct.Struct("<" + form).pack for name, form in _FIXED.items()},
     **{f"unpack_{name}": struct.Struct("<" + form).unpack_from for name, form in _FIXED.items()},
     **{each.__name__[1:]: each for each in (
@@ -966,7 +925,7 @@ class _Field:
             raise TypeError(f"{reprlib.repr(value)} is not of type {self.target.__name__}: "
                             f"{', '.join(map(str, self.target.__members__))}, or a number")
         if self.kind != "message":
-            _PUT[self.kind](value)
+            _put(self.kind, value)
         elif not isinstance(value, self.target):
             twin = type(value).__name__ == self.target.__name__
             raise TypeError(f"{reprlib.repr(value)} is not of type {self.target.__name__}"
