@@ -1019,8 +1019,7 @@ def _put_one(field_: _Field, owner: str) -> str:
     if field_.kind != "message":
         return _put_scalar(field_)
     n = field_.number
-    return _put_message(f"head_{n}", repr(field_.tag), f"class_{n}",
-                        repr(f"{owner}.{field_.name}"))
+    return _put_message(f"head_{n}", repr(field_.tag), f"class_{n}", repr(f"{owner}.{field_.name}"))
 
 
 def _packed_text(field_: _Field) -> str:
@@ -1338,8 +1337,7 @@ def _init_source(fields: Iterable[_Field]) -> str:
     for each in fields:
         name = each.name
         fresh = "{}" if each.map else "[]" if each.repeated else ""
-        arguments += f", {name}=" + (
-            "None" if fresh or each.explicit else f"default_{each.number}")
+        arguments += f", {name}=" + ("None" if fresh or each.explicit else f"default_{each.number}")
         if each.oneof:
             members.setdefault(each.oneof, []).append(each)
         else:
@@ -6758,8 +6756,7 @@ class Engine:
         """Decorate a handler of events one plugin emits to others."""
         return self._decorator(f"plugin:{plugin}:{event}", options)
 
-    def every(self, seconds: float | None = None, *,
-              hz: float | None = None) -> Callable[[_F], _F]:
+    def every(self, seconds: float | None = None, *, hz: float | None = None) -> Callable[[_F], _F]:
         """Decorate a function that the loop calls at its own rate, without drift."""
         given = seconds if hz is None else hz
         if (hz is None) == (seconds is None) or not isinstance(given, int | float) or given <= 0:
@@ -7054,8 +7051,7 @@ class Engine:
     def wait_s(self) -> float:
         """Return how long ``step`` may be put off if ``fileno`` stays unreadable, in seconds."""
         waits = [self.loop.wait_s(), *(ticker.wait_s() for ticker, _ in self._repeats)]
-        if self._urgent or self._ticker is None and (
-                self._waiting or self.topics.pending):
+        if self._urgent or self._ticker is None and (self._waiting or self.topics.pending):
             return 0.0
         if self._ticker is not None:
             waits.append(self._ticker.wait_s())
