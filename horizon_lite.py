@@ -926,6 +926,8 @@ class _Field:
                             f"{', '.join(map(str, self.target.__members__))}, or a number")
         if self.kind != "message":
             _put(self.kind, value)
+            if self.kind in _RANGES or self.kind == "float":
+                _ = value > 0               # generated text compares them
         elif not isinstance(value, self.target):
             twin = type(value).__name__ == self.target.__name__
             raise TypeError(f"{reprlib.repr(value)} is not of type {self.target.__name__}"
@@ -1408,7 +1410,7 @@ def _sources(fields: tuple[_Field, ...], owner: str) -> dict[str, str]:
     return sources | {"_load": _load_source(parts, clear, load), "__init__": _init_source(fields)}
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _heads(tag: bytes) -> list[bytes]:
     """Return *tag* with each length, or small value, of one byte after it."""
     return [tag + one for one in _ONE]
@@ -1536,8 +1538,10 @@ class _MessageMeta(type):
 
     def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> _MessageMeta:
         own = {key: value for key, value in namespace.items() if isinstance(value, _Field)}
-        inherited = [f for base in bases for f in getattr(base, "_fields", ())]
-        if own and inherited:
+        with_fields = {each for base in bases for each in base.__mro__ if vars(each).get("_fields")}
+        if len(with_fields) > 1:
+            raise SchemaError(f"{name}: a message can't have the fields of two classes")
+        if own and with_fields:
             raise SchemaError(f"{name}: a message can't add fields to {bases[0].__name__}; "
                               "protobuf has no inheritance, use a sub-message")
         for key, each in own.items():
@@ -1561,7 +1565,7 @@ class _MessageMeta(type):
             if each.oneof:
                 namespace[key] = _oneof_member(key, each.oneof)
         made = super().__new__(mcs, name, bases, namespace)
-        if not inherited:
+        if own or not bases:            # a class without fields has those of its base
             made._fields = tuple(own.values())
             made._source = None
         return made
@@ -1571,11 +1575,11 @@ class _MessageMeta(type):
 
         Returns the class that declares the fields: *cls* or the one it is derived from.
         """
-        owner = next(each for each in cls.__mro__ if "_fields" in vars(each))
-        assert isinstance(owner, _MessageMeta)
-        if owner is Message:
+        if cls is Message:
             raise UsageError("Message itself has no fields: derive a class from it")
-        return owner if owner._source is not None else owner._generate()
+        owner = next((each for each in cls.__mro__ if vars(each).get("_fields")), cls)
+        assert isinstance(owner, _MessageMeta)
+        return owner if vars(owner).get("_source") is not None else owner._generate()
 
     def _generate(cls) -> _MessageMeta:
         for each in cls._fields:
@@ -1590,8 +1594,10 @@ class _MessageMeta(type):
         for label, function in made.items():            # what makes instances comes last:
             function.__qualname__ = f"{cls.__qualname__}.{label}"
             # another thread may use what is there; a user's own method stays; and a class
-            # without fields leaves the makers alone, for it may be the base of one with some
-            if label not in vars(cls) and (cls._fields or label not in ("_load", "__init__")):
+            # without fields keeps Message's, for it may be the base of one with some
+            first = next((vars(each)[label] for each in cls.__mro__ if label in vars(each)), None)
+            if label == "_put" or cls._fields and (
+                    label == "_load" or first is vars(Message).get(label)):
                 setattr(cls, label, classmethod(function) if label == "decode" else function)
         cls._source = sources
         return cls
@@ -2311,9 +2317,9 @@ class _ProtoReader:
         for _ in self._commas():
             at = self._at
             if names:
-                body.reserved_names.append(name := self._string("a name in quotes"))
-                if name in body.reserved_names[:-1]:
+                if (name := self._string("a name in quotes")) in body.reserved_names:
                     raise self._fail(f"{name!r} is reserved already", at)
+                body.reserved_names[name] = None
                 continue
             low = high = self._integer("a number, or a name in quotes")
             if self._accept("to"):
@@ -2421,7 +2427,7 @@ class _Body:
         self.nested: list[Any] = []
         self.numbers: dict[int, str] = {}
         self.reserved: list[tuple[int, int]] = []           # ranges, in order
-        self.reserved_names: list[str] = []
+        self.reserved_names: dict[str, None] = {}
 
     def is_reserved(self, low: int, high: int) -> bool:
         """Whether any number of a range is reserved."""
@@ -2437,7 +2443,8 @@ class _Body:
 
     def make_message(self, name: str, file: _ProtoFile) -> type[Message]:
         """Return the class: fields under names that Python can take, nested types inside."""
-        said = {each.name for each, _ in self.fields} | {each.__name__ for each in self.nested}
+        said = {word for each, _ in self.fields for word in (each.name, each.oneof)}
+        said |= {each.__name__ for each in self.nested}
         namespace: dict[str, Any] = {"__module__": os.path.basename(file.label),
                                      "__qualname__": self.full.removeprefix(file.package + ".")}
         names = {}
@@ -2555,7 +2562,14 @@ class _Names:
         self._known = known
         self._name = name
 
+    def __dir__(self) -> list[str]:
+        start = f"{self._name}."
+        return [each.removeprefix(start) for each, what in self._known.items()
+                if each.startswith(start) and (what is _PACKAGE or isinstance(what, type))]
+
     def __getattr__(self, name: str) -> Any:
+        if name in _Names.__slots__ or name.startswith("__"):
+            raise AttributeError(name)      # while it is copied
         full = f"{self._name}.{name}".lstrip(".")
         found = self._known.get(full)
         if found is _PACKAGE:
@@ -2579,6 +2593,9 @@ class _Namespace(SimpleNamespace):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__names__, name)        # what is not a top-level type of the file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SimpleNamespace, (), vars(self)
 
 
 def load_proto(path: str | os.PathLike[str],

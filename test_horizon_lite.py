@@ -13,6 +13,7 @@ import ast
 import asyncio
 import contextlib
 import copy
+import decimal
 import doctest
 import enum
 import errno
@@ -1183,6 +1184,49 @@ def test_constructors_and_names_of_users_are_respected():
         hl.Message()
 
 
+def test_bases_without_fields_are_mixins_and_their_methods_stay():
+    class Mix(hl.Message):
+        def __init__(self, **values):
+            super().__init__(**values)
+            made.append(type(self))
+
+        def encode(self):
+            return b"custom" + super().encode()
+
+        def clear(self):
+            super().clear()
+            made.clear()
+    made = []
+    whole = type(hl.Message)("Whole", (Mix,), {"x": hl.field(1, "double")})
+    other = type(hl.Message)("Other", (Mix,), {"x": hl.field(1, "string")})
+    plain = type(hl.Message)("Plain", (hl.Message,), {"x": hl.field(1, "int32")})
+    plain()
+    both = type(hl.Message)("Both", (Mix, plain), {})
+    for cls, value in ((whole, 1.5), (other, "a"), (both, 5)):
+        for _ in range(2):
+            message = cls(x=value)
+            assert made.pop() is cls and message.encode().startswith(b"custom") and message != cls.decode(b"")
+        made.append(1)
+        message.decode_from(b"")
+        assert made == [] and message == cls.decode(b"")
+    assert hl.proto_text(both).count("int32 x = 1;") == 1
+    with pytest.raises(hl.SchemaError, match="of two classes"):
+        type(hl.Message)("Two", (plain, whole), {})
+
+
+class Odd:
+    """An integer that can't be compared."""
+
+    def __index__(self):
+        return 5
+
+
+def test_what_can_not_be_compared_is_named_as_well():
+    for values in ({"f_int32": Odd()}, {"f_uint64": Odd()}, {"f_float": decimal.Decimal("sNaN")}):
+        with pytest.raises(hl.UsageError, match=f"Everything.{next(iter(values))}: "):
+            Everything(**values).encode()
+
+
 @pytest.mark.parametrize("values", [{"f_int32": 0.0}, {"f_bool": 0.0}, {"f_sint64": 0j}, {"f_uint64": None}, {"f_enum": ""},
                                     {"f_fixed32": 0.0}, {"f_string": b""}, {"f_string": 0}, {"f_bytes": ""}, {"f_double": ""}])
 def test_a_nothing_of_another_type_is_wrong_as_well(values):
@@ -1589,7 +1633,9 @@ def test_what_real_files_have_is_read(zoo):
     assert schema.google.protobuf.Timestamp is stamp and schema.zoo.base.Thing and schema.zoo.animals.Cage is cage
     with pytest.raises(AttributeError, match="there is no type or package 'zoo.animals.Cags'; did you mean 'zoo.animals.Cage'"):
         schema.zoo.animals.Cags
-    assert "Cage" in repr(schema) and "sub" not in dir(schema)
+    assert "Cage" in repr(schema) and "Timestamp" in dir(schema.google.protobuf)
+    assert copy.copy(schema).Cage is copy.deepcopy(schema).Cage is cage and copy.copy(schema.google).protobuf.Timestamp is stamp
+    assert [f.name for f in hl.parse_proto("message M { int32 class = 1; oneof class_ { int32 x = 2; } }").M._fields] == ["class__", "x"]
     assert hl.load_proto("google/protobuf/timestamp.proto").Timestamp is stamp
     assert hl.load_proto("more.proto", include=[zoo / "nowhere", zoo / "sub"]).Extra
     message = cage(locks={"a": lock(code=5)}, animal=schema.Animal(optional=3), mine=cage.Animal(legs=4), encode_=1, x_=2,
@@ -1729,7 +1775,7 @@ def test_subclasses_of_loaded_messages_are_written_too():
 
 def test_reading_takes_linear_time():
     fields = "".join(f"repeated int32 f{n} = {n}; " for n in range(1, 6000))
-    reserved = ", ".join(str(n) for n in range(10_000, 18_000))
+    reserved = ", ".join(str(n) for n in range(10_000, 18_000)) + "; reserved " + ", ".join(f'"n{n}"' for n in range(20_000))
     began = time.process_time()
     made = hl.parse_proto(f"message M {{ {fields} reserved {reserved}; }}").M
     assert made.decode(made(f5999=[1]).encode()).f5999 == [1]
