@@ -665,8 +665,8 @@ def _skip_group(data: _Bytes, at: int, end: int, end_tag: int, depth: int) -> in
 # as literals, no call per field, no bounds check per byte (Message.decode catches the
 # IndexError), no type check per value (_name_field finds the culprit afterwards), and runs:
 # neighbours of fixed width are packed and unpacked by one struct call with their tags.  A
-# string before a run joins it when the two are the whole message (`shapes`: one Struct per
-# length of that string).
+# string before a run joins it when the two are the whole message (`pack_whole[size]`: one
+# Struct per length of that string).
 #
 # class Move(Message): entity = field(1, "uint32"); name = field(2, "string") gives exactly:
 #
@@ -710,6 +710,7 @@ class _Kind(NamedTuple):
     get: str = ""                   # lines that read `value` at `at` and move it on
     wide: str = ""                  # what is left to do to a varint of several bytes,
     convert: str = ""               # and to any varint, as expressions of `value`
+    small: bool = False             # whether values below 128 are their own byte
     form: str = ""                  # its letter in struct
 
 
@@ -781,10 +782,10 @@ def _pack_fixed(form: str, values: list[Any]) -> bytes:
 
 
 def _unpack_fixed(form: str, data: _Bytes, at: int, stop: int) -> tuple[Any, ...]:
-    size = stop - at
-    if size % (8 if form in "dQq" else 4):
+    count, rest = divmod(stop - at, struct.calcsize("<" + form))
+    if rest:
         raise WireError("packed field ends inside a value", at=stop)
-    return struct.unpack_from(f"<{size // (8 if form in 'dQq' else 4)}{form}", data, at)
+    return struct.unpack_from(f"<{count}{form}", data, at)
 
 
 def _map_value(entry: Any) -> Any:
@@ -813,12 +814,11 @@ if stop > end: raise too_long(at, size)
 """
 
 
-def _varint_kind(name: str, wide: str = "", convert: str = "", *, inline: bool = True) -> _Kind:
-    """Return the row of a varint type; *inline* when small values are their own bytes."""
-    put = f"ONE[value] if 0 <= value < 0x80 else put_{name}(value)"
+def _varint_kind(name: str, wide: str = "", convert: str = "", *, small: bool = True) -> _Kind:
+    """Return the row of a varint type."""
     get = _GET_VARINT + (f"\n    value = {wide}" if wide else "")
-    return _Kind(_VARINT, 0, put if inline else f"put_{name}(value)",
-                 get + (f"\nvalue = {convert}" if convert else ""), wide, convert)
+    return _Kind(_VARINT, 0, f"put_{name}(value)",
+                 get + (f"\nvalue = {convert}" if convert else ""), wide, convert, small=small)
 
 
 def _fixed_kind(name: str, form: str) -> _Kind:
@@ -833,9 +833,9 @@ _KINDS = {
     "int64": _varint_kind("int64", "sign64(value)"),
     "uint32": _varint_kind("uint32", "value & 0xFFFFFFFF"),
     "uint64": _varint_kind("uint64"),
-    "sint32": _varint_kind("sint32", "value & 0xFFFFFFFF", "unzigzag(value)", inline=False),
-    "sint64": _varint_kind("sint64", "", "unzigzag(value)", inline=False),
-    "bool": _varint_kind("bool", "", "value != 0", inline=False)._replace(
+    "sint32": _varint_kind("sint32", "value & 0xFFFFFFFF", "unzigzag(value)", small=False),
+    "sint64": _varint_kind("sint64", "", "unzigzag(value)", small=False),
+    "bool": _varint_kind("bool", "", "value != 0", small=False)._replace(
         default=False, put="ONE[1] if value is True else put_bool(value)"),
     "enum": _varint_kind("enum", "sign32(value)", "member(value, value)"),
     **{name: _fixed_kind(name, form) for name, form in _FIXED.items()},
@@ -906,6 +906,12 @@ class _Field:
         if self.kind == "enum":
             return self.target._value2member_map_.get(0, 0)
         return _KINDS[self.kind].default
+
+    @property
+    def blank(self) -> str:
+        """The default as generated text has it."""
+        fresh = "{}" if self.map else "[]" if self.repeated else ""
+        return fresh or ("None" if self.explicit else f"default_{self.number}")
 
     def check(self, value: Any) -> None:
         """Raise what is wrong with *value*, if anything is."""
@@ -998,9 +1004,8 @@ def _put_scalar(field_: _Field) -> str:
     if field_.wire_type == _LEN:
         return text + _put_sized(field_)
     text += f"out.append({field_.tag!r} + raw)\ntotal += len(raw) + {len(field_.tag)}\n"
-    if not _KINDS[field_.kind].put.startswith("ONE[value]"):
+    if not _KINDS[field_.kind].small:
         return text
-    text = text.replace("ONE[value] if 0 <= value < 0x80 else ", "")
     return ("if 0 <= value < 0x80:\n"
             f"    out.append(head_{field_.number}[value])\n    total += {len(field_.tag) + 1}\n"
             "else:\n" + _indent(text, 1))
@@ -1029,7 +1034,7 @@ def _packed_text(field_: _Field) -> str:
     kind = _KINDS[field_.kind]
     if kind.form:
         return f"pack_fixed('{kind.form}', values)"
-    if kind.put.startswith("ONE[value]"):
+    if kind.small:
         return f"pack_varints(put_{field_.kind}, values)"
     return f"b''.join([{kind.put} for value in values])"
 
@@ -1322,15 +1327,10 @@ def _clear_lines(fields: Iterable[_Field]) -> str:
     text = ""
     for each in fields:
         if not each.oneof:
-            fresh = "{}" if each.map else "[]" if each.repeated else ""
-            blank = "None" if each.explicit else f"default_{each.number}"
-            text += f"self.{each.name} = {fresh or blank}\n"
-    return text + _clear_oneofs(fields) + "self._unknown = b''\n"
-
-
-def _clear_oneofs(fields: Iterable[_Field]) -> str:
-    groups = dict.fromkeys(each.oneof for each in fields if each.oneof)
-    return "".join(f"self._set_{g} = self._value_{g} = None\n" for g in groups)
+            text += f"self.{each.name} = {each.blank}\n"
+    for group in dict.fromkeys(each.oneof for each in fields if each.oneof):
+        text += f"self._set_{group} = self._value_{group} = None\n"
+    return text + "self._unknown = b''\n"
 
 
 def _init_source(fields: Iterable[_Field]) -> str:
@@ -1338,12 +1338,12 @@ def _init_source(fields: Iterable[_Field]) -> str:
     members: dict[str, list[_Field]] = {}
     for each in fields:
         name = each.name
-        fresh = "{}" if each.map else "[]" if each.repeated else ""
-        arguments += f", {name}=" + ("None" if fresh or each.explicit else f"default_{each.number}")
+        arguments += f", {name}={'None' if each.repeated else each.blank}"
         if each.oneof:
             members.setdefault(each.oneof, []).append(each)
         else:
-            sets += f"self.{name} = {f'{fresh} if {name} is None else ' if fresh else ''}{name}\n"
+            fresh = f"{each.blank} if {name} is None else " if each.repeated else ""
+            sets += f"self.{name} = {fresh}{name}\n"
     for group, some in members.items():                 # the last one that is given wins
         sets += "el".join(
             f"if {each.name} is not None:\n    self._set_{group} = {each.name!r}\n"
@@ -1352,9 +1352,9 @@ def _init_source(fields: Iterable[_Field]) -> str:
     return f"def __init__(self{arguments}):\n" + _indent(sets + "self._unknown = b''\n", 1)
 
 
-def _put_source(parts: list[_Run | _Choice | _Field], owner: str) -> str:
+def _put_source(parts: list[_Run | _Choice | _Field], whole: _Run | None, owner: str) -> str:
     text = "total = 0\n"
-    if whole := _whole(parts):
+    if whole:
         text = whole.short_lines("out.append({})\nreturn " + whole.size) + text
     for each in parts:
         text += (each.put_lines() if isinstance(each, _Run) else
@@ -1390,13 +1390,12 @@ def _load_source(parts: list[_Run | _Choice | _Field], clear: str, short: str) -
         "    return self\n")
 
 
-def _sources(fields: tuple[_Field, ...], owner: str) -> dict[str, str]:
+def _sources(fields: tuple[_Field, ...], parts: list[_Run | _Choice | _Field],
+             whole: _Run | None, owner: str) -> dict[str, str]:
     """Return the text of all functions that are generated for one class."""
-    parts = _parts_of(fields)
-    whole = _whole(parts)
     clear, load = _clear_lines(fields), whole.load_lines() if whole else ""
     sources = {
-        "_put": _put_source(parts, owner),
+        "_put": _put_source(parts, whole, owner),
         "clear": "def clear(self):\n"
                  '    """Set every field back to its default and forget unknown fields."""\n'
                  + _indent(clear, 1),
@@ -1416,7 +1415,8 @@ def _heads(tag: bytes) -> list[bytes]:
     return [tag + one for one in _ONE]
 
 
-def _names_for(fields: tuple[_Field, ...]) -> dict[str, Any]:
+def _names_for(fields: tuple[_Field, ...], parts: list[_Run | _Choice | _Field],
+               whole: _Run | None) -> dict[str, Any]:
     """Return what the text of one class refers to, beside _GENERATED_NAMES."""
     names = dict(_GENERATED_NAMES)
     for each in fields:
@@ -1426,13 +1426,12 @@ def _names_for(fields: tuple[_Field, ...]) -> dict[str, Any]:
         names[f"default_{each.number}"] = each.default()
         if each.kind == "enum":
             names[f"member_{each.number}"] = each.target._value2member_map_.get
-    parts = _parts_of(fields)
     for part in parts:
         if isinstance(part, _Run):
             names |= part.calls(str(part.fields[0].number))
         elif isinstance(part, _Choice):
             names[part.label] = part.table()
-    if whole := _whole(parts):
+    if whole:
         names |= whole.calls("whole")
     return names
 
@@ -1586,7 +1585,10 @@ class _MessageMeta(type):
             if each.map and not each.kind:
                 each.target = _map_entry(cls, each)
             _resolve_kind(each, each.target, cls, each.name)
-        names, sources = _names_for(cls._fields), _sources(cls._fields, cls.__name__)
+        parts = _parts_of(cls._fields)
+        whole = _whole(parts)
+        names = _names_for(cls._fields, parts, whole)
+        sources = _sources(cls._fields, parts, whole, cls.__name__)
         names |= {"encode_parts": Message.encode, "decode_parts": vars(Message)["decode"].__func__}
         made = {label: _compile(source, f"{cls.__name__}.{label}", names)[label]
                 for label, source in sources.items()}
