@@ -73,6 +73,7 @@ import struct
 import sys
 import threading
 import time
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from types import ModuleType, SimpleNamespace
@@ -82,6 +83,7 @@ from typing import (TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol,
 if TYPE_CHECKING:                   # costly to import, and needed only by those who use it
     import argparse
     import asyncio
+    import ssl
     from concurrent.futures import Future, ThreadPoolExecutor
 
 __version__ = "0.1.0"
@@ -101,9 +103,9 @@ __all__ = [
     "Movement",                                                                 # 11 REPLICATION
     "Ticker", "Outbox",                                                         # 12 TICKS
     "HTTPConnection", "WebSocketConnection", "Request", "Response",             # 13 PROTOCOLS
-    "Ping", "Pong", "Close", "DelimitedReader", "encode_delimited",
+    "Ping", "Pong", "Close", "Deflate", "DelimitedReader", "encode_delimited",
     "Config",                                                                   # 18 CONFIG
-    "Engine", "Session",                                                        # 20 ENGINE
+    "Engine", "Session", "sign_token", "verify_token",                          # 20 ENGINE
     "Client", "connect",                                                        # 21 CLIENT
     "main",                                                                     # 22 CLI
 ]
@@ -3738,6 +3740,21 @@ def _check_topic(name: str, *, wildcards: bool) -> list[str]:
     return tokens
 
 
+def _contains(pattern: list[str], other: list[str]) -> bool:
+    """Whether *pattern* covers all that *other*, a topic or a pattern itself, covers.
+
+    >>> _contains(["chat", "*"], ["chat", "lobby"]), _contains(["chat", "*"], ["chat", ">"])
+    (True, False)
+    """
+    if pattern[-1] == ">":
+        if len(other) < len(pattern):
+            return False
+        pattern = pattern[:-1]
+        other = other[:len(pattern)]
+    return len(pattern) == len(other) and all(
+        mine == their or mine == "*" and their != ">" for mine, their in zip(pattern, other))
+
+
 @functools.lru_cache(maxsize=1024)
 def _topic_json(topic: str) -> bytes:
     return _json_bytes(topic)
@@ -4290,9 +4307,10 @@ class Outbox:
     """
 
     __slots__ = ("items", "size", "dropped", "coalesced", "_max_items", "max_bytes", "mixed",
-                 "urgent", "owed")
+                 "urgent", "owed", "_on_drop")
 
-    def __init__(self, max_items: int, max_bytes: int) -> None:
+    def __init__(self, max_items: int, max_bytes: int,
+                 on_drop: Callable[[Any], object] = lambda item: None) -> None:
         self.items: tuple[Any, ...] = ()    # never changed in place: peers share them
         self.size = 0
         self.dropped = self.coalesced = 0
@@ -4301,6 +4319,7 @@ class Outbox:
         self.mixed = False                  # filled from several topics: to be sorted
         self._max_items = max_items or sys.maxsize      # a limit of 0 means none
         self.max_bytes = max_bytes or sys.maxsize
+        self._on_drop = on_drop             # called with each item that is dropped
 
     def put(self, item: Any, ahead: int = 0) -> None:
         """Add *item*; *ahead* bytes are waiting elsewhere for the same peer.
@@ -4359,6 +4378,7 @@ class Outbox:
             gone = items.pop(at)
             self.size -= gone.size
             self.dropped += 1
+            self._on_drop(gone)
             if gone.key is not None:
                 self.owed.add(gone.key)
         self.items = tuple(items)
@@ -4392,7 +4412,11 @@ _TOKEN_CHARS = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"                          # RFC 91
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN_CHARS.encode() + rb") ([!-~]+) HTTP/(\d)\.(\d)")
 _HEADER_LINE = re.compile(rb"(" + _TOKEN_CHARS.encode() + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-9]*)?")    # RFC 3986
 _MAX_TARGET = 8192                  # RFC 9112 3: at least 8000 should work
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE")
+_SINGLE_HEADERS = ("host", "content-length", "transfer-encoding", "sec-websocket-key",
+                   "sec-websocket-version", "origin", "authorization", "content-type", "expect")
 _REASONS = {
     100: "Continue", 101: "Switching Protocols", 200: "OK", 201: "Created", 202: "Accepted",
     204: "No Content", 301: "Moved Permanently", 302: "Found", 303: "See Other",
@@ -4408,9 +4432,14 @@ _REASONS = {
 
 
 class Request:
-    """An HTTP request: method, path, query, headers (lower-case names), body."""
+    """An HTTP request: method, path, query, headers (lower-case names), body.
 
-    __slots__ = ("method", "target", "path", "query", "headers", "body", "version", "params")
+    ``address`` is the client's, ``user`` who ``authenticate`` says it is, ``params`` what
+    the ``{names}`` of the route matched.
+    """
+
+    __slots__ = ("method", "target", "path", "query", "headers", "body", "version", "params",
+                 "address", "user")
 
     def __init__(self, method: str, target: str, headers: dict[str, str], version: tuple[int, int]):
         self.method = method
@@ -4420,7 +4449,8 @@ class Request:
         self.headers = headers
         self.body = b""
         self.version = version
-        self.params: dict[str, str] = {}    # what {names} in the route matched
+        self.params: dict[str, str] = {}
+        self.address = self.user = ""
 
     @property
     def keep_alive(self) -> bool:
@@ -4434,6 +4464,35 @@ class Request:
             each.strip().lower() for each in self.headers.get(name, "").split(",") if each.strip()
         ]
 
+    @property
+    def args(self) -> dict[str, str]:
+        """The query's fields, decoded; of a repeated one the last."""
+        from urllib.parse import parse_qsl
+        return dict(parse_qsl(self.query, keep_blank_values=True, errors="replace"))
+
+    @property
+    def cookies(self) -> dict[str, str]:
+        """The cookies (RFC 6265 4.2); of a repeated one the first, which is the most specific."""
+        pairs = [each.partition("=") for each in self.headers.get("cookie", "").split(";")]
+        return {name.strip(): value.strip(' "') for name, _, value in reversed(pairs)}
+
+    @property
+    def token(self) -> str:
+        """The bearer token (RFC 6750), or else the query's ``token``, for browsers' sockets."""
+        scheme, _, token = self.headers.get("authorization", "").partition(" ")
+        return token.strip() if scheme.lower() == "bearer" else self.args.get("token", "")
+
+    def json(self) -> Any:
+        """Return the body, parsed.
+
+        Raises:
+            FrameError: it is not JSON; answered with 400.
+        """
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            raise FrameError("the body is not JSON", label="bad_json") from None
+
     def __repr__(self) -> str:
         return f"Request({self.method} {self.target})"
 
@@ -4446,46 +4505,55 @@ def _unquote(text: str) -> str:
 
 
 class Response:
-    """An HTTP response. *body* is str, bytes, or a dict or list that is sent as JSON."""
+    """An HTTP response. *body* is str, bytes, or a dict or list that is sent as JSON.
 
-    __slots__ = ("status", "body", "headers")
+    A *body* of pieces, any iterator of bytes, is sent as the client takes it; ``length`` says
+    how long it will be, or -1 to send until it ends (chunked, or to the end of the connection).
+    """
+
+    __slots__ = ("status", "body", "headers", "pieces", "length")
 
     def __init__(self, body: Any = b"", status: int = 200, headers: Mapping[str, str] | None = None,
-                 content_type: str = "") -> None:
+                 content_type: str = "", length: int = -1) -> None:
         guess = "text/plain; charset=utf-8"
+        self.pieces: Iterator[bytes] | None = None
         if isinstance(body, dict | list):
             body, guess = _json_bytes(body), "application/json"
         elif isinstance(body, str):
-            body, guess = (
-                body.encode(),
-                "text/html; charset=utf-8" if body.lstrip()[:1] == "<" else guess,
-            )
+            guess = "text/html; charset=utf-8" if body.lstrip()[:1] == "<" else guess
+            body = body.encode()
+        elif isinstance(body, Iterator):
+            self.pieces, body = body, b""
         elif not isinstance(body, bytes):
-            raise UsageError(f"a response's body is str, bytes, dict or list, not {body!r}")
+            raise UsageError(f"a response's body is str, bytes, dict, list, or an iterator of "
+                             f"bytes, not {body!r}")
         if not isinstance(status, int) or not 100 <= status <= 599:
             raise UsageError(f"status {status!r} must be a number from 100 to 599")
         self.status = status
         self.body: bytes = body
         self.headers = dict(headers or {})
         for name, value in self.headers.items():
-            if not re.fullmatch(_TOKEN_CHARS, name) or re.search(
-                r"[\x00-\x08\x0a-\x1f\x7f]", value
-            ):
+            if not re.fullmatch(_TOKEN_CHARS, name) or re.search(r"[\0-\x08\n-\x1f\x7f]", value):
                 raise UsageError(f"header {name!r}: {value!r} can't be sent")
             if name.lower() in ("content-length", "transfer-encoding"):
                 raise UsageError(f"header {name!r} is set by the server itself")
-        if body or content_type:
+        self.length = length if self.pieces else len(body)
+        if body or self.pieces or content_type:
             self.headers.setdefault("Content-Type", content_type or guess)
 
-    def encode(self, *, head_only: bool = False, close: bool = False) -> bytes:
-        """Return the bytes on the wire; *head_only* answers HEAD (RFC 9110 9.3.2)."""
+    def encode(self, *, head_only: bool = False, close: bool = False, more: str = "") -> bytes:
+        """Return the bytes on the wire; *head_only* answers HEAD (RFC 9110 9.3.2).
+
+        *more* is header lines of the connection's; pieces are for the caller to send.
+        """
         lines = [f"HTTP/1.1 {self.status} {_REASONS.get(self.status, 'Unknown')}"]
         lines += [f"{name}: {value}" for name, value in self.headers.items()]
         bodiless = self.status < 200 or self.status in (204, 304)       # RFC 9112 6.3
-        if not bodiless:
-            lines.append(f"Content-Length: {len(self.body)}")
-        if close:
-            lines.append("Connection: close")
+        if not bodiless and self.length >= 0:
+            lines.append(f"Content-Length: {self.length}")
+        elif not bodiless and not close:
+            lines.append("Transfer-Encoding: chunked")
+        lines += [more] * bool(more) + ["Connection: close"] * close
         head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
         return head if head_only or bodiless else head + self.body
 
@@ -4570,7 +4638,11 @@ class HTTPConnection:
         self._left = _body_length(request)
         if self._left > self._max_body:
             raise TooBig(f"body of {self._left} bytes", label="body_too_big")
-        self.expects_continue = request.headers.get("expect", "").lower() == "100-continue"
+        expect = request.headers.get("expect", "").lower()
+        if expect not in ("", "100-continue"):
+            raise FrameError("unknown Expect", http_status=417, label="bad_request")
+        # RFC 9110 10.1.1: not to HTTP/1.0
+        self.expects_continue = bool(expect) and request.version >= (1, 1)
         self._chunks = bytearray()
         return True
 
@@ -4641,6 +4713,8 @@ def _parse_request_line(line: bytes) -> tuple[str, str, tuple[int, int]]:
         raise FrameError("only HTTP/1 is spoken here", http_status=505, label="http_version")
     if len(match[2]) > _MAX_TARGET:
         raise TooBig("request target", http_status=414, label="header_too_big")
+    if match[1].decode() not in _METHODS:       # RFC 9110 9.1
+        raise FrameError("unknown method", http_status=501, label="bad_method")
     return match[1].decode(), match[2].decode(), (1, int(match[4]))
 
 
@@ -4659,22 +4733,25 @@ def _parse_head(head: bytes) -> Request:
             raise FrameError(f"malformed header line {line[:40]!r}", label="bad_request")
         name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
         if name in headers:
-            if name in ("host", "content-length", "transfer-encoding", "sec-websocket-key",
-                        "sec-websocket-version", "origin", "authorization"):
+            if name in _SINGLE_HEADERS:
                 raise FrameError(f"{name} given twice", label="bad_request")
             value = f"{headers[name]}{'; ' if name == 'cookie' else ', '}{value}"
         headers[name] = value
     if version >= (1, 1) and "host" not in headers:     # RFC 9112 3.2
         raise FrameError("the Host header is missing", label="bad_request")
-    return Request(method, _origin_form(method, target), headers, version)
+    target = _origin_form(method, target, headers)
+    if not _HOST.fullmatch(headers.get("host", "")):
+        raise FrameError("malformed Host", label="bad_request")
+    return Request(method, target, headers, version)
 
 
-def _origin_form(method: str, target: str) -> str:
-    """Return the path of a request target; absolute form must be accepted (RFC 9112 3.2.2)."""
-    if target.startswith("/") or target == "*" and method == "OPTIONS":
+def _origin_form(method: str, target: str, headers: dict[str, str]) -> str:
+    """Return the path of a request target; of an absolute form the host rules (RFC 9112 3.2.2)."""
+    if target.startswith("/") and "#" not in target or target == "*" and method == "OPTIONS":
         return target
-    if match := re.fullmatch(r"https?://[^/?#]+(/[^#]*|\?[^#]*)?", target):
-        path = match[1] or "/"
+    if match := re.fullmatch(r"(?i:https?)://([^/?#@]+)(/[^#]*|\?[^#]*)?", target):
+        headers["host"] = match[1]
+        path = match[2] or "/"
         return path if path.startswith("/") else "/" + path
     raise FrameError("malformed request target", label="bad_request")
 
@@ -4687,11 +4764,13 @@ def _body_length(request: Request) -> int:
         if length is not None or request.version < (1, 1):      # smuggling: RFC 9112 6.1
             raise FrameError("Transfer-Encoding can't be here", label="bad_request")
         if coding.strip().lower() != "chunked":
-            raise FrameError(
-                f"transfer coding {coding[:20]!r}", http_status=501, label="bad_request"
-            )
+            raise FrameError(f"transfer coding {coding[:20]!r}", http_status=501,
+                             label="bad_request")
         return -1
     if length is None:
+        if request.method in ("POST", "PUT", "PATCH"):
+            raise FrameError("say how long the body is: Content-Length, or chunked (curl -d '')",
+                             http_status=411, label="bad_request")
         return 0
     if not re.fullmatch(r"[0-9]{1,18}", length):
         raise FrameError("malformed Content-Length", label="bad_request")
@@ -4701,6 +4780,8 @@ def _body_length(request: Request) -> int:
 # -- WebSocket (RFC 6455) --
 
 _CONTINUATION, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0, 1, 2, 8, 9, 10
+_COMPRESSED = 0x40                  # RSV1 (RFC 7692 6)
+_FLUSHED = b"\0\0\xff\xff"          # what ends a flushed block, and is left out (RFC 7692 7.2.1)
 
 
 class Ping(NamedTuple):
@@ -4758,26 +4839,67 @@ def _sendable_code(code: int) -> bool:
     return 1000 <= code <= 1014 and code not in (1004, 1005, 1006) or 3000 <= code <= 4999
 
 
+class Deflate(NamedTuple):
+    """What one side of a connection agreed on for permessage-deflate (RFC 7692 7.1).
+
+    ``bits`` are window sizes, 9 to 15; without takeover every message stands for itself.
+    """
+
+    send_bits: int = 15
+    send_takeover: bool = False
+    receive_bits: int = 15
+    receive_takeover: bool = False
+    above_bytes: int = 512          # shorter messages are sent as they are
+
+
+def _deflater(bits: int) -> zlib._Compress:
+    return zlib.compressobj(wbits=-bits)
+
+
+def _squeeze(deflater: zlib._Compress, payload: _Bytes) -> bytes:
+    return (deflater.compress(payload) + deflater.flush(zlib.Z_SYNC_FLUSH))[:-4] or b"\0"
+
+
+class _Incoming:
+    """A message that has not arrived completely."""
+
+    __slots__ = ("data", "decoder", "inflater", "size", "left", "key", "final")
+
+    def __init__(self, text: bool, inflater: zlib._Decompress | None) -> None:
+        self.data = bytearray()
+        self.decoder = codecs.getincrementaldecoder("utf-8")() if text else None
+        self.inflater = inflater
+        self.size = 0               # payload bytes that were announced
+        self.left = 0               # of the frame under way, how many have not come
+        self.key = b""              # for the next of them
+        self.final = False          # that frame is the last
+
+
 class WebSocketConnection:
     """One side of a WebSocket after the handshake, as bytes in and events out.
 
     Events are ``str`` (a text message), ``bytes`` (a binary one), Ping, Pong and Close. Each
     fault is a PeerError with the close code to send. *role* is "server" or "client": clients
-    mask what they send, servers insist on it.
+    mask what they send, servers insist on it. *deflate* is what both agreed on, if they did.
+
+    What arrives of a frame is unmasked, inflated and checked at once, so that the time is
+    linear, however the bytes are cut, and wrong text fails at its first impossible byte.
     """
 
-    __slots__ = ("_client", "_max_bytes", "_buffer", "_parts", "_size", "_decoder", "_fault",
-                 "frames", "closed_by_peer", "close_sent")
+    __slots__ = ("_client", "_max_bytes", "_deflate", "_deflater", "_inflater", "_buffer",
+                 "_incoming", "_fault", "frames", "closed_by_peer", "close_sent")
 
-    def __init__(self, role: str = "server", max_message_bytes: int = 65536) -> None:
+    def __init__(self, role: str = "server", max_message_bytes: int = 65536,
+                 deflate: Deflate | None = None) -> None:
         if role not in ("server", "client"):
             raise UsageError(f"role is 'server' or 'client', not {role!r}")
         self._client = role == "client"
-        self._max_bytes = max_message_bytes or sys.maxsize
-        self._buffer = b""                  # an unfinished frame
-        self._parts: list[Any] | None = None        # an unfinished message: text or bytes
-        self._size = 0
-        self._decoder: codecs.IncrementalDecoder | None = None     # of an unfinished text
+        self._max_bytes = max_message_bytes or 1 << 62
+        self._deflate = deflate
+        self._deflater: zlib._Compress | None = None        # kept only with takeover
+        self._inflater: zlib._Decompress | None = None
+        self._buffer = b""                  # an unfinished head, or control frame
+        self._incoming: _Incoming | None = None
         self._fault: PeerError | None = None
         self.frames = 0                     # received, fragments and control frames included
         self.closed_by_peer = False
@@ -4816,50 +4938,121 @@ class WebSocketConnection:
         return events
 
     def _take_frame(self, data: bytes, at: int, events: list[Any]) -> int:
-        """Handle the frame at *at*; return its end, or *at* while it is incomplete."""
+        """Handle the frame, or the part of one, at *at*; return its end, or *at* to wait."""
         # HOT: once per frame; checks in the order of the bytes, so that a bad head fails early
+        incoming = self._incoming
+        if incoming is not None and incoming.left:
+            return self._take_part(incoming, data, at, events)
         if len(data) - at < 2:
             return at
         first, size = data[at], data[at + 1] & 0x7F
         opcode = first & 0x0F
         self._check_head(first, data[at + 1], at)
-        start = at + 2
-        if size == 126:
-            if len(data) < start + 2:
+        start, shortest = at + 2, 0
+        if size > 125:                          # RFC 6455 5.2
+            start, shortest = (at + 4, 126) if size == 126 else (at + 10, 65536)
+            if len(data) < start:
                 return at
-            size = int.from_bytes(data[start:start + 2], "big")
-            start += 2
-            shortest = 126
-        elif size == 127:
-            if len(data) < start + 8:
-                return at
-            size = int.from_bytes(data[start:start + 8], "big")
-            start += 8
-            shortest = 65536
-        else:
-            shortest = 0
+            size = int.from_bytes(data[at + 2:start], "big")
         if size < shortest or size >> 63:       # RFC 6455 5.2: minimal, below 2**63
             raise FrameError("length is not minimal", at=at, label="bad_length")
-        if opcode < 8 and self._size + size > self._max_bytes:
-            raise TooBig(f"message of {self._size + size} bytes", label="message_too_big")
-        if not self._client:
-            start += 4
+        if opcode < 8:
+            self._check_size(size, bool(first & _COMPRESSED))
+        key = b"" if self._client else data[start:start + 4]
+        start += 0 if self._client else 4
         end = start + size
-        if len(data) < end:
+        if len(data) >= end:
+            payload = _mask(data[start:end], key) if key else data[start:end]
+            self.frames += 1
+            if opcode >= 8:
+                events.append(self._control(opcode, payload))
+            elif first & 0xC0 == 0x80 and incoming is None:     # a plain message in one frame
+                events.append(payload if opcode == _BINARY else _text(payload))
+            else:
+                incoming = self._expect(first, size)
+                self._add(incoming, payload, incoming.final, events)
+            return end
+        if opcode >= 8 or len(data) < start:
             return at
         self.frames += 1
-        payload = data[start:end] if self._client else _mask(data[start:end], data[start - 4:start])
-        if opcode >= 8:
-            events.append(self._control(opcode, payload))
-        elif first & 0x80 and self._parts is None:      # a message in one frame
-            events.append(payload if opcode == _BINARY else _text(payload))
-        else:
-            self._fragment(first, payload, events)
+        incoming = self._expect(first, size)
+        incoming.left, incoming.key = size, key
+        return self._take_part(incoming, data, start, events)
+
+    def _check_size(self, size: int, compressed: bool) -> None:
+        """Refuse a frame whose message would pass the limit; what is inflated is counted then."""
+        incoming = self._incoming
+        most = self._max_bytes
+        if compressed or incoming is not None and incoming.inflater is not None:
+            most += (most >> 6) + 64            # deflate may add some bytes, no more
+        if size + (incoming.size if incoming is not None else 0) > most:
+            raise TooBig(f"message of more than {most} bytes", label="message_too_big")
+
+    def _expect(self, first: int, size: int) -> _Incoming:
+        """Return the message that a data frame belongs to."""
+        incoming = self._incoming
+        if incoming is None:
+            inflater = self._new_inflater() if first & _COMPRESSED else None
+            incoming = self._incoming = _Incoming(first & 0x0F == _TEXT, inflater)
+        incoming.size += size
+        incoming.final = bool(first & 0x80)
+        return incoming
+
+    def _take_part(self, incoming: _Incoming, data: bytes, at: int, events: list[Any]) -> int:
+        part = data[at:at + incoming.left]
+        end = at + len(part)
+        incoming.left -= len(part)
+        if incoming.key:
+            turn = len(part) % 4
+            part = _mask(part, incoming.key)
+            incoming.key = incoming.key[turn:] + incoming.key[:turn]
+        self._add(incoming, part, incoming.final and not incoming.left, events)
         return end
+
+    def _add(self, incoming: _Incoming, part: bytes, last: bool, events: list[Any]) -> None:
+        if incoming.inflater is not None:
+            part = self._inflate(incoming, part + _FLUSHED if last else part)
+        if incoming.decoder is not None:        # RFC 6455 8.1: fail as soon as it can't be UTF-8
+            try:
+                incoming.decoder.decode(part, last)
+            except UnicodeDecodeError:
+                raise _bad_text() from None
+        incoming.data += part
+        if last:
+            message = incoming.data
+            events.append(bytes(message) if incoming.decoder is None else message.decode())
+            self._incoming = None
+            if self._deflate is not None and self._deflate.receive_takeover:
+                self._inflater = incoming.inflater or self._inflater
+
+    def _new_inflater(self) -> zlib._Decompress:
+        assert self._deflate is not None
+        return self._inflater or zlib.decompressobj(-self._deflate.receive_bits)
+
+    def _inflate(self, incoming: _Incoming, data: bytes) -> bytes:
+        """Inflate a part of a message; what passes the limit is never made."""
+        room, plain = self._max_bytes - len(incoming.data) + 1, b""
+        for _ in range(8):
+            assert incoming.inflater is not None
+            try:
+                plain += incoming.inflater.decompress(data, room - len(plain))
+            except zlib.error as error:
+                raise FrameError(str(error), close_code=1007, label="bad_deflate") from None
+            if len(plain) >= room:
+                raise TooBig(f"message inflates to more than {room - 1} bytes",
+                             label="message_too_big")
+            if not incoming.inflater.eof:
+                return plain
+            # RFC 7692 7.2.3.4: a block may say that it is the last, and another follow
+            self._inflater, data = None, incoming.inflater.unused_data
+            incoming.inflater = self._new_inflater()
+        raise FrameError("too many last blocks", close_code=1007, label="bad_deflate")
 
     def _check_head(self, first: int, second: int, at: int) -> None:
         opcode = first & 0x0F
-        if first & 0x70:                        # RFC 6455 5.2: no extension was negotiated
+        # RFC 6455 5.2, RFC 7692 6: RSV1 where compression was agreed, on a message's first frame
+        if first & 0x70 and (
+                first & 0x70 != _COMPRESSED or self._deflate is None or opcode not in (1, 2)):
             raise FrameError("reserved bit is set", at=at, label="reserved_bit")
         if second & 0x80 and self._client:      # RFC 6455 5.1
             raise FrameError("a server must not mask", at=at, label="masked")
@@ -4869,35 +5062,12 @@ class WebSocketConnection:
             if opcode > 10:
                 raise FrameError(f"reserved opcode {opcode}", at=at, label="reserved_opcode")
             if not first & 0x80 or second & 0x7F > 125:  # RFC 6455 5.5
-                raise FrameError(
-                    "control frame is fragmented or too long", at=at, label="bad_control"
-                )
+                raise FrameError("control frame is fragmented or too long", at=at,
+                                 label="bad_control")
         elif opcode > 2:
             raise FrameError(f"reserved opcode {opcode}", at=at, label="reserved_opcode")
-        elif (opcode == _CONTINUATION) == (self._parts is None):    # RFC 6455 5.4
+        elif (opcode == _CONTINUATION) == (self._incoming is None):    # RFC 6455 5.4
             raise FrameError("fragments out of order", at=at, label="bad_fragment")
-
-    def _fragment(self, first: int, payload: bytes, events: list[Any]) -> None:
-        if self._parts is None:
-            self._parts = []
-            if first & 0x0F == _TEXT:
-                self._decoder = codecs.getincrementaldecoder("utf-8")()
-        assert self._parts is not None
-        final = bool(first & 0x80)
-        if self._decoder is not None:           # RFC 6455 8.1: fail as soon as it can't be UTF-8
-            try:
-                part: str | bytes = self._decoder.decode(payload, final)
-            except UnicodeDecodeError:
-                raise _bad_text() from None
-        else:
-            part = payload
-        if part:                                # empty fragments must not grow anything
-            self._parts.append(part)
-        self._size += len(payload)
-        if final:
-            events.append(("" if self._decoder is not None else b"").join(self._parts))
-            self._parts = self._decoder = None
-            self._size = 0
 
     def _control(self, opcode: int, payload: bytes) -> Ping | Pong | Close:
         if opcode == _PING:
@@ -4915,6 +5085,13 @@ class WebSocketConnection:
     # -- sending --
 
     def _encode(self, opcode: int, payload: _Bytes) -> bytes:
+        if self.close_sent:
+            raise StateError("a close frame was sent; nothing may follow it (RFC 6455 5.5.1)")
+        deflate = self._deflate
+        if deflate is not None and opcode < 8 and len(payload) >= deflate.above_bytes:
+            deflater = self._deflater or _deflater(deflate.send_bits)
+            self._deflater = deflater if deflate.send_takeover else None
+            opcode, payload = opcode | _COMPRESSED, _squeeze(deflater, payload)
         return _frame(opcode, payload, os.urandom(4) if self._client else b"")
 
     def send_text(self, text: str) -> bytes:
@@ -4949,8 +5126,9 @@ class WebSocketConnection:
         else:
             text = reason.encode()[:123].decode(errors="ignore").encode()
             payload = code.to_bytes(2, "big") + text
+        frame = self._encode(_CLOSE, payload)
         self.close_sent = True
-        return self._encode(_CLOSE, payload)
+        return frame
 
 
 def _bad_text() -> PeerError:
@@ -4990,12 +5168,71 @@ def _choose_subprotocol(request: Request, known: Iterable[str]) -> str:
     return next((each for each in offered if each and each in known), "")
 
 
-def _accept_upgrade(request: Request, subprotocol: str) -> bytes:
+_DEFLATE_OPTIONS = {                # RFC 7692 7.1
+    "server_no_context_takeover": "", "client_no_context_takeover": "",
+    "server_max_window_bits": "[89]|1[0-5]", "client_max_window_bits": "|[89]|1[0-5]"}
+_NO_WINDOW = "8"                    # bits of one that zlib can't compress with
+_EXTENSION = re.compile(rf'[ \t]*({_TOKEN_CHARS})[ \t]*(?:=[ \t]*("?)({_TOKEN_CHARS})\2[ \t]*)?')
+
+
+def _extensions(header: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Yield the names and options of Sec-WebSocket-Extensions (RFC 6455 9.1)."""
+    for offer in header.split(",") if header.strip() else ():
+        parts = [_EXTENSION.fullmatch(part) for part in offer.split(";")]
+        name, *options = [(part[1], part[3] or "") for part in parts if part]
+        if None in parts or name[1]:
+            raise HandshakeError("malformed Sec-WebSocket-Extensions", label="bad_handshake")
+        yield name[0].lower(), options
+
+
+def _deflate_options(name: str, options: list[tuple[str, str]]) -> dict[str, str] | None:
+    """Return the options of permessage-deflate, or None if it is not that or they can't be."""
+    right = name == "permessage-deflate" and len(dict(options)) == len(options) and all(
+        re.fullmatch(_DEFLATE_OPTIONS.get(key, "(?!)"), value) for key, value in options)
+    return dict(options) if right else None
+
+
+def _agree_deflate(request: Request, above_bytes: int) -> tuple[Deflate | None, str]:
+    """Return what the first acceptable offer comes to, and the header that says so.
+
+    Neither side remembers anything between messages: a window would take 300 KB a connection,
+    and what goes to many is compressed once.
+    """
+    for offer in _extensions(request.headers.get("sec-websocket-extensions", "")):
+        options = _deflate_options(*offer)
+        bits = options.get("server_max_window_bits", "") if options is not None else _NO_WINDOW
+        if bits != _NO_WINDOW:
+            return Deflate(int(bits or 15), above_bytes=above_bytes), (
+                "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
+                + f"; server_max_window_bits={bits}" * bool(bits))
+    return None, ""
+
+
+def _deflate_answer(header: str, offered: bool) -> Deflate | None:
+    """Return what a server's answer to our offer means (RFC 7692 7.1).
+
+    Raises:
+        HandshakeError: it names what was not offered.
+    """
+    agreed: Deflate | None = None
+    for answer in _extensions(header):
+        options = _deflate_options(*answer)
+        if options is None or not offered or agreed is not None or (
+                options.get("client_max_window_bits") in ("", _NO_WINDOW)):
+            raise HandshakeError("the server chose an extension that was not offered")
+        agreed = Deflate(int(options.get("client_max_window_bits", 15)),
+                         "client_no_context_takeover" not in options,
+                         int(options.get("server_max_window_bits", 15)),
+                         "server_no_context_takeover" not in options)
+    return agreed
+
+
+def _accept_upgrade(request: Request, subprotocol: str, extensions: str) -> bytes:
     headers = {"Upgrade": "websocket", "Connection": "Upgrade",
-               "Sec-WebSocket-Accept": _accept_key(request.headers["sec-websocket-key"])}
-    if subprotocol:
-        headers["Sec-WebSocket-Protocol"] = subprotocol
-    return Response(status=101, headers=headers).encode()
+               "Sec-WebSocket-Accept": _accept_key(request.headers["sec-websocket-key"]),
+               "Sec-WebSocket-Protocol": subprotocol, "Sec-WebSocket-Extensions": extensions}
+    return Response(status=101, headers={
+        name: value for name, value in headers.items() if value}).encode()
 
 
 # -- delimited messages (Java's writeDelimitedTo, Go's protodelim) --
@@ -5119,6 +5356,8 @@ def _delimiter(head: _Bytes) -> tuple[int, int]:
 # Knows: ERRORS, PROTOCOLS.     Never: schema, topics, space. What the bytes mean is told to
 # an Application, which is handed in.
 #
+# TLS stands between the socket and the connection and never touches the socket itself.
+#
 # One pass of the loop: wait for sockets or for the time that was asked, read what came, run
 # what was called from elsewhere, run timers, then write - once per connection, everything
 # that the pass made for it.
@@ -5132,6 +5371,53 @@ _RECV_BYTES = 65536
 _FINISH_S = 2.0                     # how long a goodbye may take
 _HTTP_BACKLOG = 1 << 20             # pipelined requests wait while this much is unsent
 _MAX_ACCEPTS = 64                   # per pass, so that a flood of connects starves nobody
+_FIRST_FD = 3                       # of what systemd hands over (sd_listen_fds(3))
+_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")       # RFC 9110 5.6.7, in any locale
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_Networks = tuple[Any, ...]         # of ipaddress, or "unix"
+
+
+def _http_date(seconds: float) -> str:
+    """Return an IMF-fixdate (RFC 9110 5.6.7)."""
+    year, month, day, hour, minute, second, weekday, *_ = time.gmtime(seconds)
+    return (f"{_DAYS[weekday]}, {day:02} {_MONTHS[month - 1]} {year} "
+            f"{hour:02}:{minute:02}:{second:02} GMT")
+
+
+def _networks(texts: Iterable[str]) -> _Networks:
+    """Parse addresses and CIDR blocks; "unix" stands for Unix sockets. Raises ValueError."""
+    import ipaddress
+    return tuple(each if each == "unix" else ipaddress.ip_network(each, strict=False)
+                 for each in texts)
+
+
+@functools.lru_cache(maxsize=4096)
+def _within(address: str, networks: _Networks) -> bool:
+    import ipaddress
+    if address == "unix":
+        return "unix" in networks
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return any(found in each for each in networks if each != "unix")
+
+
+def _plain_address(text: str) -> str:
+    """Return an IP address without a port, brackets, or the prefix of a mapped IPv4 one; or ""."""
+    import ipaddress
+    match = re.fullmatch(r"\[([^\]]+)\](?::\d+)?|(\d+\.\d+\.\d+\.\d+):\d+|(.*)", text)
+    try:
+        found = ipaddress.ip_address(match[1] or match[2] or match[3] if match else "")
+    except ValueError:
+        return ""
+    return str(getattr(found, "ipv4_mapped", None) or found)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether a peer's or a bind address is this machine's own."""
+    return address in ("unix", "localhost", "::1") or bool(
+        re.fullmatch(r"127\.\d+\.\d+\.\d+", address))
 
 
 class Limits(NamedTuple):
@@ -5147,17 +5433,19 @@ class Limits(NamedTuple):
     max_messages_per_s: float = 120.0
     burst: float = 240.0
     outbox_bytes: int = 1 << 20
+    banned: _Networks = ()
+    trusted_proxies: _Networks = ()
 
 
 class Application(Protocol):
     """What the transport tells the sections below it."""
 
     def on_request(self, connection: Connection, request: Request) -> Response | None:
-        """Answer a request, or upgrade the connection and return None."""
+        """Answer a request, or take the connection over and return None."""
     def on_message(self, connection: Connection, message: str | bytes) -> None:
         """Take a WebSocket message; PeerError ends the connection with its code."""
     def on_close(self, connection: Connection, code: int, reason: str) -> None:
-        """Forget a WebSocket; told once for every upgrade."""
+        """Forget the owner; told once for every connection that was taken over."""
     def on_drain(self, connection: Connection) -> None:
         """Everything that waited for a slow peer is sent."""
 
@@ -5279,33 +5567,109 @@ class Loop:
         self._waker.close()
         self._wakee.close()
 
-
     def _cancel_calls(self) -> None:
         with contextlib.suppress(IndexError):       # several threads may be at it
             while True:
                 self._calls.popleft()[2].cancel()
 
 
-class Connection:
-    """One accepted socket: HTTP at first, WebSocket once it is upgraded."""
+class _TLS:
+    """One connection's TLS, from memory to memory: no handshake can stall the loop."""
 
-    __slots__ = ("server", "sock", "address", "owner", "http", "ws", "heard_ns", "_out", "_queued",
-                 "unsent", "_state", "_since_ns", "_fresh", "_slow", "_pings", "_tokens",
-                 "_refilled_ns", "_mask", "_end")
+    __slots__ = ("_incoming", "_outgoing", "_object", "_ended")
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        import ssl
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._ended = False
+
+    def receive(self, data: bytes) -> bytes:
+        """Return what the peer's bytes say; what they are to be answered with is in ``take``.
+
+        Raises:
+            HandshakeError: they are not TLS, or not what was agreed.
+        """
+        import ssl
+        self._incoming.write(data)
+        plain = []
+        try:
+            while piece := self._object.read(_RECV_BYTES):
+                plain.append(piece)
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as error:
+            raise HandshakeError(error.reason or "TLS failed", label="tls") from None
+        return b"".join(plain)
+
+    def take(self) -> bytes:
+        """Return what TLS itself has to send."""
+        return self._outgoing.read()
+
+    def seal(self, data: _Bytes) -> bytes:
+        """Return *data* as the peer's TLS reads it."""
+        view = memoryview(data)
+        while view:                         # a record at a time
+            view = view[self._object.write(view):]
+        return self._outgoing.read()
+
+    def goodbye(self) -> bytes:
+        """Return the close_notify, once (RFC 8446 6.1)."""
+        import ssl
+        if not self._ended:
+            self._ended = True
+            with contextlib.suppress(ssl.SSLError):
+                self._object.unwrap()
+        return self._outgoing.read()
+
+
+_REFUSAL_HEADERS = {                # RFC 9110 7.8, 11.6.1, 15.5.22
+    401: {"Connection": "close", "WWW-Authenticate": "Bearer"},
+    426: {"Connection": "Upgrade, close", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}}
+
+
+def _measured(pieces: Iterator[bytes], length: int) -> Iterator[bytes]:
+    """Yield *pieces*; another length than was announced would put the next answer out of step."""
+    for piece in pieces:
+        length -= len(piece)
+        if length < 0:
+            break
+        yield piece
+    if length:
+        raise HorizonError("the body has another length than was announced")
+
+
+def _chunks(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield *pieces* in the chunked coding (RFC 9112 7.1)."""
+    for piece in pieces:
+        if piece:
+            yield b"%x\r\n%b\r\n" % (len(piece), piece)
+    yield b"0\r\n\r\n"
+
+
+class Connection:
+    """One accepted socket: HTTP at first; then perhaps a WebSocket, or a stream of events."""
+
+    __slots__ = ("server", "sock", "peer", "address", "owner", "http", "ws", "tls", "heard_ns",
+                 "_out", "_queued", "unsent", "_pieces", "_state", "_since_ns", "_fresh", "_slow",
+                 "_pings", "_tokens", "_refilled_ns", "_mask", "_end")
 
     def __init__(self, server: Server, sock: socket.socket, address: str) -> None:
         now = server.loop.now_ns
         self.server = server
         self.sock = sock
-        self.address = address
-        self.owner: Any = None              # the application's, set by upgrade
+        self.peer = address                 # the socket's
+        self.address = address              # the client's, as a trusted proxy tells it
+        self.owner: Any = None              # the application's, once it took the connection over
         self.http: HTTPConnection | None = HTTPConnection(
             server.limits.max_header_bytes, server.limits.max_message_bytes)
         self.ws: WebSocketConnection | None = None
+        self.tls = _TLS(server.tls) if server.tls is not None else None
         self.heard_ns = now                 # last sign of life: bytes came, or were taken
         self._out: list[bytes] | None = None        # this pass's; no container until first use
         self._queued = 0                    # bytes in _out
         self.unsent: bytes | memoryview = b""      # what the socket did not take
+        self._pieces: Iterator[bytes] | None = None     # of a body, still to be sent
         self._state = "open"
         self._since_ns = now  # when the request began, the last was answered, it finished
         self._fresh = True                  # no request was answered yet
@@ -5325,6 +5689,12 @@ class Connection:
     def is_open(self) -> bool:
         """Whether it still takes messages."""
         return self._state == "open"
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is under way: HTTP between two requests."""
+        return (self._state == "open" and self.http is not None and not self.http.started
+                and not self.backlog and self._pieces is None)
 
     # -- reading --
 
@@ -5349,11 +5719,29 @@ class Connection:
         if not data:
             return self.abort("eof")
         self.server.bytes_received += len(data)
+        if self.tls is not None and not (data := self._decipher(self.tls, data)):
+            return
         if self._state != "open":
             return self._await_close(data)
         self.heard_ns = self.server.loop.now_ns
         self._pings = 0
         self._advance(data)
+
+    def _decipher(self, tls: _TLS, data: bytes) -> bytes:
+        """Return what *data* says in plain, and send what TLS answers."""
+        try:
+            plain = tls.receive(data)
+        except HandshakeError as error:
+            self.tls, plain = None, b""
+            self.server.refused[error.label] += 1
+            _log.debug("%s: TLS: %s", self.address, error)
+            if error.reason == "HTTP_REQUEST":
+                self._queue(Response("this port speaks TLS; say https\n", 400).encode(close=True))
+            self._tell_end(1006, "tls")
+            self._finish()
+        if answer := tls.take():
+            self._write(answer)
+        return plain
 
     def _advance(self, data: bytes) -> None:
         """Do what *data*, and what was left before it, asks; a peer's fault ends the connection."""
@@ -5361,7 +5749,8 @@ class Connection:
             if self.ws is not None:
                 self._feed_websocket(data)
                 return
-            assert self.http is not None
+            if self.http is None:               # a stream of events: nothing is asked any more
+                return
             if data and not (self._fresh or self.http.started):
                 self._since_ns = self.server.loop.now_ns
             self.http.receive(data)
@@ -5414,13 +5803,13 @@ class Connection:
         most = max(1.0, limits.burst or limits.max_messages_per_s)
         self._tokens = min(most, self._tokens + earned) - messages
         if self._tokens < 0:
-            raise PeerError("too many messages", close_code=1008, label="rate")
+            raise PeerError("too many messages", close_code=1008, http_status=429, label="rate")
 
     def _serve_http(self) -> None:
         """Answer complete requests in order, as long as the peer takes the answers."""
         http = self.http
         assert http is not None
-        while self._state == "open" and self.backlog < _HTTP_BACKLOG:
+        while self._state == "open" and self.backlog < _HTTP_BACKLOG and self._pieces is None:
             requests = http.take_events()
             if not requests:
                 if http.expects_continue:
@@ -5429,22 +5818,44 @@ class Connection:
                 return
             request = requests[0]
             self.server.requests += 1
+            self.server.identify(self, request)
             response = self.server.app.on_request(self, request)
-            if response is None:                # upgraded; frames may have come along
-                if trailing := http.trailing:
+            if response is None:                # taken over; frames may have come along
+                if self.ws is not None and (trailing := http.trailing):
                     self._feed_websocket(trailing)
                 return
-            close = not request.keep_alive or "upgrade" in request.headers or self.server.draining
-            self.send(response.encode(head_only=request.method == "HEAD", close=close))
-            self._since_ns = self.server.loop.now_ns
-            self._fresh = False
-            if close:
-                self._finish()
+            self._respond(request, response)
 
-    def upgrade(self, request: Request, subprotocol: str, owner: Any) -> None:
+    def _respond(self, request: Request, response: Response) -> None:
+        old = request.version < (1, 1)
+        endless = response.pieces is not None and response.length < 0
+        close = (not request.keep_alive or "upgrade" in request.headers or self.server.draining
+                 or endless and old)
+        more = f"Date: {self.server.date()}" + "\r\nConnection: keep-alive" * (old and not close)
+        self.send(response.encode(head_only=request.method == "HEAD", close=close, more=more))
+        if response.pieces is not None and request.method != "HEAD":
+            self._pieces = (
+                _measured(response.pieces, response.length) if not endless else
+                response.pieces if close else _chunks(response.pieces))
+        self._since_ns = self.server.loop.now_ns
+        self._fresh = False
+        if close:
+            self._finish()
+
+    def upgrade(self, request: Request, owner: Any, subprotocol: str = "",
+                deflate: Deflate | None = None, extensions: str = "") -> None:
         """Become a WebSocket that belongs to *owner*."""
-        self.send(_accept_upgrade(request, subprotocol))
-        self.ws = WebSocketConnection("server", self.server.limits.max_message_bytes)
+        self.send(_accept_upgrade(request, subprotocol, extensions))
+        self.ws = WebSocketConnection("server", self.server.limits.max_message_bytes, deflate)
+        self._belong(owner)
+
+    def stream(self, response: Response, owner: Any) -> None:
+        """Send the head of *response*; its body is what *owner* sends until the end."""
+        more = f"Date: {self.server.date()}"
+        self.send(response.encode(head_only=True, close=True, more=more))
+        self._belong(owner)
+
+    def _belong(self, owner: Any) -> None:
         self.http = None
         self.owner = owner
         self.server.websockets += 1
@@ -5455,10 +5866,7 @@ class Connection:
         _log.debug("%s refused: %s", self.address, error)
         if self.ws is not None:
             return self.close(error.close_code, error.reason)
-        headers = {"Connection": "close"}
-        if error.http_status == 426:            # RFC 9110 7.8, 15.5.22
-            headers = {"Connection": "Upgrade, close", "Upgrade": "websocket",
-                       "Sec-WebSocket-Version": "13"}
+        headers = _REFUSAL_HEADERS.get(error.http_status, {"Connection": "close"})
         self.send(Response(error.reason + "\n", error.http_status, headers).encode())
         self._finish()
 
@@ -5469,7 +5877,7 @@ class Connection:
         if self._state != "open":
             return
         bound = self.server.limits.outbox_bytes
-        if self.ws is not None and bound and self.backlog > bound:
+        if self.owner is not None and bound and self.backlog > bound:
             self.flush()                        # perhaps it only was not asked yet
             if self.backlog > bound:
                 return self.slow()
@@ -5495,7 +5903,6 @@ class Connection:
         if self._state != "open":
             return
         self.server.refused["slow"] += 1
-        _log.warning("%s reads too slowly; closed with 1013", self.address)
         self._out, self._queued = None, 0
         self.close(SlowPeer.close_code, "too slow")
 
@@ -5510,10 +5917,14 @@ class Connection:
             self.server.writes += 1
             self.server.bytes_sent += len(data)
             self.send_now(data)
-        if self.unsent:
+        if self._pieces is not None and not self.unsent:
+            self._send_piece(self._pieces)
+        if self.unsent or self._pieces is not None:
             return
         if self._state == "finishing":
-            if self.ws is not None and self.ws.closed_by_peer:
+            if self.tls is not None and (goodbye := self.tls.goodbye()):
+                self._write(goodbye)
+            if self.ws is not None and self.ws.closed_by_peer or self.unsent:
                 return self.abort("closed")
             self._since_ns = self.server.loop.now_ns
             with contextlib.suppress(OSError):
@@ -5529,6 +5940,26 @@ class Connection:
             self._out.append(data)
             data = b"".join(self._out)
             self._out, self._queued = None, 0
+        self._write(data if self.tls is None else self.tls.seal(data))
+
+    def _send_piece(self, pieces: Iterator[bytes]) -> None:
+        """Send one more piece of a body; the next when the selector says so: others wait, too."""
+        try:
+            piece = next(pieces, None)
+        except Exception:
+            _log.exception("the body for %s failed", self.address)
+            return self.abort("bug")
+        if piece is None:
+            self._pieces = None
+        else:
+            self.server.bytes_sent += len(piece)
+            self.send_now(piece)
+            self._watch(self._mask | _WRITE)
+
+    def _write(self, data: bytes) -> None:
+        if self.unsent:                     # TLS has its own to say, in order
+            self.unsent = memoryview(bytes(self.unsent) + data)
+            return
         try:
             sent = self.sock.send(data)
         except (BlockingIOError, InterruptedError):
@@ -5557,7 +5988,7 @@ class Connection:
         self.unsent = b""
         self._watch(_READ)
         self.flush()
-        if self._state == "open" and self.ws is not None and not self.unsent:
+        if self._state == "open" and self.owner is not None and not self.unsent:
             self.server.app.on_drain(self)
 
     def _watch(self, mask: int) -> None:
@@ -5576,7 +6007,7 @@ class Connection:
             return
         if self.ws is not None:
             self._queue(self.ws.send_close(code, reason))
-            self._tell_end(code, reason)
+        self._tell_end(code, reason)
         self._finish()
 
     def _finish(self) -> None:
@@ -5589,12 +6020,12 @@ class Connection:
         if self._state == "closed":
             return
         self._state = "closed"
-        self.unsent, self._out, self._queued = b"", None, 0
+        self.unsent, self._out, self._queued, self._pieces = b"", None, 0, None
         self.server.forget(self)
         self._tell_end(1006, reason)
 
     def _tell_end(self, code: int, reason: str) -> None:
-        if self.ws is not None and self._end is None:
+        if self.owner is not None and self._end is None:
             self._end = (code, reason)
             self.server.websockets -= 1
             self.server.app.on_close(self, code, reason)
@@ -5610,7 +6041,7 @@ class Connection:
             patience_s = limits.idle_s if self.backlog and self.http is not None else _FINISH_S
             if patience_s and waited_s > patience_s:
                 self.abort("finish_timeout")
-        elif self.ws is not None:
+        elif self.owner is not None:
             self._check_ping(quiet_s, limits)
         elif self.backlog:
             if limits.idle_s and quiet_s > limits.idle_s:
@@ -5629,14 +6060,17 @@ class Connection:
         if not ping_s and limits.idle_s and quiet_s > limits.idle_s:
             self.server.refused["idle"] += 1
             return self.close(1001, "idle")
+        if self.ws is None and ping_s and quiet_s >= ping_s and not self.unsent:
+            self.heard_ns = self.server.loop.now_ns     # a comment; nobody answers these
+            return self.send(b":\n\n")
         if not ping_s or quiet_s < ping_s * (self._pings + 1):
             return
         if self._pings == 2:
             self.server.refused["ping_timeout"] += 1
             return self.abort("ping timeout")
         self._pings += 1
-        assert self.ws is not None
-        self.send(self.ws.send_ping())
+        if self.ws is not None:
+            self.send(self.ws.send_ping())
 
     def _time_out(self, label: str, status: int) -> None:
         self.server.refused[label] += 1
@@ -5646,12 +6080,30 @@ class Connection:
         self._finish()
 
 
+def _tell_systemd(state: str) -> None:
+    """Send a line to the service manager, if there is one (sd_notify(3))."""
+    if path := os.environ.get("NOTIFY_SOCKET", ""):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
+
+
+def _tls_context(cert: str, key: str) -> ssl.SSLContext:
+    """Return a server's TLS: 1.2 or later, HTTP/1.1 (RFC 7301); OSError, if a file won't do."""
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.set_alpn_protocols(["http/1.1"])
+    context.load_cert_chain(cert, key or None)
+    return context
+
+
 class Server:
     """Listening sockets and the connections that came through them."""
 
     __slots__ = ("loop", "app", "limits", "connections", "draining", "refused", "websockets",
                  "accepted", "requests", "messages_received", "bytes_received", "bytes_sent",
-                 "writes", "_listeners", "_per_address")
+                 "writes", "tls", "_listeners", "_per_address", "_date", "_unix_path")
 
     def __init__(self, loop: Loop, app: Application, limits: Limits) -> None:
         self.loop = loop
@@ -5662,12 +6114,17 @@ class Server:
         self.refused: Counter[str] = Counter()      # peers' faults and our limits, by reason
         self.websockets = self.accepted = self.requests = self.messages_received = 0
         self.bytes_received = self.bytes_sent = self.writes = 0
+        self.tls: ssl.SSLContext | None = None      # for connections to come
         self._listeners: list[socket.socket] = []
         self._per_address: Counter[str] = Counter()
+        self._date = (0, "")
+        self._unix_path = ""
         loop.call_later(1.0, self._check_times)
 
-    def listen(self, host: str, port: int) -> int:
+    def listen(self, host: str, port: int, reuse_port: bool = False) -> int:
         """Listen on TCP; return the port, chosen by the system if it was 0.
+
+        With *reuse_port* several processes share a port, and the system shares out connections.
 
         Raises:
             OSError: the address can't be used; errno says why.
@@ -5675,18 +6132,70 @@ class Server:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._listen(listener, address)
+        bound: int = listener.getsockname()[1]
+        return bound
+
+    def listen_unix(self, path: str) -> None:
+        """Listen on a Unix socket; one that a dead process left behind is replaced.
+
+        Raises:
+            OSError: somebody listens there, or the path can't be used.
+        """
+        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(FileNotFoundError):
+            try:
+                probe.connect(path)
+                raise OSError(errno.EADDRINUSE, "somebody listens on this socket")
+            except ConnectionRefusedError:
+                os.unlink(path)
+        self._listen(socket.socket(socket.AF_UNIX), path)
+        self._unix_path = path
+
+    def listen_inherited(self) -> int:
+        """Listen on what systemd opened for this process; return how many (sd_listen_fds(3))."""
+        count = int(os.environ.get("LISTEN_FDS", "0"))
+        if not count or os.environ.get("LISTEN_PID") != str(os.getpid()):
+            return 0
+        for name in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"):     # not for our children
+            os.environ.pop(name, None)
+        for number in range(_FIRST_FD, _FIRST_FD + count):
+            os.set_inheritable(number, False)
+            self._listen(socket.socket(fileno=number), None)
+        return count
+
+    def _listen(self, listener: socket.socket, address: Any) -> None:
         try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
+            if address is not None:
+                listener.bind(address)
             listener.listen(1024)
         except OSError:
             listener.close()
             raise
         listener.setblocking(False)
         self._listeners.append(listener)
-        self.loop.selector.register(listener, _READ, functools.partial(self._accept, listener))
-        bound: int = listener.getsockname()[1]
-        return bound
+        self._resume(listener)
+
+    @property
+    def addresses(self) -> list[str]:
+        """The addresses that are listened on; "unix" for a Unix socket."""
+        names = [each.getsockname() for each in self._listeners]
+        return [name[0] if isinstance(name, tuple) else "unix" for name in names]
+
+    @property
+    def port(self) -> int:
+        """The first TCP port that is listened on, or 0."""
+        names = [each.getsockname() for each in self._listeners]
+        return next((name[1] for name in names if isinstance(name, tuple)), 0)
+
+    def date(self) -> str:
+        """Return the time for a Date header, made once a second."""
+        now = int(time.time())
+        if now != self._date[0]:
+            self._date = (now, _http_date(now))
+        return self._date[1]
 
     def _accept(self, listener: socket.socket, _mask: int) -> None:
         for _ in range(_MAX_ACCEPTS):
@@ -5701,43 +6210,82 @@ class Server:
                 self.loop.call_later(0.2, functools.partial(self._resume, listener))
                 return
             self.accepted += 1
-            self._admit(sock, address[0] if isinstance(address, tuple) else "unix")
+            self._admit(sock, _plain_address(address[0]) if isinstance(address, tuple) else "unix")
 
     def _resume(self, listener: socket.socket) -> None:
         if listener in self._listeners:
             self.loop.selector.register(listener, _READ, functools.partial(self._accept, listener))
 
-    def _admit(self, sock: socket.socket, address: str) -> None:
-        """Take a new connection in, or refuse it with 503."""
+    def _refusal(self, address: str) -> PeerError | None:
+        """Return why *address* may not have one more connection, if it may not."""
         limits = self.limits
-        label = ""
-        if limits.max_connections and len(self.connections) >= limits.max_connections:
-            label = "max_connections"
-        elif (limits.max_connections_per_address and not is_loopback(address)
-                and self._per_address[address] >= limits.max_connections_per_address):
-            label = "max_connections_per_address"
+        if limits.banned and _within(address, limits.banned):
+            return HandshakeError("this address is banned", http_status=403, label="banned")
+        most = limits.max_connections_per_address
+        if most and self._per_address[address] >= most and not is_loopback(address) and not (
+                _within(address, limits.trusted_proxies)):
+            return HandshakeError("too many connections", http_status=503,
+                                  label="max_connections_per_address")
+        return None
+
+    def _admit(self, sock: socket.socket, address: str) -> None:
+        """Take a new connection in, or refuse it with 503, or 403."""
+        refusal = self._refusal(address)
+        if self.limits.max_connections and len(self.connections) >= self.limits.max_connections:
+            refusal = HandshakeError("too many connections", http_status=503,
+                                     label="max_connections")
         sock.setblocking(False)
-        if label:
-            self.refused[label] += 1
+        if refusal is not None:
+            self.refused[refusal.label] += 1
             with contextlib.suppress(OSError):
-                sock.send(Response("too many connections\n", 503).encode(close=True))
+                if self.tls is None:
+                    answer = Response(refusal.reason + "\n", refusal.http_status)
+                    sock.send(answer.encode(close=True))
                 sock.shutdown(socket.SHUT_WR)
             return sock.close()
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if hasattr(socket, "TCP_USER_TIMEOUT") and self.limits.ping_s:   # a pulled cable
+                timeout_ms = int(3000 * self.limits.ping_s)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
         connection = Connection(self, sock, address)
         self.connections[sock.fileno()] = connection
         self._per_address[address] += 1
         self.loop.selector.register(sock, _READ, connection.ready)
+
+    def identify(self, connection: Connection, request: Request) -> None:
+        """Find out whom a request comes from; only trusted proxies may speak for others.
+
+        Raises:
+            HandshakeError: that address may not have one more connection.
+        """
+        address, trusted = connection.peer, self.limits.trusted_proxies
+        if trusted and _within(address, trusted):
+            for hop in reversed(request.headers.get("x-forwarded-for", "").split(",")):
+                if not (hop := _plain_address(hop.strip())):
+                    break
+                address = hop
+                if not _within(hop, trusted):
+                    break
+        if address != connection.address:
+            if refusal := self._refusal(address):
+                raise refusal
+            self._per_address[address] += 1
+            self._leave(connection.address)
+            connection.address = address
+        request.address = address
+
+    def _leave(self, address: str) -> None:
+        self._per_address[address] -= 1
+        if not self._per_address[address]:
+            del self._per_address[address]
 
     def forget(self, connection: Connection) -> None:
         """Close a connection's socket and drop every trace of it."""
         del self.connections[connection.sock.fileno()]
         self.loop.selector.unregister(connection.sock)
         connection.sock.close()
-        self._per_address[connection.address] -= 1
-        if not self._per_address[connection.address]:
-            del self._per_address[connection.address]
+        self._leave(connection.address)
 
     def _check_times(self) -> None:
         self.loop.call_later(1.0, self._check_times)
@@ -5752,19 +6300,17 @@ class Server:
                 self.loop.selector.unregister(listener)
             listener.close()
         self._listeners.clear()
+        if self._unix_path:
+            with contextlib.suppress(OSError):
+                os.unlink(self._unix_path)
+            self._unix_path = ""
 
     def _check(self) -> None:
         """Assert that every registry agrees (tests)."""
         assert sum(self._per_address.values()) == len(self.connections)
         assert self.websockets == sum(
-            each.ws is not None and each._end is None for each in self.connections.values())
+            each.owner is not None and each._end is None for each in self.connections.values())
         assert all(fd == each.sock.fileno() for fd, each in self.connections.items())
-
-
-def is_loopback(address: str) -> bool:
-    """Whether a peer's or a bind address is this machine's own."""
-    return address in ("unix", "localhost", "::1") or bool(
-        re.fullmatch(r"(::ffff:)?127\.\d+\.\d+\.\d+", address))
 
 
 # =============================================================================
@@ -5852,6 +6398,15 @@ _PRESETS: dict[str, dict[str, Any]] = {
 _LOG_LEVELS = ("debug", "info", "warn", "error")
 
 
+def _cpu_numbers(texts: Iterable[str]) -> set[int]:
+    """Return the processors in texts like "2" and "4-7"."""
+    numbers: set[int] = set()
+    for text in texts:
+        first, _, last = text.partition("-")
+        numbers |= {*range(int(first), int(last or first) + 1)}
+    return numbers
+
+
 def _setting(default: _T, text: str) -> _T:
     """Declare a setting; *text* is what --help says of it."""
     return dataclasses.field(default=default, metadata={"help": text})
@@ -5863,18 +6418,27 @@ class Config:
 
     host: str = _setting("127.0.0.1", "address to listen on")
     port: int = _setting(8080, "TCP port; 0 is any free one")
+    unix_socket: str = _setting("", "listen on this path; on a port as well if that is given")
+    reuse_port: bool = _setting(False, "share the port with other processes (SO_REUSEPORT)")
+    tls_cert: str = _setting("", "file with the certificate chain: speak TLS; SIGHUP reads it anew")
+    tls_key: str = _setting("", "file with its key, if that is another one")
     firm_port: bool = _setting(False, "fail if the port is taken; on when it is given")
     profile: str = _setting("prod", "dev, prod or high-scale")
     tick_hz: float = _setting(50.0, "ticks per second; 0: everything leaves at once")
     max_catchup_ticks: int = _setting(5, "ticks made up for after a stall")
     max_connections: int = _setting(10_000, "open sockets; more get 503")
     max_connections_per_address: int = _setting(100, "of one address; this machine is exempt")
+    banned: tuple[str, ...] = _setting((), "addresses and blocks like 203.0.113.0/24; get 403")
+    trusted_proxies: tuple[str, ...] = _setting(
+        (), "addresses whose X-Forwarded-For is believed; 'unix' for a Unix socket's")
     idle_s: float = _setting(60.0, "silence after which HTTP is closed")
     handshake_s: float = _setting(10.0, "time for a complete request")
     ping_s: float = _setting(20.0, "silence before a ping; after two unanswered ones it is dead")
     max_header_bytes: int = _setting(16_384, "a request's header block; more gets 431")
     max_message_bytes: int = _setting(65_536, "a message or body; more gets 1009 or 413")
     max_json_depth: int = _setting(10, "nesting of a client's JSON; more gets 1008")
+    max_json_string: int = _setting(0, "characters of a text in a client's JSON; more gets 1008")
+    max_json_items: int = _setting(0, "members of a list or object there; more gets 1008")
     max_messages_per_s: float = _setting(120.0, "of one client, on average; more gets 1008")
     burst: float = _setting(240.0, "messages of one client at once")
     max_subscriptions: int = _setting(1_000, "of one client")
@@ -5882,6 +6446,10 @@ class Config:
     insecure: bool = _setting(False, "let strangers in from beyond this machine")
     outbox_messages: int = _setting(256, "messages that may wait for one client")
     outbox_bytes: int = _setting(1 << 20, "bytes that may wait for one client")
+    compress: bool = _setting(True, "permessage-deflate for clients that offer it")
+    compress_above_bytes: int = _setting(512, "shorter messages are sent as they are")
+    grace_s: float = _setting(5.0, "time for clients to read what waits when the server ends")
+    cpus: tuple[str, ...] = _setting((), "processors to run on, like 0,2 or 0-1")
     log_level: str = _setting("info", "debug, info, warn or error; debug times every handler")
     metrics: bool = _setting(True, "serve /metrics")
 
@@ -5900,9 +6468,14 @@ class Config:
                 raise ConfigError(
                     f"{name} = {getattr(self, name)!r} must be one of {', '.join(known)}"
                 )
-        if not is_loopback(self.host) and not self.insecure:
-            raise ConfigError(f"host = {self.host!r} lets strangers in, and nothing asks who they "
-                              "are; bind to 127.0.0.1, or say insecure = true")
+        for name, parse in (("banned", _networks), ("trusted_proxies", _networks),
+                            ("cpus", _cpu_numbers)):
+            try:
+                parse(getattr(self, name))
+            except ValueError as error:
+                raise ConfigError(f"{name}: {error}") from None
+        if self.tls_key and not self.tls_cert:
+            raise ConfigError("tls_key is given, but no tls_cert")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str] | None = None,
@@ -6328,26 +6901,57 @@ _NO_HANDLER = "no_handler"          # told only to who wants an answer
 _PRESENCE_TOPIC = "presence"
 _STATS_TOPIC = "system.stats"
 _PORTS_TO_TRY = 100
+_MAX_USER = 128                     # characters of a user's name
+_MAX_DROPPED_TOPICS = 1_000         # counted by name; more only by class
 
 
-def _render_objects(items: tuple[Any, ...], _packed: str) -> bytes:
+_Framer = Callable[[int, bytes], bytes]
+
+
+def _render_objects(frame: _Framer, items: tuple[Any, ...], _packed: str) -> bytes:
     """One JSON object per text frame: for clients that named no subprotocol."""
-    return b"".join([_frame(_TEXT, item.json()) for item in items])
+    return b"".join([frame(_TEXT, item.json()) for item in items])
 
 
-def _render_array(items: tuple[Any, ...], _packed: str) -> bytes:
+def _render_array(frame: _Framer, items: tuple[Any, ...], _packed: str) -> bytes:
     """One text frame a tick: an object, or an array when there are several."""
     if len(items) == 1:
-        return _frame(_TEXT, items[0].json())
-    return _frame(_TEXT, b"[" + b",".join([item.json() for item in items]) + b"]")
+        return frame(_TEXT, items[0].json())
+    return frame(_TEXT, b"[" + b",".join([item.json() for item in items]) + b"]")
 
 
-def _render_batch(items: tuple[Any, ...], packed: str) -> bytes:
+def _render_batch(frame: _Framer, items: tuple[Any, ...], packed: str) -> bytes:
     """One binary frame a tick: an EventBatch."""
-    return _frame(_BINARY, b"".join([item.envelope(packed) for item in items]))
+    return frame(_BINARY, b"".join([item.envelope(packed) for item in items]))
 
 
-_FORMS = {"": _render_objects, "horizon.json.v1": _render_array, "horizon.proto.v1": _render_batch}
+def _render_events(frame: _Framer, items: tuple[Any, ...], _packed: str) -> bytes:
+    """Server-Sent Events (WHATWG HTML 9.2); JSON has no line breaks."""
+    return b"".join([b"id: %d\ndata: %b\n\n" % (item.seq, item.json()) for item in items])
+
+
+_PROTO, _EVENTS = "horizon.proto.v1", "events"
+_FORMS = {"": _render_objects, "horizon.json.v1": _render_array, _PROTO: _render_batch,
+          _EVENTS: _render_events}
+_SUBPROTOCOLS = ("horizon.json.v1", _PROTO)
+
+
+@functools.cache
+def _framer(deflate: Deflate | None) -> _Framer:
+    """Return what frames messages for every connection that agreed on the same."""
+    if deflate is None:
+        return _frame
+
+    def frame(opcode: int, payload: bytes) -> bytes:
+        if len(payload) < deflate.above_bytes:
+            return _frame(opcode, payload)
+        return _frame(opcode | _COMPRESSED, _squeeze(_deflater(deflate.send_bits), payload))
+    return frame
+
+
+@functools.cache
+def _renderer(form: str, deflate: Deflate | None) -> Callable[[tuple[Any, ...], str], bytes]:
+    return functools.partial(_FORMS[form], _framer(deflate))
 
 
 def _parse_constant(name: str) -> float:
@@ -6371,33 +6975,151 @@ def _plain_function(fn: _F) -> _F:
     return fn
 
 
-def _depth(value: Any) -> int:
-    """Return how deep lists and dicts are nested in parsed JSON."""
-    depth, layer = 0, [value]
-    while layer := [each for each in layer if isinstance(each, list | dict)]:
-        depth += 1
-        layer = [item for each in layer
-                 for item in (each.values() if isinstance(each, dict) else each)]
-    return depth
+def _shape_fault(value: Any, depth: int, string: int, items: int) -> tuple[str, str]:
+    """Return which limit parsed JSON passes, and how: of nesting, texts' length, or members."""
+    layer, level = [value], 0
+    while layer:
+        longest = max((len(each) for each in layer if isinstance(each, str)), default=0)
+        if longest > string:
+            return "json_string", f"a text of {longest} characters"
+        layer = [each for each in layer if isinstance(each, list | dict)]
+        if layer and (most := max(map(len, layer))) > items:
+            return "json_items", f"{most} members"
+        level += bool(layer)
+        if level > depth:
+            return "json_depth", f"nesting deeper than {depth}"
+        layer = [part for each in layer for part in (
+            itertools.chain(each, each.values()) if isinstance(each, dict) else each)]
+    return "", ""
+
+
+# -- who may come in --
+
+def _base64(data: bytes) -> str:
+    import base64
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+def _hmac(secret: str | bytes, signed: str) -> str:
+    import hmac
+    key = secret.encode() if isinstance(secret, str) else secret
+    if not key:
+        raise UsageError("a secret can't be empty")
+    return _base64(hmac.digest(key, signed.encode(), "sha256"))
+
+
+def sign_token(user: str | Mapping[str, Any], secret: str | bytes, *,
+               expires_s: float = 3600.0) -> str:
+    """Return a token for *user*, or for a mapping of claims: a JWT (RFC 7519), HMAC-SHA256.
+
+    Use 32 random bytes or more as *secret* (RFC 7518 3.2).
+    """
+    claims = {"sub": user} if isinstance(user, str) else dict(user)
+    claims = {"iat": int(time.time()), "exp": int(time.time() + expires_s), **claims}
+    signed = f'{_base64(b"""{"alg":"HS256","typ":"JWT"}""")}.{_base64(_json_bytes(claims))}'
+    return f"{signed}.{_hmac(secret, signed)}"
+
+
+def verify_token(token: str, *secrets: str | bytes) -> dict[str, Any]:
+    """Return the claims of a token that one of *secrets* signed; "sub" is the user.
+
+    To change the secret, sign with the new one and verify with both until old tokens have
+    expired. Signatures are compared in constant time; a token without "exp" is refused.
+
+    Raises:
+        HandshakeError: answered with 401.
+    """
+    import base64
+    import hmac
+    signed, _, signature = token.rpartition(".")
+    head, _, body = signed.partition(".")
+    matches = [hmac.compare_digest(_hmac(secret, signed).encode(), signature.encode())
+               for secret in secrets]
+    try:
+        header, claims = (json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
+                          for part in (head, body))
+        now = time.time()
+        if any(matches) and header["alg"] == "HS256" and "crit" not in header and (
+                claims.get("nbf", 0) <= now < claims["exp"]):
+            result: dict[str, Any] = claims
+            return result
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise HandshakeError("the token is not valid", http_status=401, label="unauthenticated")
+
+
+_Who = bool | str | Iterable[str] | Callable[[str], bool]
+
+
+class _Rule(NamedTuple):
+    """Who may do what with the topics of a pattern."""
+
+    tokens: list[str]
+    publish: _Who
+    subscribe: _Who
+
+
+def _is_among(user: str, who: _Who) -> bool:
+    if isinstance(who, bool | str):
+        return who is True or user == who
+    return bool(who(user)) if callable(who) else user in who
+
+
+# -- files --
+
+def _serve_file(root: str, cache_control: str, request: Request, path: str) -> Response:
+    """Answer with the file *path* under *root*: nothing hidden, nothing beyond it."""
+    import mimetypes
+    import stat
+    missing = Response("not found\n", 404)
+    name = os.path.realpath(os.path.join(root, path)) if "\0" not in path else ""
+    if os.path.isdir(name):
+        name = os.path.realpath(os.path.join(name, "index.html"))
+    if not name.startswith(root + os.sep) or re.search(r"(?:^|[/\\])\.", path):
+        return missing
+    try:
+        info = os.stat(name)
+        if not stat.S_ISREG(info.st_mode):      # to open a pipe would wait for its writer
+            return missing
+        file = open(name, "rb")
+    except (OSError, ValueError):
+        return missing
+    tag = f'"{info.st_mtime_ns:x}-{info.st_size:x}"'
+    headers = {"ETag": tag, "Cache-Control": cache_control, "X-Content-Type-Options": "nosniff",
+               "Last-Modified": _http_date(info.st_mtime)}
+    known = [each.removeprefix("W/") for each in request.tokens("if-none-match")]
+    if tag in known or "*" in known:
+        file.close()
+        return Response(status=304, headers=headers)
+    kind, packed = mimetypes.guess_type(name)
+    kind = "application/octet-stream" if packed or not kind else kind
+    kind += "; charset=utf-8" * (kind.startswith("text/") or kind == "application/javascript")
+    if info.st_size > _RECV_BYTES:
+        return Response(iter(functools.partial(file.read, _RECV_BYTES), b""), 200, headers, kind,
+                        length=info.st_size)
+    with file:
+        return Response(file.read(), 200, headers, kind)
 
 
 class Session:
-    """One client on a WebSocket, from its handshake to its goodbye.
+    """One client, from its handshake to its goodbye: on a WebSocket, or a reader of events.
 
     ``id`` is a UUID, ``user`` who it is (one user may have several sessions), ``address``
     where from, ``backlog`` the bytes that wait for it, ``metadata`` a dict of your own.
     """
 
-    __slots__ = ("id", "player", "_user", "connection", "render", "packed", "outbox", "engine",
-                 "handler", "subscriptions", "goodbye", "_metadata")
+    __slots__ = ("id", "player", "_user", "connection", "render", "form", "packed", "outbox",
+                 "engine", "handler", "subscriptions", "goodbye", "_metadata", "_told_ns")
 
-    def __init__(self, engine: Engine, connection: Connection, subprotocol: str,
-                 handler: Callable[[Session, str | bytes], object] | None) -> None:
+    def __init__(self, engine: Engine, connection: Connection, user: str, form: str = "",
+                 deflate: Deflate | None = None,
+                 handler: Callable[[Session, str | bytes], object] | None = None) -> None:
         self.player = os.urandom(16)            # the id in its 16-byte form
         self.id = _uuid_text(self.player)
-        self._user = "guest-" + self.id[:8]
+        self._user = user or "guest-" + self.id[:8]
         self.connection = connection
-        self.render = _FORMS.get(subprotocol, _render_objects)
+        self.form = form                        # one of _FORMS
+        self.render = _renderer(form, deflate)
         self.packed = ""                        # "f32", "f64": asked for packed movement
         self.outbox: Outbox | None = None       # no container until its first use
         self.engine = engine
@@ -6405,6 +7127,12 @@ class Session:
         self.subscriptions: dict[str, Subscription | None] | None = None
         self.goodbye: tuple[int, str] | None = None     # to be said when it has read the rest
         self._metadata: dict[str, Any] | None = None
+        self._told_ns = 0                       # when it was last said that this one is slow
+
+    @property
+    def listens(self) -> bool:
+        """Whether it is on ``/ws/data``: present, and reached by broadcasts."""
+        return self.handler is None and self.form != _EVENTS
 
     @property
     def user(self) -> str:
@@ -6414,8 +7142,8 @@ class Session:
     @user.setter
     def user(self, user: str) -> None:
         self.engine._on_loop("client.user")
-        if not isinstance(user, str) or not 0 < len(user) <= 128:
-            raise UsageError(f"a user is a text of 1 to 128 characters, not {user!r}")
+        if not isinstance(user, str) or not 0 < len(user) <= _MAX_USER:
+            raise UsageError(f"a user is a text of 1 to {_MAX_USER} characters, not {user!r}")
         if self.connection.is_open:
             self.engine._forget_user(self)
             self._user = user
@@ -6446,17 +7174,20 @@ class Session:
             StateError: called from another thread; use ``app.call_soon(client.send, ...)``.
         """
         self.engine._on_loop("client.send")
-        if isinstance(message, str):
-            try:
-                self.say(_frame(_TEXT, message.encode()))
-            except UnicodeEncodeError as error:
-                raise UsageError(f"this text can't be sent: {error}") from None
-        elif isinstance(message, bytes | bytearray | memoryview):
-            self.say(_frame(_BINARY, message))
-        else:
+        ws = self.connection.ws
+        if ws is None or not isinstance(message, str | bytes | bytearray | memoryview):
             direct = Publication("", message, 0, "", True, 0)
             self.say(self.render((direct,), ""))
             self.engine.events_sent["DIRECT"] += 1
+        elif not self.connection.is_open:
+            return
+        elif isinstance(message, str):
+            try:
+                self.say(ws.send_text(message))
+            except UnicodeEncodeError as error:
+                raise UsageError(f"this text can't be sent: {error}") from None
+        else:
+            self.say(ws.send_binary(message))
 
     def say(self, data: bytes) -> None:
         """Send frames at the end of this pass, after what is critical and came before."""
@@ -6469,6 +7200,10 @@ class Session:
 
         What was sent before goes before; a client that reads slowly has five seconds for it.
         """
+        self.leave(code, reason, 5.0)
+
+    def leave(self, code: int, reason: str, patience_s: float) -> None:
+        """Close, when what waits is sent or *patience_s* is over."""
         self.engine._on_loop("client.close")
         if not _sendable_code(code):
             raise UsageError(f"close code {code} can't be sent; use 1000 to 1014 or 3000 to 4999")
@@ -6478,18 +7213,15 @@ class Session:
             self.connection.close(code, reason)
         elif self.goodbye is None:
             self.goodbye = (code, reason)       # said by Engine.on_drain
-            self.engine.loop.call_later(5.0, lambda: self.connection.close(code, reason))
+            self.engine.loop.call_later(
+                patience_s, lambda: self.connection.close(code, reason))
 
     def put(self, item: Sendable) -> None:
         """Queue a shared item for the tick, or for the end of this pass if it is critical."""
         if item.key is None:
             return self._add((item,), item.size or item.measure(), item.critical)
-        outbox = self._filling(item.critical)
-        if outbox is not None:
-            try:
-                outbox.put(item, len(self.connection.unsent))
-            except SlowPeer:
-                self._give_up()
+        if (outbox := self._filling(item.critical)) is not None:
+            self._squeeze_in(outbox.put, item)
 
     def put_many(self, batch: Batch) -> None:
         """Queue what was published on one topic; the sink of this session's subscriptions."""
@@ -6509,10 +7241,22 @@ class Session:
         if not self.connection.unsent and outbox.overflows(len(items), size):
             outbox.add(items, size)             # a peer that reads loses nothing
             return self.engine._flush([self])
+        self._squeeze_in(outbox.put_many, items, size)
+
+    def _squeeze_in(self, put: Callable[..., None], *items: Any) -> None:
+        """Put into the outbox; what is dropped for it is told, once a second at most."""
+        assert self.outbox is not None
+        before = self.outbox.dropped
         try:
-            outbox.put_many(items, size, len(self.connection.unsent))
+            put(*items, len(self.connection.unsent))
         except SlowPeer:
-            self._give_up()
+            self.outbox.take()
+            self.connection.slow()
+        else:
+            now = self.engine.loop.now_ns
+            if self.outbox.dropped > before and now - self._told_ns >= 1_000_000_000:
+                self._told_ns = now
+                self.engine.loop.call_soon(self.engine._tell_slow, self, self.outbox.dropped)
 
     def _filling(self, urgent: bool) -> Outbox | None:
         """Return the outbox, listed to be emptied; None when the session has ended."""
@@ -6521,17 +7265,13 @@ class Session:
             return None
         if outbox is None:
             config = self.engine.config
-            outbox = self.outbox = Outbox(config.outbox_messages, config.outbox_bytes)
+            outbox = self.outbox = Outbox(config.outbox_messages, config.outbox_bytes,
+                                          self.engine._count_drop)
         self.engine._waiting[self] = None
         if urgent:
             outbox.urgent = True
             self.engine._urgent[self] = None
         return outbox
-
-    def _give_up(self) -> None:
-        if self.outbox is not None:
-            self.outbox.take()
-        self.connection.slow()
 
     def __repr__(self) -> str:
         return f"Session({self.user!r} from {self.address})"
@@ -6604,9 +7344,13 @@ class _Worker:
 class _Endpoint(NamedTuple):
     """An HTTP or WebSocket address and what answers it."""
 
-    method: str                     # "GET", "POST", or "WEBSOCKET"
+    method: str                     # one of _SERVES
     pattern: re.Pattern[str]
     answer: Callable[..., Any]
+    public: bool                    # needs no user
+
+
+_SERVES = {"GET": ("GET", "HEAD"), "POST": ("POST",), "WEBSOCKET": ("GET",), "EVENTS": ("GET",)}
 
 
 _WATCHED = (                        # name, kind, where in the engine it is counted, help
@@ -6630,7 +7374,7 @@ _WATCHED = (                        # name, kind, where in the engine it is coun
     ("horizon_ticks_total", "counter", "tick_count", "Ticks run."),
     ("horizon_tick_overruns_total", "counter", "overruns", "Ticks that outlasted their period."),
     ("horizon_ticks_dropped_total", "counter", "_ticks_dropped", "Ticks forgiven after a stall."),
-    ("horizon_outbox_dropped_total", "counter", "_drops", "Messages dropped."),
+    ("horizon_outbox_dropped_total", "counter", "drops", "Messages dropped, by class."),
     ("horizon_outbox_coalesced_total", "counter", "_replaced", "States replaced unsent."),
     ("horizon_moves_total", "counter", "movement.moves", "Positions accepted."),
     ("horizon_topics_errors_total", "counter", "topics.errors", "Subscribers' calls that raised."),
@@ -6676,7 +7420,8 @@ def _page() -> Response:
 class Engine:
     """A real-time server: events, topics, movement, one port, one loop.
 
-    Handlers: on, on_core, on_client, on_plugin, every, subscribe, get, post, websocket.
+    Handlers: on, on_core, on_client, on_plugin, every, subscribe, get, post, websocket, static.
+    Who may: authenticate, allow.
     Sending: publish, broadcast, send, emit, emit_core, emit_client, emit_plugin.
     Running: run, start, stop, ``with``, step, wait_s, fileno, call_soon.
     Looking: url, metrics, report, bus, topics, presence, movement, sessions.
@@ -6703,7 +7448,11 @@ class Engine:
             on_time=lambda spent_s: self.metrics.observe("event_processing_duration", spent_s),
         )
         self.server = Server(self.loop, self, self._limits())
-        self.tick_count = self.overruns = self.dropped = self.coalesced = 0
+        self.tick_count = self.overruns = self.coalesced = 0
+        self.drops = Counter(latest=0, droppable=0)     # by class
+        self._dropped_topics: Counter[str] = Counter()
+        self._authenticator: Callable[[Request], Any] | None = None
+        self._rules: list[_Rule] = []
         self.events_sent: Counter[str] = Counter()      # by type
         self.refusals: Counter[str] = Counter()         # requests answered with an error, by code
         self._users: dict[str, list[Session]] = {}
@@ -6724,6 +7473,7 @@ class Engine:
         self._state = "new"                             # "open", "stopping", "stopped"
         self._stop_at_ns = 0
         self._port = 0
+        self._local = True                              # listens for this machine only
         self._started_ns = time.monotonic_ns()
         self._tick_ns: deque[int] = deque(maxlen=500)
         self._rates: dict[str, float] = {}
@@ -6733,7 +7483,9 @@ class Engine:
         self._add_metrics()
 
     def _limits(self) -> Limits:
-        return Limits(**{name: getattr(self.config, name) for name in Limits._fields})
+        limits = Limits(**{name: getattr(self.config, name) for name in Limits._fields})
+        return limits._replace(banned=_networks(limits.banned),
+                               trusted_proxies=_networks(limits.trusted_proxies))
 
     def configure(self, **settings: Any) -> None:
         """Change settings before the engine runs; what is not named stays."""
@@ -6797,36 +7549,83 @@ class Engine:
             return fn
         return decorate
 
-    def get(self, path: str) -> Callable[[_F], _F]:
-        """Decorate the answer to GET *path*, which may hold ``{names}``.
+    def get(self, path: str, *, public: bool = False) -> Callable[[_F], _F]:
+        """Decorate the answer to GET *path*, which may hold ``{names}``, or ``{rest:path}``.
 
         The function gets the Request, and the names as keywords, and returns a Response, or
-        the body of one: str, bytes, dict or list.
+        the body of one: str, bytes, dict or list. With ``authenticate`` set, only those whom
+        it lets in get there, unless the route is *public*.
         """
-        return self._endpoint("GET", path)
+        return self._endpoint("GET", path, public)
 
-    def post(self, path: str) -> Callable[[_F], _F]:
+    def post(self, path: str, *, public: bool = False) -> Callable[[_F], _F]:
         """Decorate the answer to POST *path*; see ``get``."""
-        return self._endpoint("POST", path)
+        return self._endpoint("POST", path, public)
 
-    def websocket(self, path: str) -> Callable[[_F], _F]:
+    def websocket(self, path: str, *, public: bool = False) -> Callable[[_F], _F]:
         """Decorate ``handler(client, message: str | bytes)`` for WebSockets at *path*."""
-        return self._endpoint("WEBSOCKET", path)
+        return self._endpoint("WEBSOCKET", path, public)
 
-    def _endpoint(self, method: str, path: str) -> Callable[[_F], _F]:
+    def static(self, path: str, folder: str | os.PathLike[str], *,
+               cache_control: str = "no-cache", public: bool = True) -> None:
+        """Serve the files of *folder* under *path*, with ETags (RFC 9110 8.8.3).
+
+        Hidden files and what lies beyond the folder, by ``..`` or a link, are not found; for a
+        folder there is its index.html. Browsers ask each time whether a file has changed,
+        unless *cache_control* says else, like ``"max-age=31536000, immutable"``.
+        """
+        root = os.path.realpath(folder)
+        if not os.path.isdir(root):
+            raise UsageError(f"there is no folder {os.fspath(folder)!r}")
+        self._endpoint("GET", path.rstrip("/") + "/{path:path}", public)(
+            functools.partial(_serve_file, root, cache_control))
+
+    def _endpoint(self, method: str, path: str, public: bool) -> Callable[[_F], _F]:
         if not path.startswith("/"):
             raise UsageError(f"path {path!r} must start with '/'")
         if path == "/ws/data" and self._routes:
             raise UsageError("/ws/data is the engine's own; take another path, like /ws/game")
-        parts = re.split(r"\{(\w+)\}", path)
-        pattern = re.compile("".join(f"(?P<{part}>[^/]+)" if at % 2 else re.escape(part)
-                                     for at, part in enumerate(parts)))
+        parts = re.split(r"\{(\w+)(:path)?\}", path)
+        pattern = re.escape(parts[0])
+        for name, rest, text in zip(parts[1::3], parts[2::3], parts[3::3]):
+            pattern += f"(?P<{name}>{'.*' if rest else '[^/]+'}){re.escape(text)}"
 
         def decorate(fn: _F) -> _F:
-            route = _Endpoint(method, pattern, _plain_function(fn))
+            route = _Endpoint(method, re.compile(pattern), _plain_function(fn), public)
             self._register(self._routes.insert, 0, route)       # newest first
             return fn
         return decorate
+
+    def authenticate(self, fn: _F) -> _F:
+        """Decorate the function that says who a request comes from.
+
+        It gets the Request before anything is done for it (``request.token``, ``.cookies``,
+        ``.headers``, ``.address``) and returns the user's name, or the claims of
+        ``verify_token``; nothing for strangers, who are refused with 401. It may raise
+        PermissionError, for 403. WebSockets, ``/sub``, ``/pub``, ``/stats.json``, ``/metrics``
+        and all routes that are not public are then closed to strangers.
+        """
+        self._register(setattr, self, "_authenticator", _plain_function(fn))
+        return fn
+
+    def allow(self, pattern: str, *, publish: _Who = False, subscribe: _Who = False) -> None:
+        """Let clients publish to, or subscribe to, the topics of *pattern*.
+
+        Who may is True (everybody), a user's name, several names, or a function of the name.
+        Once there is a rule, clients may do nothing else; a wildcard subscription needs a rule
+        that contains it. What the program itself does is not asked about.
+        """
+        for who in (publish, subscribe):
+            if not isinstance(who, bool | str | Iterable) and not callable(who):
+                raise UsageError(f"{who!r}: write True, a name, several, or a function of one")
+        rule = _Rule(_check_topic(pattern, wildcards=True), publish, subscribe)
+        self._register(self._rules.append, rule)
+
+    def _may(self, user: str, act: str, topic: str) -> bool:
+        tokens = _check_topic(topic, wildcards=act == "subscribe")
+        return not self._rules or any(
+            _contains(rule.tokens, tokens) and _is_among(user, getattr(rule, act))
+            for rule in self._rules)
 
     def _register(self, fn: Callable[..., _T], *args: Any, **options: Any) -> _T:
         """Run a registration where it is safe: on the loop, if that runs elsewhere."""
@@ -6876,7 +7675,7 @@ class Engine:
 
     def _to_everybody(self, batch: Batch) -> None:
         for session in list(self.sessions.values()):
-            if session.handler is None:
+            if session.listens:
                 session.put_many(batch)
 
     def send(self, to: str | Session, payload: Any) -> int:
@@ -6912,30 +7711,70 @@ class Engine:
     def url(self) -> str:
         """Where the engine listens, with the real port; opens it if need be."""
         self._open()
+        if not self._port:
+            return f"unix:{self.config.unix_socket}"
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
-        return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{self._port}"
+        return (f"http{'s' if self.config.tls_cert else ''}://"
+                f"{ {'0.0.0.0': '127.0.0.1', '[::]': '[::1]'}.get(host, host)}:{self._port}")
 
     def _open(self) -> None:
         """Listen and start the clocks, once."""
         if self._state != "new":
             return
-        first = self.config.port
-        tries = 1 if self.config.firm_port or not first else _PORTS_TO_TRY
-        last = min(first + tries - 1, 65535)
-        for port in range(first, last + 1):
-            try:
-                self._port = self.server.listen(self.config.host, port)
-                break
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE or port == last:
-                    where = f"{self.config.host} port {port}"
-                    raise OSError(error.errno, f"{error.strerror or error}: {where}") from None
+        self.reload_tls()
+        self._listen()
+        if self._authenticator is None and not self.config.insecure and not all(
+                map(is_loopback, self.server.addresses)):
+            self.server.stop_accepting()
+            raise ConfigError(f"host = {self.config.host!r} lets strangers in, and nothing asks "
+                              "who they are: decorate a function with @app.authenticate, bind to "
+                              "127.0.0.1, or say insecure = true (--insecure)")
+        self._local = all(map(is_loopback, self.server.addresses))
         self._state = "open"
         if self.config.tick_hz:
             self._ticker = Ticker(self.config.tick_hz, max_catchup=self.config.max_catchup_ticks)
         self._gc.start()
         self.loop.call_later(1.0, self._each_second)
         self.loop.call_soon(self._emit_started)
+
+    def _listen(self) -> None:
+        """Listen on what systemd hands over, or a Unix socket, or a port, or two of them."""
+        config = self.config
+        inherited = self.server.listen_inherited()
+        where = config.unix_socket
+        try:
+            if where:
+                self.server.listen_unix(where)
+            if inherited or where and not config.firm_port:
+                self._port = self.server.port
+                return
+            first = config.port
+            tries = 1 if config.firm_port or not first else _PORTS_TO_TRY
+            last = min(first + tries - 1, 65535)
+            for port in range(first, last + 1):
+                where = f"{config.host} port {port}"
+                try:
+                    self._port = self.server.listen(config.host, port, config.reuse_port)
+                    return
+                except OSError as error:
+                    if error.errno != errno.EADDRINUSE or port == last:
+                        raise
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror or error}: {where}") from None
+
+    def reload_tls(self) -> None:
+        """Read certificate and key anew, for connections to come; open ones go on.
+
+        Raises:
+            ConfigError: they can't be used; the old ones stay.
+        """
+        if not self.config.tls_cert:
+            return
+        try:
+            self.server.tls = _tls_context(self.config.tls_cert, self.config.tls_key)
+        except OSError as error:            # ssl.SSLError, too
+            raise ConfigError(f"tls_cert = {self.config.tls_cert!r}, tls_key = "
+                              f"{self.config.tls_key!r}: {error.strerror or error}") from None
 
     def _emit_started(self) -> None:
         self.bus.emit("core:server_started", {"url": self.url, "timestamp": time.time()})
@@ -6973,12 +7812,16 @@ class Engine:
 
     def _run_until_signal(self, ready: Callable[[], object]) -> None:
         """Serve; *ready* is called when the port is open and a signal would end it gracefully."""
-        signals = (signal.SIGINT, signal.SIGTERM)
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if self.config.tls_cert and hasattr(signal, "SIGHUP"):
+            signals.append(signal.SIGHUP)
         main = threading.current_thread() is threading.main_thread()
         before = {each: signal.signal(each, self._signalled) for each in signals} if main else {}
         try:
+            self._pin()
             self._open()
             ready()
+            _tell_systemd("READY=1")
             gc.collect()
             gc.freeze()             # what lives now lives on: the collector need not look again
             self._run_loop()
@@ -6987,10 +7830,29 @@ class Engine:
                 signal.signal(each, handler)
 
     def _signalled(self, number: int, _frame: Any) -> None:
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            self.loop.call_soon(self._reload)
+            return
         self._signals += 1
         if self._signals > 1:
             os._exit(128 + number)          # asked twice: now
-        self.loop.call_soon(self._begin_stop, 5.0)      # not in the middle of something
+        self.loop.call_soon(self._begin_stop, self.config.grace_s)     # not in mid-handler
+
+    def _reload(self) -> None:
+        try:
+            self.reload_tls()
+            _log.info("certificate and key are read anew")
+        except ConfigError as error:
+            _log.error("the old certificate stays: %s", error)
+
+    def _pin(self) -> None:
+        """Keep this thread on the processors that were asked for."""
+        if cpus := _cpu_numbers(self.config.cpus):
+            try:
+                os.sched_setaffinity(0, cpus)
+            except (AttributeError, OSError) as error:
+                raise ConfigError(f"cpus = {sorted(cpus)}: this system can't run us there "
+                                  f"({error})") from None
 
     def _run_loop(self) -> None:
         self._thread_id = threading.get_ident()
@@ -7001,7 +7863,7 @@ class Engine:
                 except Exception:           # ours, for handlers' are caught: never end for it
                     _log.exception("a pass of the loop failed")
                 except SystemExit:          # a handler said so
-                    self._begin_stop(5.0)
+                    self._begin_stop(self.config.grace_s)
         finally:
             if self._state != "stopped":       # something worse than an end
                 self._closed()
@@ -7017,20 +7879,22 @@ class Engine:
         self._thread_id = self._thread.ident
         return self
 
-    def stop(self, grace_s: float = 5.0) -> None:
+    def stop(self, grace_s: float | None = None, *, restart: bool = False) -> None:
         """End gracefully: no new connections, what waits is sent, clients get 1001.
 
-        It returns when all is closed; from a handler at once.
+        They have ``grace_s`` to read it; with *restart* they get 1012, to come again. It
+        returns when all is closed; from a handler at once.
         """
+        grace_s = self.config.grace_s if grace_s is None else grace_s
         if self._state == "stopped":
             return
         if self._thread_id in (None, threading.get_ident()):
-            self._begin_stop(grace_s)
+            self._begin_stop(grace_s, restart)
             while self._state != "stopped" and not self._stepping:      # nobody else drives it
                 self.step(0.1)
             return
         with contextlib.suppress(StateError):       # stopped meanwhile
-            self.call_soon(self._begin_stop, grace_s)
+            self.call_soon(self._begin_stop, grace_s, restart)
         self._done.wait(grace_s + 5)
 
     def __enter__(self) -> Self:
@@ -7039,15 +7903,17 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _begin_stop(self, grace_s: float) -> None:
+    def _begin_stop(self, grace_s: float, restart: bool = False) -> None:
         if self._state in ("stopping", "stopped"):
             return
         self._state = "stopping"
         self._stop_at_ns = self.loop.clock() + int(grace_s * 1e9)
+        _tell_systemd("STOPPING=1")
         self.bus.emit("core:server_stopping", {"timestamp": time.time()})
         self.server.stop_accepting()
-        for connection in list(self.server.connections.values()):
-            (connection.owner or connection).close(1001, "server is shutting down")
+        code, what = (1012, "restarting") if restart else (1001, "shutting down")
+        for session in list(self.sessions.values()):
+            session.leave(code, f"server is {what}", grace_s)
 
     def _closed(self) -> None:
         """Give everything back; only loop.wake and the mapping of metrics stay usable."""
@@ -7093,8 +7959,8 @@ class Engine:
             self._pass(timeout_s)
         finally:
             self._stepping = False
-        if self._state == "stopping" and (
-                not self.server.connections or self.loop.clock() > self._stop_at_ns):
+        if self._state == "stopping" and (self.loop.clock() > self._stop_at_ns or all(
+                each.is_idle for each in self.server.connections.values())):
             self._closed()
 
     def _pass(self, timeout_s: float) -> None:
@@ -7204,29 +8070,59 @@ class Engine:
 
     def on_request(self, connection: Connection, request: Request) -> Response | None:
         """Answer an HTTP request by the routes (the transport calls this)."""
-        self._check_host(request)
-        allowed = []
+        self._check_host(connection, request)
+        allowed: list[str] = []
         for route in self._routes:
             match = route.pattern.fullmatch(request.path)
-            if match is None:
-                continue
-            request.params = match.groupdict()
-            if (request.method, route.method) == ("GET", "WEBSOCKET"):
-                self._upgrade(connection, request, route)
-                return None
-            if request.method == route.method or (request.method, route.method) == ("HEAD", "GET"):
-                if request.method == "POST":
-                    self._check_origin(request)
-                return self._answer(route, request)
-            allowed += {"GET": ["GET", "HEAD"], "WEBSOCKET": ["GET"]}.get(
-                route.method, [route.method]
-            )
-        self.server.refused["bad_method" if allowed else "not_found"] += 1
-        if allowed:
-            return Response(
-                "method not allowed\n", 405, {"Allow": ", ".join(dict.fromkeys(allowed))}
-            )
-        return Response("not found\n", 404)
+            if match is not None and request.method in _SERVES[route.method]:
+                request.params = match.groupdict()
+                return self._enter(connection, request, route)
+            allowed += _SERVES[route.method] if match is not None else ()
+        if not allowed:
+            self.server.refused["not_found"] += 1
+            return Response("not found\n", 404)
+        allow = {"Allow": ", ".join(dict.fromkeys([*allowed, "OPTIONS"]))}
+        if request.method == "OPTIONS":
+            return Response(status=204, headers=allow)
+        self.server.refused["bad_method"] += 1
+        return Response("method not allowed\n", 405, allow)
+
+    def _enter(self, connection: Connection, request: Request,
+               route: _Endpoint) -> Response | None:
+        """Let a request in to its route, or refuse it."""
+        if route.method == "WEBSOCKET":
+            _check_upgrade(request)
+        if route.method in ("WEBSOCKET", "POST"):
+            self._check_origin(request)
+        self._identify(request, route.public)
+        if route.method in ("WEBSOCKET", "EVENTS"):
+            return (self._upgrade if route.method == "WEBSOCKET" else self._stream)(
+                connection, request, route)
+        if request.method == "POST":
+            connection.charge(1)                # it counts as a message
+        return self._answer(route, request)
+
+    def _identify(self, request: Request, public: bool) -> None:
+        """Ask the user's function who this is; strangers come only to what is public."""
+        if self._authenticator is None:
+            return
+        try:
+            found = self._authenticator(request)
+        except PeerError:
+            if not public:
+                raise
+            found = None
+        except PermissionError as error:
+            raise HandshakeError(str(error) or "forbidden", http_status=403,
+                                 label="forbidden") from None
+        except Exception:
+            self.metrics.inc("horizon_route_errors_total")
+            _log.exception("authenticate failed for %s", request)
+            raise HandshakeError("internal server error", http_status=500, label="bug") from None
+        user = found.get("sub") if isinstance(found, Mapping) else found
+        request.user = str(user)[:_MAX_USER] if user else ""
+        if not request.user and not public:
+            raise HandshakeError("who are you?", http_status=401, label="unauthenticated")
 
     def _answer(self, route: _Endpoint, request: Request) -> Response:
         try:
@@ -7234,23 +8130,24 @@ class Engine:
             return result if isinstance(result, Response) else Response(result)
         except PeerError:               # say, of a body that was decoded: the peer's fault
             raise
+        except _Refused as refusal:
+            self.refusals[refusal.code] += 1
+            return Response(f"{refusal}\n", 403 if refusal.code == "forbidden" else 400)
         except Exception:
             self.metrics.inc("horizon_route_errors_total")
             _log.exception("%s %s failed", request.method, request.path)
             return Response("internal server error\n", 500)
 
-    def _check_host(self, request: Request) -> None:
+    def _check_host(self, connection: Connection, request: Request) -> None:
         """On loopback only loopback's names are ours: else any page could rebind its own."""
-        if not is_loopback(self.config.host):
+        if not self._local or connection.peer == "unix":
             return
         host = re.sub(r":\d*$", "", request.headers.get("host", "localhost").lower())
-        names = {
-            origin.partition("://")[2].partition(":")[0] for origin in self.config.allowed_origins
-        }
+        names = {origin.partition("://")[2].partition(":")[0]
+                 for origin in self.config.allowed_origins}
         if host not in {"localhost", "127.0.0.1", "[::1]", self.config.host, *names}:
-            raise HandshakeError(
-                f"this server is not {host[:60]!r}", http_status=421, label="bad_host"
-            )
+            raise HandshakeError(f"this server is not {host[:60]!r}; allowed_origins may name it",
+                                 http_status=421, label="bad_host")
 
     def _check_origin(self, request: Request) -> None:
         """Refuse browsers that come from another site; absent passes, "null" fails."""
@@ -7258,30 +8155,63 @@ class Engine:
         if origin is None:
             if request.headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
                 return
-        elif origin in self.config.allowed_origins or (
+        elif {"*", origin} & {*self.config.allowed_origins} or (
                 origin.partition("://")[2].lower() == request.headers.get("host", "").lower()):
             return
         raise HandshakeError("this origin may not connect", http_status=403, label="bad_origin")
 
     def _upgrade(self, connection: Connection, request: Request, route: _Endpoint) -> None:
-        _check_upgrade(request)
-        self._check_origin(request)
         ours = route.answer == self._on_data
-        subprotocol = (
-            _choose_subprotocol(request, [name for name in _FORMS if name]) if ours else ""
-        )
-        session = Session(self, connection, subprotocol, None if ours else route.answer)
+        subprotocol = _choose_subprotocol(request, _SUBPROTOCOLS) if ours else ""
+        deflate, extensions = (None, "")
+        if self.config.compress:
+            deflate, extensions = _agree_deflate(request, self.config.compress_above_bytes)
+        session = Session(self, connection, request.user, subprotocol, deflate,
+                          None if ours else route.answer)
         self.topics.flush()            # what was broadcast before is not for it
-        self.sessions[session.id] = session
-        self._listeners += ours
-        self._know_user(session)
-        connection.upgrade(request, subprotocol, session)
-        event = self.bus.emit("core:player_connected", {
-            "player_id": session.id, "connection_id": session.id,
-            "remote_addr": session.address, "timestamp": time.time()}, session)
+        connection.upgrade(request, session, subprotocol, deflate, extensions)
+        self._enroll(session)
+        event = self.bus.emit("core:player_connected", self._about(session), session)
         if event.cancelled:
             self.refusals["player_connected"] += 1
             connection.close(1013, event.reason)
+
+    def _stream(self, connection: Connection, request: Request, route: _Endpoint) -> None:
+        """Answer GET /sub/<pattern> with Server-Sent Events."""
+        session = Session(self, connection, request.user, _EVENTS)
+        pattern = request.params["pattern"]
+        try:
+            self._act("subscribe", session, pattern, {})
+        except _Refused as refusal:
+            self.refusals[refusal.code] += 1
+            raise HandshakeError(str(refusal), http_status=403 if refusal.code == "forbidden"
+                                 else 400, label=refusal.code) from None
+        connection.stream(Response(content_type="text/event-stream; charset=utf-8", headers={
+            "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}), session)
+        self._enroll(session)
+        if "last-event-id" in request.headers:      # nothing is kept that could be sent again
+            session.send({"topic": pattern, "gap": True})
+
+    def _enroll(self, session: Session) -> None:
+        self.sessions[session.id] = session
+        self._listeners += session.listens
+        self._know_user(session)
+
+    def _about(self, session: Session) -> dict[str, Any]:
+        return {"player_id": session.id, "connection_id": session.id,
+                "remote_addr": session.address, "timestamp": time.time()}
+
+    def _count_drop(self, item: Sendable) -> None:
+        self.drops["latest" if item.key is not None else "droppable"] += 1
+        topic = getattr(item, "topic", "")
+        if topic in self._dropped_topics or len(self._dropped_topics) < _MAX_DROPPED_TOPICS:
+            self._dropped_topics[topic] += 1
+
+    def _tell_slow(self, session: Session, dropped: int) -> None:
+        _log.warning("%s reads too slowly: %d messages dropped, %d bytes wait", session, dropped,
+                     session.backlog)
+        self.bus.emit("core:slow_client", {**self._about(session), "backlog": session.backlog,
+                                           "dropped": dropped}, session)
 
     def on_message(self, connection: Connection, message: str | bytes) -> None:
         """Take one message of a client (the transport calls this)."""
@@ -7303,31 +8233,33 @@ class Engine:
         for subscription in (session.subscriptions or {}).values():
             if subscription is not None:
                 subscription.remove()
+        dropped = 0
         if session.outbox is not None:
-            self.dropped += session.outbox.dropped
             self.coalesced += session.outbox.coalesced
-            session.outbox = None
+            dropped, session.outbox = session.outbox.dropped, None
         self._movers.pop(session, None)
         self._waiting.pop(session, None)
         self._watchers.pop(session, None)
         self.movement.remove(session.player)
         del self.sessions[session.id]
-        self._listeners -= session.handler is None
+        self._listeners -= session.listens
         self._forget_user(session)
-        self.bus.emit("core:player_disconnected", {
-            "player_id": session.id, "connection_id": session.id, "remote_addr": session.address,
-            "reason": reason, "code": code, "timestamp": time.time()}, session)
+        if code == SlowPeer.close_code and reason == "too slow":
+            self._tell_slow(session, dropped)
+        if session.form != _EVENTS:
+            self.bus.emit("core:player_disconnected", {
+                **self._about(session), "reason": reason, "code": code}, session)
 
     def _know_user(self, session: Session) -> None:
         self._users.setdefault(session.user, []).append(session)
-        if session.handler is None:
+        if session.listens:
             self.presence.join(session.user)
 
     def _forget_user(self, session: Session) -> None:
         self._users[session.user].remove(session)
         if not self._users[session.user]:
             del self._users[session.user]
-        if session.handler is None:
+        if session.listens:
             self.presence.leave(session.user)
 
     def on_drain(self, connection: Connection) -> None:
@@ -7363,9 +8295,13 @@ class Engine:
                 _json_bytes(value)          # half a surrogate pair can't be sent on
         except (ValueError, RecursionError, UsageError):
             raise PeerError("that is not JSON", close_code=1007, label="bad_json") from None
-        limit = self.config.max_json_depth
-        if limit and text.count("[") + text.count("{") > limit and _depth(value) > limit:
-            raise PeerError(f"JSON nested deeper than {limit}", close_code=1008, label="json_depth")
+        config = self.config
+        limits = [each or sys.maxsize for each in (
+            config.max_json_depth, config.max_json_string, config.max_json_items)]
+        if limits[1:] != [sys.maxsize] * 2 or text.count("[") + text.count("{") > limits[0]:
+            label, fault = _shape_fault(value, *limits)
+            if label:
+                raise PeerError(f"JSON with {fault}", close_code=1008, label=label)
         return value
 
     def _on_json(self, session: Session, message: Any) -> None:
@@ -7391,7 +8327,7 @@ class Engine:
     def _reply(
         self, session: Session, request_id: Any, data: Any, refusal: _Refused | None
     ) -> None:
-        if session.render is _render_batch:
+        if session.form == _PROTO:
             reply = builtin_schema().Reply(
                 id=str(request_id or ""), ok=refusal is None,
                 code=refusal.code if refusal else "", message=str(refusal or ""),
@@ -7417,7 +8353,7 @@ class Engine:
             return self._client_event(
                 session, message["namespace"], message.get("event"), message.get("data"))
         if "action" in message:
-            return self._action(session, message.get("action"), message.get("topic"), message)
+            return self._act(message.get("action"), session, message.get("topic"), message)
         raise _Refused(
             "bad_request", 'a message has "namespace" and "event", or "action" and "topic"'
         )
@@ -7450,7 +8386,7 @@ class Engine:
     def _proto_request(self, session: Session, request: Any) -> Any:
         message = {"packed": request.packed, "critical": request.critical,
                    "payload": self._parse(_text(request.payload)) if request.payload else None}
-        return self._action(session, request.action, request.topic, message)
+        return self._act(request.action, session, request.topic, message)
 
     def _move_event(self, session: Session, move: Any) -> None:
         event = self.bus.emit("client:movement:position", move, session)
@@ -7496,9 +8432,11 @@ class Engine:
             raise _Refused("unknown_event", "system has the events ping and hello")
         return None
 
-    def _action(self, session: Session, action: Any, topic: Any, message: dict[str, Any]) -> Any:
-        act = {"subscribe": self._subscribe, "unsubscribe": self._unsubscribe,
-               "publish": self._publish}.get(action if isinstance(action, str) else "")
+    def _act(self, action: Any, session: Session, topic: Any, message: dict[str, Any]) -> Any:
+        acts: dict[Any, Callable[[Session, str, dict[str, Any]], Any]] = {
+            "subscribe": self._subscribe, "unsubscribe": self._unsubscribe,
+            "publish": self._publish_for}
+        act = acts.get(action if isinstance(action, str) else "")
         if act is None:
             raise _Refused("unknown_action", "actions are subscribe, unsubscribe and publish")
         if not isinstance(topic, str):
@@ -7514,6 +8452,8 @@ class Engine:
             mine = session.subscriptions = {}
         if topic in mine:
             return                              # asking twice is harmless
+        if not self._may(session.user, "subscribe", topic):
+            raise _Refused("forbidden", f"no rule lets you subscribe to {topic[:80]!r}")
         limit = self.config.max_subscriptions
         if limit and len(mine) >= limit:
             raise _Refused("too_many_subscriptions", f"at most {limit}")
@@ -7521,7 +8461,7 @@ class Engine:
             packed = message.get("packed") or ""
             if packed not in ("", "f32", "f64"):
                 raise _Refused("bad_request", '"packed" is "f32" or "f64"')
-            if packed and session.render is not _render_batch:
+            if packed and session.form != _PROTO:
                 raise _Refused("bad_request", '"packed" needs the subprotocol horizon.proto.v1')
             session.packed = packed
             self._movers[session] = None
@@ -7544,21 +8484,45 @@ class Engine:
         else:
             self._movers.pop(session, None)
 
-    def _publish(self, session: Session, topic: str, message: dict[str, Any]) -> None:
+    def _publish_for(self, session: Session, topic: str, message: dict[str, Any]) -> None:
+        self._publish_as(session.user, topic, message.get("payload"),
+                         message.get("critical") is True)
+
+    def _publish_as(self, user: str, topic: str, payload: Any, critical: bool) -> int:
         if topic.partition(".")[0] in _RESERVED_TOPICS:
             raise _Refused("forbidden", f"clients don't publish under {topic.partition('.')[0]}")
-        self.topics.publish(topic, message.get("payload"), critical=message.get("critical") is True)
+        if not self._may(user, "publish", topic):
+            raise _Refused("forbidden", f"no rule lets you publish to {topic[:80]!r}")
+        return self.topics.publish(topic, payload, critical=critical)
 
     # -- looking --
 
     def _add_routes(self) -> None:
         self.websocket("/ws/data")(self._on_data)
-        self.get("/")(lambda request: _page())
+        self._endpoint("EVENTS", "/sub/{pattern}", False)(lambda: None)
+        self.post("/pub/{topic}")(self._serve_publish)
+        self.get("/", public=True)(lambda request: _page())
         self.get("/metrics")(self._serve_metrics)
-        self.get("/healthz")(lambda request: "ok\n")
-        self.get("/readyz")(lambda request: Response(
+        self.get("/healthz", public=True)(lambda request: "ok\n")
+        self.get("/readyz", public=True)(lambda request: Response(
             *(("ok\n", 200) if self._state == "open" else ("draining\n", 503))))
         self.get("/stats.json")(lambda request: self.report())
+
+    def _serve_publish(self, request: Request, topic: str) -> Response:
+        """Publish what was posted: JSON, or text as it is if it isn't; say to how many it goes."""
+        text = _text(request.body)
+        try:
+            payload = self._parse(text)
+        except PeerError as error:
+            if error.label != "bad_json" or "json" in request.headers.get("content-type", ""):
+                raise
+            payload = text
+        critical = request.args.get("critical") in ("1", "true")
+        try:
+            count = self._publish_as(request.user, topic, payload, critical)
+        except UsageError as error:
+            raise _Refused("bad_topic", str(error)) from None
+        return Response({"delivered": count}, 202)
 
     def _serve_metrics(self, request: Request) -> Response:
         if not self.config.metrics:
@@ -7580,7 +8544,8 @@ class Engine:
             return read
 
         for name, kind, path, text in _WATCHED:
-            label = {"events_sent": "type", "server.refused": "reason", "refusals": "code"}
+            label = {"events_sent": "type", "server.refused": "reason", "refusals": "code",
+                     "drops": "class"}
             self.metrics.watch(name, reader(path), text, kind=kind, label=label.get(path, ""))
         for name, text, buckets in _TIMED:
             self.metrics.describe(name, text, kind="histogram", buckets=buckets)
@@ -7596,19 +8561,12 @@ class Engine:
     def _ticks_dropped(self) -> int:
         return self._ticker.dropped if self._ticker else 0
 
-    def _drops(self) -> int:
-        return self._outboxes("dropped")
-
     def _replaced(self) -> int:
-        return self._outboxes("coalesced") + self.movement.coalesced
+        boxes = [each.outbox for each in list(self.sessions.values()) if each.outbox is not None]
+        return self.coalesced + self.movement.coalesced + sum(box.coalesced for box in boxes)
 
     def _uptime_s(self) -> float:
         return (time.monotonic_ns() - self._started_ns) / 1e9
-
-    def _outboxes(self, what: str) -> int:
-        boxes = [each.outbox for each in list(self.sessions.values()) if each.outbox is not None]
-        counts: list[int] = [getattr(each, what) for each in (self, *boxes)]
-        return sum(counts)
 
     def _each_second(self) -> None:
         """Work out rates, publish them to who watches, tell metrics of the collector's pauses."""
@@ -7635,7 +8593,7 @@ class Engine:
             "tick_p99_ms": round(ticks[len(ticks) * 99 // 100] / 1e6, 3) if ticks else 0.0,
             "budget_ms": round(1000 / self.config.tick_hz, 3) if self.config.tick_hz else 0.0,
             "overruns": self.overruns,
-            "drops": self._drops(),
+            "drops": self.drops.total(),
         }
 
     def report(self) -> dict[str, Any]:
@@ -7679,6 +8637,8 @@ class Engine:
             "drops": {
                 "dropped": figures["drops"],
                 "slow_closed": slow,
+                "by_class": dict(self.drops),
+                "by_topic": dict(self._dropped_topics.most_common(10)),
                 "coalesced": self._replaced(),
             },
             "refused": dict(self.server.refused),
@@ -7709,34 +8669,60 @@ class Client:
     EventEnvelopes of the built-in schema. One thread uses a client.
     """
 
-    __slots__ = ("url", "protocol", "_sock", "_ws", "_waiting", "_ids", "_closed")
+    __slots__ = ("url", "protocol", "reconnects", "_options", "_sock", "_ws", "_waiting", "_ids",
+                 "_closed", "_topics")
 
-    def __init__(
-        self, url: str, protocol: str, timeout_s: float, headers: Mapping[str, str]
-    ) -> None:
+    def __init__(self, url: str, protocol: str, options: _Options) -> None:
         self.url = url
         self.protocol = protocol
+        self.reconnects = 0                 # how often the connection was made anew
+        self._options = options
         self._waiting: deque[Any] = deque()
         self._ids = itertools.count(1)
+        self._topics: dict[str, dict[str, Any]] = {}    # subscribed to, with what options
+        self._connect()
+
+    def _connect(self) -> None:
+        host, port, path, secure = _split_url(self.url)
+        options = self._options
         self._closed: Close | None = None
-        self._ws = WebSocketConnection("client", max_message_bytes=1 << 26)
-        host, port, path, secure = _split_url(url)
-        self._sock = socket.create_connection((host, port), timeout=timeout_s)
+        self._sock = socket.create_connection((host, port), timeout=options.timeout_s)
         try:
             if secure:
                 import ssl
-
-                self._sock = ssl.create_default_context().wrap_socket(
-                    self._sock, server_hostname=host
-                )
+                context = options.ssl_context or ssl.create_default_context()
+                self._sock = context.wrap_socket(self._sock, server_hostname=host)
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            subprotocol = f"horizon.{protocol}.v1"
             name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-            self._ws.receive(_shake_hands(self._sock, name, path, subprotocol, headers))
+            deflate, rest = _shake_hands(self._sock, name, path, f"horizon.{self.protocol}.v1",
+                                         options)
+            self._ws = WebSocketConnection("client", 1 << 26, deflate)
+            self._ws.receive(rest)
             self._take_events()             # a welcome may have come along
         except BaseException:
             self._sock.close()
             raise
+
+    def _reconnect(self) -> bool:
+        """Connect again, later and later, if that was asked for; subscribe to what was."""
+        import random
+        deadline = time.monotonic() + self._options.reconnect_s
+        delay_s = _FIRST_DELAY_S
+        while time.monotonic() < deadline:
+            time.sleep(random.uniform(0.5, 1.0) * delay_s)      # not all at once
+            delay_s = min(2 * delay_s, _LAST_DELAY_S)
+            try:
+                self._connect()
+                self.reconnects += 1
+                for topic, options in list(self._topics.items()):
+                    self.subscribe(topic, **options)
+                return True
+            except HandshakeError as error:
+                if error.http_status not in (429, 503):     # these may pass
+                    raise
+            except (OSError, StateError) as error:
+                self._closed = Close(1006, str(error))
+        return False
 
     # -- asking --
 
@@ -7751,10 +8737,12 @@ class Client:
     def subscribe(self, topic: str, **options: Any) -> None:
         """Subscribe and wait until the server agreed (UsageError if it refuses)."""
         self.request("subscribe", topic, **options)
+        self._topics[topic] = options
 
     def unsubscribe(self, topic: str) -> None:
         """End a subscription and wait until the server agreed."""
         self.request("unsubscribe", topic)
+        self._topics.pop(topic, None)
 
     def publish(self, topic: str, payload: Any, *, critical: bool = False) -> None:
         """Publish and wait until the server accepted it (UsageError if it refuses)."""
@@ -7800,19 +8788,19 @@ class Client:
     def send(self, message: str | bytes | dict[str, Any] | list[Any]) -> None:
         """Send one message: text, binary, or JSON for dict and list."""
         if isinstance(message, bytes):
-            self._send(self._ws.send_binary(message))
+            self._send(self._ws.send_binary, message)
         else:
-            self._send(self._ws.send_text(message if isinstance(message, str) else
-                                          _json_bytes(message).decode()))
+            self._send(self._ws.send_text, message if isinstance(message, str) else
+                       _json_bytes(message).decode())
 
     def send_envelope(self, **envelope: Any) -> None:
         """Send one EventEnvelope, given by its fields, as an EventBatch."""
-        self._send(self._ws.send_binary(_batch_of(**envelope)))
+        self._send(self._ws.send_binary, _batch_of(**envelope))
 
-    def _send(self, data: bytes) -> None:
+    def _send(self, frame: Callable[[Any], bytes], message: str | bytes) -> None:
         if self._closed is not None:
             raise StateError(f"the connection is closed: {self._closed}")
-        self._sock.sendall(data)
+        self._sock.sendall(frame(message))
 
     # -- taking --
 
@@ -7822,7 +8810,12 @@ class Client:
         Raises:
             TimeoutError: none came within *timeout* seconds.
         """
-        return self._take(None if timeout is None else time.monotonic() + timeout)
+        while True:
+            message = self._take(None if timeout is None else time.monotonic() + timeout)
+            lost = message is None and self._closed is not None and (
+                self._closed.code not in _FINAL_CODES)
+            if not (lost and self._options.reconnect_s and self._reconnect()):
+                return message
 
     def _take(self, deadline: float | None) -> Any:
         while not self._waiting:
@@ -7838,7 +8831,7 @@ class Client:
                 data = b""
                 self._closed = Close(1006, str(error))
             finally:
-                self._sock.settimeout(10.0)
+                self._sock.settimeout(self._options.timeout_s)
             if not data:
                 self._closed = self._closed or Close(1006, "the connection was lost")
             self._ws.receive(data)
@@ -7848,7 +8841,7 @@ class Client:
     def _take_events(self) -> None:
         for event in self._ws.take_events():
             if isinstance(event, Ping):
-                self._send(self._ws.send_pong(event.data))
+                self._send(self._ws.send_pong, event.data)
             elif isinstance(event, Close):
                 self._closed = event
                 with contextlib.suppress(OSError):
@@ -7875,6 +8868,7 @@ class Client:
 
     def close(self, code: int = 1000, reason: str = "") -> None:
         """Say goodbye and close; doing it twice is harmless."""
+        self._options = self._options._replace(reconnect_s=0.0)
         with contextlib.suppress(OSError):
             if self._closed is None:
                 self._sock.sendall(self._ws.send_close(code, reason))
@@ -7888,6 +8882,10 @@ class Client:
         self.close()
 
 
+_FIRST_DELAY_S, _LAST_DELAY_S = 0.1, 5.0        # between two tries to connect again
+_FINAL_CODES = (1000, 1002, 1003, 1007, 1008, 1009)     # who is told this need not come again
+
+
 def _split_url(url: str) -> tuple[str, int, str, bool]:
     match = re.fullmatch(r"(https?|wss?)://(\[[^\]]+\]|[^/:?#]+)(?::(\d+))?(/[^#]*)?", url)
     if match is None:
@@ -7897,19 +8895,33 @@ def _split_url(url: str) -> tuple[str, int, str, bool]:
     return match[2].strip("[]"), int(match[3] or (443 if secure else 80)), path, secure
 
 
+class _Options(NamedTuple):
+    """How a client connects."""
+
+    timeout_s: float
+    headers: dict[str, str]
+    ssl_context: ssl.SSLContext | None
+    compress: bool
+    reconnect_s: float
+
+
 def _shake_hands(sock: socket.socket, host: str, path: str, subprotocol: str,
-                 headers: Mapping[str, str]) -> bytes:
-    """Upgrade *sock* to a WebSocket (RFC 6455 4.1); return what came behind the answer.
+                 options: _Options) -> tuple[Deflate | None, bytes]:
+    """Upgrade *sock* to a WebSocket (RFC 6455 4.1).
+
+    Returns: what was agreed on for compression, and what came behind the answer.
 
     Raises:
         HandshakeError: the answer is not a correct 101.
     """
     import base64
     key = base64.b64encode(os.urandom(16)).decode()
-    lines = [f"GET {path} HTTP/1.1", f"Host: {host}", "Upgrade: websocket", "Connection: Upgrade",
-             f"Sec-WebSocket-Key: {key}", "Sec-WebSocket-Version: 13",
-             f"Sec-WebSocket-Protocol: {subprotocol}",
-             *(f"{name}: {value}" for name, value in headers.items())]
+    headers = {"Host": host, "Upgrade": "websocket", "Connection": "Upgrade",
+               "Sec-WebSocket-Key": key, "Sec-WebSocket-Version": "13",
+               "Sec-WebSocket-Protocol": subprotocol, **options.headers}
+    if options.compress:
+        headers["Sec-WebSocket-Extensions"] = "permessage-deflate; client_max_window_bits"
+    lines = [f"GET {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
     sock.sendall(("\r\n".join(lines) + "\r\n\r\n").encode())
     answer = b""
     while b"\r\n\r\n" not in answer and len(answer) < 65536:
@@ -7921,31 +8933,41 @@ def _shake_hands(sock: socket.socket, host: str, path: str, subprotocol: str,
     status, *fields = head.decode("latin-1").split("\r\n")
     got = {name.strip().lower(): value.strip() for name, _, value in
            (line.partition(":") for line in fields)}
-    if not re.match(r"HTTP/1\.1 101\b", status):
-        raise HandshakeError(
-            f"the server answered {status!r} {rest[:200].decode(errors='replace').strip()}"
-        )
-    if got.get("sec-websocket-accept") != _accept_key(key):
-        raise HandshakeError("the server's Sec-WebSocket-Accept is wrong")
+    if match := re.match(r"HTTP/1\.1 (?!101\b)(\d{3})", status):
+        raise HandshakeError(f"the server answered {status!r} "
+                             f"{rest[:200].decode(errors='replace').strip()}",
+                             http_status=int(match[1]))
+    for name, right in (("upgrade", "websocket"), ("connection", "upgrade"),
+                        ("sec-websocket-accept", _accept_key(key))):
+        value = got.get(name, "")
+        if right not in (value, *map(str.strip, value.lower().split(","))):
+            raise HandshakeError(f"the server's {name.title()} is {value!r}")
     if got.get("sec-websocket-protocol", "") not in ("", subprotocol):
         raise HandshakeError("the server chose a subprotocol that was not offered")
-    return rest
+    return _deflate_answer(got.get("sec-websocket-extensions", ""), options.compress), rest
 
 
 def connect(url: str, *, token: str | None = None, protocol: str = "json",
-            timeout_s: float = 10.0) -> Client:
+            timeout_s: float = 10.0, headers: Mapping[str, str] | None = None,
+            ssl_context: ssl.SSLContext | None = None, compress: bool = False,
+            reconnect: bool | float = False) -> Client:
     """Return a client connected to *url*, like ``app.url`` or ``ws://host:port/ws/data``.
 
-    *protocol* is "json" or "proto"; *token* is sent as a bearer token (RFC 6750).
+    *protocol* is "json" or "proto"; *token* is sent as a bearer token (RFC 6750). For wss,
+    *ssl_context* may trust another authority than the system's. With *reconnect*, ``recv``
+    connects again when the connection was lost, for so many seconds at most (True: five
+    minutes), at growing intervals, and subscribes anew; what was said meanwhile is lost.
 
     Raises:
         OSError: nobody listens there.
-        HandshakeError: the server refuses.
+        HandshakeError: the server refuses; ``http_status`` tells with what.
     """
     if protocol not in ("json", "proto"):
         raise UsageError(f"protocol is 'json' or 'proto', not {protocol!r}")
-    headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
-    return Client(url, protocol, timeout_s, headers)
+    bearer = {"Authorization": f"Bearer {token}"} if token is not None else {}
+    return Client(url, protocol, _Options(
+        timeout_s, {**bearer, **(headers or {})}, ssl_context, compress,
+        300.0 if reconnect is True else float(reconnect)))
 
 
 # =============================================================================
