@@ -4474,7 +4474,7 @@ class Request:
     def cookies(self) -> dict[str, str]:
         """The cookies (RFC 6265 4.2); of a repeated one the first, which is the most specific."""
         pairs = [each.partition("=") for each in self.headers.get("cookie", "").split(";")]
-        return {name.strip(): value.strip(' "') for name, _, value in reversed(pairs)}
+        return {name.strip(): value.strip(' "') for name, found, value in reversed(pairs) if found}
 
     @property
     def token(self) -> str:
@@ -5017,6 +5017,9 @@ class WebSocketConnection:
                 incoming.decoder.decode(part, last)
             except UnicodeDecodeError:
                 raise _bad_text() from None
+            # CPython sees only at the third byte that a surrogate is none
+            if b"\xed\x9f" < incoming.decoder.getstate()[0] < b"\xee":
+                raise _bad_text()
         incoming.data += part
         if last:
             message = incoming.data
@@ -5178,11 +5181,10 @@ _EXTENSION = re.compile(rf'[ \t]*({_TOKEN_CHARS})[ \t]*(?:=[ \t]*("?)({_TOKEN_CH
 def _extensions(header: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Yield the names and options of Sec-WebSocket-Extensions (RFC 6455 9.1)."""
     for offer in header.split(",") if header.strip() else ():
-        parts = [_EXTENSION.fullmatch(part) for part in offer.split(";")]
-        name, *options = [(part[1], part[3] or "") for part in parts if part]
-        if None in parts or name[1]:
+        parts = [match.group(1, 3) for match in map(_EXTENSION.fullmatch, offer.split(";")) if match]
+        if len(parts) != offer.count(";") + 1 or parts[0][1]:
             raise HandshakeError("malformed Sec-WebSocket-Extensions", label="bad_handshake")
-        yield name[0].lower(), options
+        yield parts[0][0].lower(), [(name, value or "") for name, value in parts[1:]]
 
 
 def _deflate_options(name: str, options: list[tuple[str, str]]) -> dict[str, str] | None:
@@ -6547,8 +6549,8 @@ def _config_value(key: str, value: Any) -> Any:
             return tuple(part.strip() for part in parts if part.strip())
         if wanted is bool:
             return value if isinstance(value, bool) else _TRUTHS[str(value).lower()]
-        if wanted is str and isinstance(value, str):
-            return value
+        if wanted is str and isinstance(value, str | os.PathLike):
+            return os.fspath(value)
         if wanted in (int, float) and not isinstance(value, bool):
             number = float(value) if wanted is float else int(value)
             if isinstance(value, str) or number == value:
@@ -7087,7 +7089,7 @@ def _serve_file(root: str, cache_control: str, request: Request, path: str) -> R
     tag = f'"{info.st_mtime_ns:x}-{info.st_size:x}"'
     headers = {"ETag": tag, "Cache-Control": cache_control, "X-Content-Type-Options": "nosniff",
                "Last-Modified": _http_date(info.st_mtime)}
-    known = [each.removeprefix("W/") for each in request.tokens("if-none-match")]
+    known = [each.removeprefix("w/") for each in request.tokens("if-none-match")]
     if tag in known or "*" in known:
         file.close()
         return Response(status=304, headers=headers)
@@ -7473,6 +7475,7 @@ class Engine:
         self._state = "new"                             # "open", "stopping", "stopped"
         self._stop_at_ns = 0
         self._port = 0
+        self._moved = False                             # to another port than was wanted
         self._local = True                              # listens for this machine only
         self._started_ns = time.monotonic_ns()
         self._tick_ns: deque[int] = deque(maxlen=500)
@@ -7755,6 +7758,7 @@ class Engine:
                 where = f"{config.host} port {port}"
                 try:
                     self._port = self.server.listen(config.host, port, config.reuse_port)
+                    self._moved = port != first
                     return
                 except OSError as error:
                     if error.errno != errno.EADDRINUSE or port == last:
@@ -7792,8 +7796,7 @@ class Engine:
 
     def _moved_text(self) -> str:
         """Say so when the port that was wanted is taken, and another is used."""
-        wanted = self.config.port
-        return f" (port {wanted} is taken)" if wanted and wanted != self._port else ""
+        return f" (port {self.config.port} is taken)" if self._moved else ""
 
     def _must_be_unstarted(self) -> None:
         if self._thread is not None or self._state not in ("new", "open"):
@@ -8186,8 +8189,9 @@ class Engine:
             self.refusals[refusal.code] += 1
             raise HandshakeError(str(refusal), http_status=403 if refusal.code == "forbidden"
                                  else 400, label=refusal.code) from None
-        connection.stream(Response(content_type="text/event-stream; charset=utf-8", headers={
-            "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}), session)
+        connection.stream(Response(iter(()), 200, {
+            "Cache-Control": "no-cache", "X-Accel-Buffering": "no",
+            "Content-Type": "text/event-stream; charset=utf-8"}), session)
         self._enroll(session)
         if "last-event-id" in request.headers:      # nothing is kept that could be sent again
             session.send({"topic": pattern, "gap": True})

@@ -11,6 +11,7 @@ from __future__ import annotations
 import array
 import ast
 import asyncio
+import base64
 import contextlib
 import copy
 import decimal
@@ -2600,11 +2601,32 @@ H = b"GET / HTTP/1.1\r\nHost: h\r\n"
     (H + b"Transfer-Encoding: chunked\r\n\r\nfffff\r\n", 413),
     (b"GET /" + b"a" * 20_000, 414), (H + b"A: " + b"a" * 20_000, 431), (H + b"A: b\r\n" * 5_000, 431),
     (b"GET /" + b"a" * 9_000 + b" HTTP/1.1\r\nHost: h\r\n\r\n", 414),
+    (b"BREW / HTTP/1.1\r\nHost: h\r\n\r\n", 501), (b"get / HTTP/1.1\r\nHost: h\r\n\r\n", 501),
+    (b"POST / HTTP/1.1\r\nHost: h\r\n\r\n", 411), (b"PUT / HTTP/1.0\r\n\r\n", 411), (H + b"Expect: tea\r\n\r\n", 417),
+    (b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost: h/x\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nHost: h, i\r\n\r\n", 400), (b"GET http://a@h/ HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    (b"GET /a#b HTTP/1.1\r\nHost: h\r\n\r\n", 400), (b"CONNECT h:80 HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    (b"GET * HTTP/1.1\r\nHost: h\r\n\r\n", 400), (H + b"Content-Length: 5, 5\r\n\r\nhello", 400),
+    (H + b"Transfer-Encoding : chunked\r\n\r\n", 400), (H + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+    (H.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked\r\n\r\n", 400), (H + b"Content-Length: \xb2\r\n\r\n", 400),
+    (H + b"Transfer-Encoding: chunked\r\n\r\n0x1\r\na\r\n0\r\n\r\n", 400), (H + b"\r: b\r\n\r\n", 400),
 ])
 def test_bad_requests_get_their_status(data, status):
     with pytest.raises(hl.PeerError) as caught:
         http_events(data)
     assert caught.value.http_status == status and caught.value.label
+
+
+def test_a_request_is_easy_to_ask():
+    ask, = http_events(b"GET http://Other:81/x?token=t&a=1&a=%20b&c HTTP/1.1\r\nHost: h\r\nCookie: a=1; b = \"two\" ; a=3\r\n\r\n")
+    assert ask.args == {"token": "t", "a": " b", "c": ""} and ask.cookies == {"a": "1", "b": "two"}
+    assert ask.token == "t" and ask.headers["host"] == "Other:81"      # RFC 9112 3.2.2: of the target
+    ask, = http_events(H + b"Authorization: bEARER  abc.d\r\nContent-Length: 7\r\n\r\n{\"a\":1}")
+    assert ask.token == "abc.d" and ask.json() == {"a": 1} and ask.cookies == {}
+    ask.body = b"{"
+    with pytest.raises(hl.FrameError, match="JSON"):
+        ask.json()
+    assert http_events(H + b"Authorization: Basic eA==\r\n\r\n")[0].token == ""
 
 
 def test_a_response_says_what_it_is():
@@ -2705,6 +2727,183 @@ def test_empty_fragments_do_not_grow_memory():
     assert ws.take_events() == ["a"] and ws.frames == 10_002
     ws.receive(b"\x02\x00" + b"\x00\x00" * 10_000)
     assert ws.take_events() == [] and not ws._incoming.data
+
+
+HELLO = b"\xf2\x48\xcd\xc9\xc9\x07\x00"
+
+
+@pytest.mark.parametrize("data, events", [            # RFC 7692 7.2.3
+    (b"\xc1\x07" + HELLO, ["Hello"]), (b"\x41\x03" + HELLO[:3] + b"\x80\x04" + HELLO[3:], ["Hello"]),
+    (b"\xc1\x07" + HELLO + b"\xc1\x05\xf2\x00\x11\x00\x00", ["Hello", "Hello"]),
+    (b"\xc1\x0b\x00\x05\x00\xfa\xff\x48\x65\x6c\x6c\x6f\x00", ["Hello"]),
+    (b"\xc1\x08\xf3\x48\xcd\xc9\xc9\x07\x00\x00", ["Hello"]),
+    (b"\xc1\x0d\xf2\x48\x05\x00\x00\x00\xff\xff\xca\xc9\xc9\x07\x00", ["Hello"]),
+    (b"\xc1\x08\xf3\x48\xcd\xc9\xc9\x07\x00\x00\xc1\x07" + HELLO, ["Hello", "Hello"]),
+    (b"\xc2\x01\x00\x81\x01x", [b"", "x"]), (b"\x41\x03" + HELLO[:3] + b"\x89\x00\x80\x04" + HELLO[3:], [hl.Ping(b""), "Hello"]),
+])
+def test_compressed_frames_of_the_rfc_in_every_split(data, events):
+    for cut in range(len(data) + 1):
+        ws, got = hl.WebSocketConnection("client", 100, hl.Deflate(receive_takeover=True)), []
+        for piece in (data[:cut], data[cut:]):
+            ws.receive(piece)
+            got += ws.take_events()
+        assert got == events
+
+
+@pytest.mark.parametrize("data, code, label", [
+    (b"\xc9\x00", 1002, "reserved_bit"), (b"\x41\x00\xc0\x00", 1002, "reserved_bit"), (b"\xe1\x00", 1002, "reserved_bit"),
+    (b"\xa1\x00", 1002, "reserved_bit"), (b"\xc1\x02\xff\xff", 1007, "bad_deflate"),
+    (b"\xc1\x7e\x00\x80" + b"\x03\x00" * 64, 1007, "bad_deflate"),
+    (b"\xc1\x05" + hl._squeeze(hl._deflater(15), b"\xff")[:5], 1007, "bad_utf8"),
+    (b"\xc2\x7e\x10\x00", 1009, "message_too_big"),
+])
+def test_broken_compressed_frames_end_with_their_code(data, code, label):
+    ws = hl.WebSocketConnection("client", 100, hl.Deflate())
+    ws.receive(data)
+    with pytest.raises(hl.PeerError) as caught:
+        ws.take_events()
+    assert (caught.value.close_code, caught.value.label) == (code, label)
+
+
+def test_a_bomb_costs_nothing():
+    bomb = hl._squeeze(hl._deflater(15), bytes(50_000_000))         # 48 KB
+    ws = hl.WebSocketConnection("client", 65_536, hl.Deflate())
+    tracemalloc.start()
+    try:
+        ws.receive(hl._frame(hl._BINARY | hl._COMPRESSED, bomb))
+        with pytest.raises(hl.TooBig):
+            ws.take_events()
+        assert tracemalloc.get_traced_memory()[1] < 400_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("offer, answer", [           # RFC 7692 7.1
+    ("permessage-deflate", ""), ("permessage-deflate; client_max_window_bits", ""),
+    ("permessage-deflate; server_max_window_bits=10; client_max_window_bits=9", "; server_max_window_bits=10"),
+    ("permessage-deflate; server_no_context_takeover; client_no_context_takeover", ""),
+    ("permessage-deflate; server_max_window_bits=8, permessage-deflate", ""),       # zlib has no such window
+    ("x-webkit-deflate-frame, Permessage-Deflate ; server_max_window_bits = \"9\"", "; server_max_window_bits=9"),
+    ("", None), ("permessage-bzip2", None), ("permessage-deflate; server_max_window_bits=16", None),
+    ("permessage-deflate; server_max_window_bits", None), ("permessage-deflate; unknown", None),
+    ("permessage-deflate; server_max_window_bits=010", None), ("permessage-deflate; client_max_window_bits=7", None),
+    ("permessage-deflate; server_no_context_takeover; server_no_context_takeover", None),
+    ("permessage-deflate; server_no_context_takeover=1", None),
+])
+def test_what_is_agreed_on_for_compression(offer, answer):
+    ask, = http_events(H + b"Sec-WebSocket-Extensions: " + offer.encode() + b"\r\n\r\n")
+    deflate, header = hl._agree_deflate(ask, 512)
+    if answer is None:
+        assert deflate is None and header == ""
+        return
+    assert header == "permessage-deflate; server_no_context_takeover; client_no_context_takeover" + answer
+    assert deflate == hl.Deflate(int(answer.partition("=")[2] or 15))
+    theirs = hl._deflate_answer(header, True)
+    assert theirs.receive_bits == deflate.send_bits and not theirs.receive_takeover and not theirs.send_takeover
+
+
+@pytest.mark.parametrize("header", ["permessage-deflate; a=", ";", "permessage deflate", "a=b", "a; b=\"c d\"", "a; b=\"c"])
+def test_malformed_extensions_fail_the_handshake(header):
+    with pytest.raises(hl.HandshakeError):
+        hl._agree_deflate(http_events(H + b"Sec-WebSocket-Extensions: " + header.encode() + b"\r\n\r\n")[0], 512)
+
+
+@pytest.mark.parametrize("header, offered, deflate", [
+    ("", True, None), ("permessage-deflate", True, hl.Deflate(15, True, 15, True)), ("permessage-deflate", False, hl.HandshakeError),
+    ("permessage-deflate; client_max_window_bits=9; server_no_context_takeover; server_max_window_bits=8", True,
+     hl.Deflate(9, True, 8, False)), ("permessage-deflate; client_no_context_takeover", True, hl.Deflate(15, False, 15, True)),
+    ("permessage-deflate; client_max_window_bits", True, hl.HandshakeError), ("other", True, hl.HandshakeError),
+    ("permessage-deflate; client_max_window_bits=8", True, hl.HandshakeError),
+    ("permessage-deflate, permessage-deflate", True, hl.HandshakeError),
+])
+def test_what_a_server_may_answer_to_an_offer(header, offered, deflate):
+    if isinstance(deflate, type):
+        with pytest.raises(deflate):
+            hl._deflate_answer(header, offered)
+    else:
+        assert hl._deflate_answer(header, offered) == deflate
+
+
+@pytest.mark.parametrize("bits", [9, 12, 15])
+@pytest.mark.parametrize("takeover", [False, True])
+def test_compressed_messages_survive_both_ways_in_any_fragmentation(bits, takeover, rng):
+    for sender, receiver in (("server", "client"), ("client", "server")):
+        one = hl.WebSocketConnection(sender, 1 << 20, hl.Deflate(bits, takeover, bits, takeover, above_bytes=0))
+        two = hl.WebSocketConnection(receiver, 1 << 20, hl.Deflate(bits, takeover, bits, takeover, above_bytes=0))
+        sent, stream = [], b""
+        for _ in range(10):
+            text = "".join(rng.choices("ab\u20ac", k=rng.choice([0, 1, 10, 5000])))
+            sent += [text, hl.Ping(b"p"), text.encode() * 3]
+            stream += one.send_text(text) + one.send_ping(b"p") + one.send_binary(text.encode() * 3)
+        got, at = [], 0
+        while at < len(stream):
+            step = rng.choice([1, 2, 100, 4000])
+            two.receive(stream[at:at + step])
+            got += two.take_events()
+            at += step
+        assert got == sent
+    assert len(hl.WebSocketConnection("server", 0, hl.Deflate()).send_text("abc" * 5_000)) < 100
+    assert hl.WebSocketConnection("server", 0, hl.Deflate()).send_text("a" * 511)[:2] == b"\x81\x7e"
+    assert hl.WebSocketConnection("server", 0, hl.Deflate()).send_text("a" * 512)[0] == 0xc1
+
+
+def test_compression_agrees_with_another_library(rng):
+    pytest.importorskip("websockets", reason="pip install websockets")
+    from websockets.extensions.permessage_deflate import PerMessageDeflate
+    from websockets.frames import Frame
+    for bits, takeover in itertools.product((9, 15), (False, True)):
+        theirs = PerMessageDeflate(not takeover, not takeover, bits, bits)
+        ours = hl.WebSocketConnection("client", 1 << 20, hl.Deflate(bits, takeover, bits, takeover, above_bytes=0))
+        for _ in range(10):
+            data = bytes(rng.choices(b"abc", k=rng.choice([1, 100, 20_000])))
+            ours.receive(hl._frame(2 | hl._COMPRESSED, theirs.encode(Frame(2, data)).data))
+            assert ours.take_events() == [data]
+            key = ours.send_binary(data)                # masked; its payload, for the other library
+            size = {126: 2, 127: 8}.get(key[1] & 0x7F, 0)
+            payload = hl._mask(key[6 + size:], key[2 + size:6 + size])
+            assert theirs.decode(Frame(2, payload, rsv1=True)).data == data
+
+
+def test_wrong_text_fails_at_its_first_impossible_byte():
+    for data in (b"ok\xff", b"\xed\xa0", b"\xf4\x90", b"\xc0"):
+        ws = hl.WebSocketConnection("client")
+        ws.receive(b"\x81\x7d" + data[:-1])                       # of 125 bytes only these come
+        assert ws.take_events() == []
+        ws.receive(data[-1:])
+        with pytest.raises(hl.FrameError) as caught:
+            ws.take_events()
+        assert caught.value.close_code == 1007
+
+
+def test_a_message_in_any_fragments_takes_linear_time():
+    def cost(count, size, step):
+        stream = b"\x02\x00" + (b"\x00" + bytes([size]) + bytes(size)) * count + b"\x80\x00"
+        ws = hl.WebSocketConnection("client", 0)
+        began = time.process_time()
+        for at in range(0, len(stream), step):
+            ws.receive(stream[at:at + step])
+            events = ws.take_events()
+        assert events == [bytes(size * count)]
+        return time.process_time() - began
+    for size, step in ((10, 65536), (1, 500)):
+        assert min(cost(40_000, size, step) for _ in range(3)) < 16 * min(cost(5_000, size, step) for _ in range(3))
+    def whole(size):
+        ws, frame = hl.WebSocketConnection("server", 0), hl.WebSocketConnection("client").send_binary(bytes(size))
+        began = time.process_time()
+        for at in range(0, len(frame), 4096):
+            ws.receive(frame[at:at + 4096])
+            events = ws.take_events()
+        assert len(events[0]) == size
+        return time.process_time() - began
+    assert min(whole(16 << 20) for _ in range(2)) < 24 * min(whole(1 << 20) for _ in range(3))
+
+
+def test_nothing_is_sent_after_a_close_frame():
+    ws = hl.WebSocketConnection("server")
+    ws.send_close()
+    for send in (lambda: ws.send_text("x"), lambda: ws.send_binary(b"x"), ws.send_ping, ws.send_pong):
+        with pytest.raises(hl.StateError):
+            send()
 
 
 def test_reading_a_header_takes_time_in_proportion_to_its_length():
@@ -3983,6 +4182,561 @@ def test_pings_without_reading_are_bounded():
         wait_until(lambda: not app.sessions, 10)
         assert app.metrics['horizon_refused_total{reason="slow"}'] == 1
         sock.close()
+
+
+# -- the edge: who may come in, and what they may do --
+
+def test_tokens_say_who_somebody_is_until_they_expire():
+    token = hl.sign_token("ann", "new secret", expires_s=60)
+    claims = hl.verify_token(token, "new secret", b"old secret")
+    assert claims["sub"] == "ann" and claims["exp"] - claims["iat"] == 60
+    assert hl.verify_token(hl.sign_token({"sub": "bob", "admin": True}, b"old secret"), "new secret", b"old secret")["admin"]
+    head, body, signature = token.split(".")
+    none = hl._base64(b'{"alg":"none"}')
+    wrong = [token + "x", token[:-1], head + "." + body + ".", f"{none}.{body}.", "", "a.b.c", "..", "\u20ac.x.y",
+             hl.sign_token("ann", "other"), hl.sign_token("ann", "new secret", expires_s=-1),
+             hl.sign_token({"exp": None}, "new secret"), hl.sign_token({"nbf": time.time() + 99}, "new secret")]
+    for forged in (f"{none}.{body}", f"{head}.{hl._base64(b'[]')}", f"{head}.{hl._base64(b'{}')}", f"{head}.!", f"{head}.{hl._base64(b'5')}"):
+        wrong.append(f"{forged}.{hl._hmac('new secret', forged)}")
+    for each in wrong:
+        with pytest.raises(hl.HandshakeError) as caught:
+            hl.verify_token(each, "new secret")
+        assert caught.value.http_status == 401
+    with pytest.raises(hl.HandshakeError):
+        hl.verify_token(token)                  # no secret at all
+    with pytest.raises(hl.UsageError):
+        hl.sign_token("ann", "")
+    # RFC 7515 A.1: made by somebody else
+    key = base64.urlsafe_b64decode(
+        "AyM1SysPpbyDfgZld3umj1qzKObwVMkoqQ-EstJQLr_T-1qS0gZH75aKtMN3Yj0iPS4hcgUuTwjAzZr1Z9CAow==")
+    signed = ("eyJ0eXAiOiJKV1QiLA0KICJhbGciOiJIUzI1NiJ9.eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6"
+              "Ly9leGFtcGxlLmNvbS9pc19yb290Ijp0cnVlfQ")
+    assert hl._hmac(key, signed) == "dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk"
+
+
+def status_of(app, path="/ws/data", **headers):
+    lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+    upgrade = UPGRADE if path.startswith("/ws") else b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    data = upgrade.replace(b" / " if path[:3] != "/ws" else b"/ws/data", f" {path} ".encode() if path[:3] != "/ws" else path.encode(), 1)
+    with raw(app, data + lines.encode() + b"\r\n") as sock:
+        return int(sock.recv(4096).split()[1])
+
+
+def test_strangers_stay_outside_when_somebody_asks_who_they_are():
+    with running() as app:
+        @app.authenticate
+        def who(request):
+            if request.token == "banned":
+                raise PermissionError("not you")
+            if request.token == "boom":
+                return 1 / 0
+            if request.cookies.get("session") == "s1" or request.token == "letmein":
+                return "ann"
+            return hl.verify_token(request.token, "secret") if request.token.count(".") == 2 else None
+
+        @app.get("/mine")
+        def mine(request):
+            return request.user
+
+        app.get("/open", public=True)(lambda request: "open " + request.user)
+        app.websocket("/ws/own")(lambda client, message: client.send(client.user))
+        for path in ("/ws/data", "/ws/own", "/mine", "/sub/t", "/stats.json", "/metrics"):
+            assert status_of(app, path) == 401, path
+        assert b"WWW-Authenticate: Bearer" in request(app, UPGRADE + b"\r\n")
+        assert request(app, b"POST /pub/t HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\n1").startswith(b"HTTP/1.1 401")
+        for path in ("/", "/healthz", "/readyz", "/open"):
+            assert status_of(app, path) == 200, path
+        assert status_of(app, Authorization="Bearer banned") == 403 and status_of(app, Authorization="Bearer boom") == 500
+        assert status_of(app, Authorization="Bearer a.b.c") == 401
+        assert status_of(app, "/ws/data?token=letmein") == 101 and status_of(app, Cookie="x=y; session=s1") == 101
+        assert get(app, "/mine?token=letmein")[2] == b"ann" and get(app, "/open?token=letmein")[2] == b"open ann"
+        with hl.connect(app.url, token=hl.sign_token("bob", "secret")) as client, \
+                hl.connect(app.url + "/ws/own", token="letmein") as own:
+            wait_until(lambda: app.presence.users() == ["bob"])
+            own.send("who?")
+            assert own.recv(5) == "ann" and on_loop(app, app.send, "bob", {"hi": 1}) == 1
+            assert client.recv(5) == {"hi": 1}
+        with pytest.raises(hl.HandshakeError, match="401") as caught:
+            hl.connect(app.url)
+        assert caught.value.http_status == 401
+        assert app.metrics['horizon_refused_total{reason="unauthenticated"}'] >= 8
+
+
+def test_rules_say_who_may_publish_and_subscribe():
+    with running() as app:
+        app.authenticate(lambda request: request.token)
+        app.allow("chat.*", publish=True, subscribe=True)
+        app.allow("news.>", publish=["ann"], subscribe=lambda user: user != "eve")
+        app.allow("ann.inbox", subscribe="ann")
+        answers = {}
+        for user in ("ann", "eve"):
+            with hl.connect(app.url, token=user) as client:
+                for act, topic in (("publish", "chat.a"), ("subscribe", "chat.*"), ("subscribe", "chat.>"), ("subscribe", "*.a"),
+                                   ("subscribe", ">"), ("subscribe", "chat.a"), ("publish", "news.a.b"), ("publish", "news"),
+                                   ("subscribe", "news.>"), ("subscribe", "news.*.>"), ("subscribe", "news.a.*"), ("subscribe", "news"),
+                                   ("subscribe", "ann.inbox"), ("publish", "ann.inbox"), ("publish", "other"), ("subscribe", "presence"),
+                                   ("publish", "presence.x")):
+                    try:
+                        client.request(act, topic, **({"payload": 1} if act == "publish" else {}))
+                    except hl.UsageError as error:
+                        assert "forbidden" in str(error)
+                        answers.setdefault(user, []).append(f"{act} {topic}")
+            with contextlib.suppress(urllib.error.HTTPError):
+                urllib.request.urlopen(f"{app.url}/pub/news.x?token={user}", b"1")
+                answers.setdefault(user, []).append("posted")
+            assert status_of(app, f"/sub/news.x?token={user}") == (200 if user == "ann" else 403)
+        no = ["subscribe chat.>", "subscribe *.a", "subscribe >", "publish news", "subscribe news", "publish ann.inbox", "publish other",
+              "subscribe presence", "publish presence.x"]
+        assert answers["ann"] == no + ["posted"]
+        assert sorted(answers["eve"]) == sorted(no + ["publish news.a.b", "subscribe news.>", "subscribe news.*.>", "subscribe news.a.*",
+                                                      "subscribe ann.inbox"])
+        for wrong in ({"publish": 5}, {"subscribe": 1.5}):
+            with pytest.raises(hl.UsageError):
+                app.allow("t", **wrong)
+        with pytest.raises(hl.UsageError):
+            app.allow("a.>.b")
+
+
+@pytest.mark.parametrize("pattern, other, contained", [
+    ("a.b", "a.b", True), ("a.b", "a.*", False), ("a.*", "a.b", True), ("a.*", "a.*", True), ("a.*", "a.>", False), ("a.>", "a.>", True),
+    ("a.>", "a", False), ("a.>", "a.*.c", True), ("*.>", "a.>", True), ("*", "a.b", False), (">", "*", True), (">", ">", True),
+    ("a.*.>", "a.>", False), ("a.*.>", "a.b.>", True), ("a.*.>", "a.*", False), ("*.b", "*.*", False), ("*.*", "*.b", True),
+])
+def test_a_rule_contains_a_pattern_when_it_covers_all_of_it(pattern, other, contained):
+    assert hl._contains(pattern.split("."), other.split(".")) is contained
+
+
+def test_nobody_listens_to_strangers_by_accident(tmp_path):
+    app = hl.Engine(host="0.0.0.0", port=0)
+    with pytest.raises(hl.ConfigError, match="authenticate.*insecure"):
+        app.start()
+    app = hl.Engine(host="0.0.0.0", port=0)
+    app.authenticate(lambda request: "ann" if request.token == "t" else None)
+    with app:
+        assert get(app, "/mine?token=t")[0] == 404 and app.url.startswith("http://127.0.0.1:")
+    with running(host="0.0.0.0", insecure=True) as app:
+        assert request(app, b"GET /healthz HTTP/1.1\r\nHost: my.example\r\nConnection: close\r\n\r\n").endswith(b"ok\n")
+    with running(host="localhost") as app:
+        assert get(app, "/healthz")[0] == 200
+
+
+def test_origins_may_be_named_or_all():
+    with running(allowed_origins=["*"]) as app:
+        assert status_of(app, Origin="https://any.example") == 101
+    with running() as app:
+        post = b"POST /pub/t HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nConnection: close\r\n"
+        for header, status in ((b"", 202), (b"Origin: http://localhost\r\n", 202), (b"Origin: null\r\n", 403),
+                               (b"Origin: https://evil.example\r\n", 403), (b"Sec-Fetch-Site: cross-site\r\n", 403),
+                               (b"Sec-Fetch-Site: same-origin\r\n", 202)):
+            assert request(app, post + header + b"\r\n1").startswith(b"HTTP/1.1 %d" % status), header
+
+
+def forwarded(app, address, path=b"/healthz", close=True):
+    sock = raw(app, b"GET " + path + b" HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-For: " + address.encode() + b"\r\n"
+               + b"Connection: close\r\n" * close + b"\r\n")
+    return sock
+
+
+def test_only_trusted_proxies_speak_for_others():
+    seen = []
+    for trusted, header, address in (((), "203.0.113.9", "127.0.0.1"), (("127.0.0.0/8",), "203.0.113.9", "203.0.113.9"),
+                                     (("127.0.0.1",), "6.6.6.6, 203.0.113.9", "203.0.113.9"),
+                                     (("127.0.0.1", "10.0.0.0/8"), "6.6.6.6, 203.0.113.9, 10.1.2.3", "203.0.113.9"),
+                                     (("127.0.0.1",), "6.6.6.6, nonsense", "127.0.0.1"), (("127.0.0.1",), "[2001:db8::1]:443", "2001:db8::1"),
+                                     (("127.0.0.1",), "::ffff:192.0.2.1", "192.0.2.1"), (("127.0.0.1",), "192.0.2.1:99", "192.0.2.1")):
+        with running(trusted_proxies=trusted) as app:
+            app.get("/ip")(lambda request: seen.append(request.address) or "ok")
+            app.on_core("player_connected")(lambda event: seen.append(event.client.address))
+            read_all(forwarded(app, header, b"/ip"))
+            assert status_of(app, X_Forwarded_For=header) == 101
+            wait_until(lambda: not app.server.connections)
+            assert seen == [address] * 2 and not app.server._per_address
+            seen.clear()
+
+
+def test_an_address_has_so_many_connections_and_a_banned_one_none():
+    with running(trusted_proxies=["127.0.0.1"], max_connections_per_address=3, banned=["198.51.100.0/24", "2001:db8::/32"]) as app:
+        socks = [forwarded(app, "203.0.113.9", close=False) for _ in range(3)]
+        assert all(sock.recv(4096).startswith(b"HTTP/1.1 200") for sock in socks)
+        assert read_all(forwarded(app, "203.0.113.9")).startswith(b"HTTP/1.1 503")
+        assert read_all(forwarded(app, "203.0.113.10")).startswith(b"HTTP/1.1 200")
+        for address in ("198.51.100.77", "2001:db8::5", "::ffff:198.51.100.1"):
+            assert read_all(forwarded(app, address)).startswith(b"HTTP/1.1 403"), address
+        socks[0].close()
+        wait_until(lambda: app.server._per_address["203.0.113.9"] == 2)
+        assert read_all(forwarded(app, "203.0.113.9")).startswith(b"HTTP/1.1 200")
+        assert app.metrics['horizon_refused_total{reason="banned"}'] == 3
+        assert app.metrics['horizon_refused_total{reason="max_connections_per_address"}'] == 1
+        for sock in socks:
+            sock.close()
+        wait_until(lambda: not app.server.connections)
+        assert not app.server._per_address
+    with running(banned=["127.0.0.1"]) as app:
+        assert request(app, b"GET / HTTP/1.1\r\n").startswith(b"HTTP/1.1 403")
+
+
+def test_json_of_clients_is_bounded_in_depth_texts_and_members():
+    with running(max_json_depth=3, max_json_string=10, max_json_items=4) as app:
+        for good in ([[[1]]], "0123456789", [1, 2, 3, 4], {"a": {"b": {}}}):
+            with hl.connect(app.url) as client:
+                client.send(json.dumps(good))
+                assert "error" in client.recv(5)
+        for bad, label in (([[[[]]]], "json_depth"), ("0123456789A", "json_string"), ({"a" * 11: 1}, "json_string"),
+                           ([1] * 5, "json_items"), ({"a": [{"b": {}}]}, "json_depth")):
+            with hl.connect(app.url) as client:
+                client.send(json.dumps(bad))
+                assert client.recv(5) is None and client.closed.code == 1008
+            assert app.metrics[f'horizon_refused_total{{reason="{label}"}}'] >= 1
+    for value in ([], {}, 5, "", [[]], [[], [[]]], {"a": [1, {"b": []}]}):
+        depth = lambda each: 1 + max([depth(item) for item in (each.values() if isinstance(each, dict) else each)], default=0) \
+            if isinstance(each, (list, dict)) else 0
+        for limit in range(5):
+            assert (hl._shape_fault(value, limit, 99, 99)[0] == "json_depth") is (depth(value) > limit)
+
+
+def test_a_handler_may_say_that_the_server_is_full():
+    with running() as app, hl.connect(app.url) as first:
+        wait_until(lambda: len(app.sessions) == 1)
+        before = app.metrics["server_active_connections"], app.presence.users(), app._listeners
+
+        @app.on_core("player_connected")
+        def full(event):
+            event.cancel("server at capacity")
+
+        for _ in range(3):
+            with hl.connect(app.url) as client:
+                assert client.recv(5) is None and client.closed == hl.Close(1013, "server at capacity")
+        wait_until(lambda: len(app.sessions) == 1)
+        assert (app.metrics["server_active_connections"], app.presence.users(), app._listeners) == before
+        assert app.metrics['horizon_requests_refused_total{code="player_connected"}'] == 3
+
+
+# -- HTTP --
+
+def test_files_are_served_and_nothing_else(tmp_path):
+    root = tmp_path / "assets"
+    (root / "sub").mkdir(parents=True)
+    (root / "a b.txt").write_text("h\u00e9llo")
+    (root / "app.js").write_bytes(b"x" * 70_000)
+    (root / "big.bin").write_bytes(os.urandom(3_000_000))
+    (root / "sub" / "index.html").write_text("<p>index")
+    (root / ".env").write_text("secret")
+    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "assets-too").mkdir()
+    (tmp_path / "assets-too" / "x").write_text("secret")
+    (root / "link").symlink_to(tmp_path / "secret.txt")
+    os.mkfifo(root / "pipe")
+    with running() as app:
+        app.static("/assets", root)
+        app.static("/cached/", root, cache_control="max-age=60")
+        status, headers, body = get(app, "/assets/a%20b.txt")
+        assert (status, body) == (200, "h\u00e9llo".encode()) and headers["Content-Type"] == "text/plain; charset=utf-8"
+        assert headers["Cache-Control"] == "no-cache" and headers["X-Content-Type-Options"] == "nosniff" and "Last-Modified" in headers
+        tag = headers["ETag"]
+        for match, want in ((tag, 304), (f'"x", W/{tag}', 304), ("*", 304), ('"x"', 200)):
+            assert get(app, "/assets/a%20b.txt", {"If-None-Match": match})[0] == want
+        assert get(app, "/assets/sub/")[2] == get(app, "/assets/sub")[2] == b"<p>index"
+        assert get(app, "/assets/big.bin")[2] == (root / "big.bin").read_bytes()
+        assert "javascript" in get(app, "/assets/app.js")[1]["Content-Type"]
+        assert get(app, "/cached/app.js")[1]["Cache-Control"] == "max-age=60"
+        for path in ("/assets/../secret.txt", "/assets/%2e%2e/secret.txt", "/assets/..%2fsecret.txt", "/assets//etc/passwd", "/assets/link",
+                     "/assets/%2Fetc%2Fpasswd", "/assets/.env", "/assets/sub/../.env", "/assets/pipe", "/assets/", "/assets/none",
+                     "/assets/../assets-too/x", "/assets/a%00b", "/assets/" + "a" * 5_000, "/assets/sub/index.html/x", "/assets/\udcff%ff"):
+            ask = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode("utf-8", "replace")
+            assert request(app, ask).startswith(b"HTTP/1.1 404"), path
+        head = request(app, b"HEAD /assets/big.bin HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert b"Content-Length: 3000000\r\n" in head and head.endswith(b"\r\n\r\n")
+        with pytest.raises(hl.UsageError, match="no folder"):
+            app.static("/x", tmp_path / "none")
+
+
+def test_bodies_in_pieces_are_sent_as_they_are_taken(caplog):
+    with running() as app:
+        app.get("/known")(lambda request: hl.Response(iter([b"abc", b"", b"de"]), length=5))
+        app.get("/chunks")(lambda request: iter([b"x" * 100_000] * 30))
+        app.get("/short")(lambda request: hl.Response(iter([b"abc"]), length=5))
+        app.get("/long")(lambda request: hl.Response(iter([b"abc", b"def"]), length=5))
+        app.get("/fails")(lambda request: (1 // 0 for _ in range(2)))
+        keep = b" HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        last = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        data = request(app, b"GET /known" + keep + b"HEAD /chunks" + keep + b"GET /known" + keep + last)
+        assert data.count(b"\r\n\r\nabcde") == 2 and data.endswith(b"\r\n\r\nok\n") and b"Transfer-Encoding: chunked\r\n" in data
+        assert get(app, "/chunks")[2] == b"x" * 3_000_000
+        old = request(app, b"GET /chunks HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+        assert old.endswith(b"\r\n\r\n" + b"x" * 3_000_000) and b"chunked" not in old and b"Connection: close" in old
+        for path in (b"/short", b"/long", b"/fails"):       # never the next answer behind a wrong length
+            data = request(app, b"GET " + path + keep + last)
+            assert data.count(b"HTTP/1.1 ") == 1 and b"ok\n" not in data
+        assert caplog.text.count("the body for") == 3
+        with raw(app, b"GET /chunks" + keep, small=True):   # and one that nobody takes ends with its connection
+            wait_until(lambda: any(each._pieces is not None for each in app.server.connections.values()))
+        wait_until(lambda: not app.server.connections)
+
+
+def test_answers_have_a_date_and_old_clients_keep_their_connection():
+    with running() as app:
+        data = request(app, b"GET /healthz HTTP/1.0\r\nConnection: keep-alive\r\n\r\n" + b"OPTIONS /pub/x HTTP/1.1\r\nHost: localhost\r\n\r\n"
+                       + b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert b"\r\nConnection: keep-alive\r\n" in data and b"204 No Content\r\nAllow: POST, OPTIONS" in data
+        assert re.search(rb"\r\nDate: (Mon|Tue|Wed|Thu|Fri|Sat|Sun), \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT\r\n", data)
+    assert hl._http_date(784111777) == "Sun, 06 Nov 1994 08:49:37 GMT"     # RFC 9110 5.6.7
+
+
+class Events:
+    """A reader of Server-Sent Events, by the standard's rules."""
+
+    def __init__(self, app, pattern, extra=b""):
+        self.sock = raw(app, b"GET /sub/" + pattern.encode() + b" HTTP/1.1\r\nHost: localhost\r\n" + extra + b"\r\n")
+        self.data = b""
+        self.head = self._until(b"\r\n\r\n")
+
+    def _until(self, mark):
+        while mark not in self.data:
+            piece = self.sock.recv(4096)
+            assert piece, "the stream ended"
+            self.data += piece
+        part, _, self.data = self.data.partition(mark)
+        return part
+
+    def next(self):
+        while (block := self._until(b"\n\n").decode()).startswith(":"):
+            pass
+        fields = dict(line.split(": ", 1) for line in block.split("\n"))
+        return fields.get("id"), json.loads(fields["data"])
+
+
+def test_curl_is_a_client():
+    with running(ping_s=0.5) as app:
+        events = Events(app, "chat.*")
+        assert events.head.startswith(b"HTTP/1.1 200") and b"text/event-stream" in events.head and b"Content-Length" not in events.head
+        post = urllib.request.Request(app.url + "/pub/chat.a", b'{"n": 1}', {"Content-Type": "application/json"})
+        with urllib.request.urlopen(post) as answer:
+            assert answer.status == 202 and json.load(answer) == {"delivered": 1}
+        urllib.request.urlopen(app.url + "/pub/chat.b", "just t\u00e9xt".encode()).close()      # as curl -d sends it
+        urllib.request.urlopen(app.url + "/pub/chat.c?critical=1", b"5").close()
+        got = [events.next() for _ in range(3)]
+        assert [(each["topic"], each["payload"]) for _, each in got] == [("chat.a", {"n": 1}), ("chat.b", "just t\u00e9xt"), ("chat.c", 5)]
+        assert len({number for number, _ in got}) == 3
+        for path, body, kind, status in (("/pub/a.>", b"1", "", 400), ("/pub/system.x", b"1", "", 403), ("/pub/t", b"\xff", "", 400),
+                                         ("/pub/t", b"{", "application/json", 400), ("/pub/t", b"[" * 50 + b"]" * 50, "", 400)):
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(urllib.request.Request(app.url + path, body, {"Content-Type": kind} if kind else {}))
+            assert caught.value.code == status
+        assert status_of(app, "/sub/a..b") == 400 and request(app, b"HEAD /sub/t HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+                                                              ).startswith(b"HTTP/1.1 405")
+        assert events._until(b"\n\n") == b":"               # alive, though nothing happens
+        assert app.presence.online() == 0 and app.metrics["server_active_connections"] == 1
+        on_loop(app, app.broadcast, "not for it")
+        session, = app.sessions.values()
+        on_loop(app, session.send, {"direct": 1})
+        on_loop(app, session.send, "text")
+        assert events.next()[1] == {"direct": 1} and events.next()[1] == "text"
+        resumed = Events(app, "chat.*", b"Last-Event-ID: 7\r\n")
+        assert resumed.next()[1] == {"topic": "chat.*", "gap": True}
+        resumed.sock.close()
+        on_loop(app, session.close)
+        with pytest.raises(AssertionError, match="ended"):
+            events.next()
+        wait_until(lambda: not app.sessions)
+
+
+def test_posts_are_counted_like_messages():
+    with running(max_messages_per_s=1, burst=3) as app:
+        ask = b"POST /pub/t HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\n1"
+        data = request(app, ask * 5)
+        assert data.count(b" 202 ") == 3 and data.count(b" 429 ") == 1
+
+
+# -- other doors --
+
+TLS = {"one": """\
+-----BEGIN CERTIFICATE-----
+MIIBmDCCAT+gAwIBAgIUPesT08KZ0RQIYfqNDjr8UV6ndhIwCgYIKoZIzj0EAwIw
+EzERMA8GA1UEAwwIb25lLnRlc3QwIBcNMjYxMTIxMTgxOTQ0WhgPMjEyNjEwMjgx
+ODE5NDRaMBMxETAPBgNVBAMMCG9uZS50ZXN0MFkwEwYHKoZIzj0CAQYIKoZIzj0D
+AQcDQgAE/lhor7DxDQ4eboAUA4mc0UTbkqAcB8JfW09E6AfqNbhktcmKyP8SYOaA
+XCYTghqzvp9XID648B9EMUQgB8VzNqNvMG0wHQYDVR0OBBYEFDrVD39VyfhRP1CX
+Gucr4zhoMk/6MB8GA1UdIwQYMBaAFDrVD39VyfhRP1CXGucr4zhoMk/6MA8GA1Ud
+EwEB/wQFMAMBAf8wGgYDVR0RBBMwEYIJbG9jYWxob3N0hwR/AAABMAoGCCqGSM49
+BAMCA0cAMEQCICOx8RU6RUQCWewwvrmiZdEYF3Yzk7UXYJxqUoIlR+LVAiAL9mpr
+t+w1BOK+ag7SWf+SGJI6pDcJXVApIwL6BxevIA==
+-----END CERTIFICATE-----
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgjTBx0KsJFfEn38JJ
+ePSaRGVVMDYDQQ4J6+n+VeanLDahRANCAAT+WGivsPENDh5ugBQDiZzRRNuSoBwH
+wl9bT0ToB+o1uGS1yYrI/xJg5oBcJhOCGrO+n1cgPrjwH0QxRCAHxXM2
+-----END PRIVATE KEY-----""", "two": """\
+-----BEGIN CERTIFICATE-----
+MIIBmDCCAT+gAwIBAgIUPQvfMRANgcnN7PWlajyjBh2qGaMwCgYIKoZIzj0EAwIw
+EzERMA8GA1UEAwwIdHdvLnRlc3QwIBcNMjYxMTIxMTgxOTQ0WhgPMjEyNjEwMjgx
+ODE5NDRaMBMxETAPBgNVBAMMCHR3by50ZXN0MFkwEwYHKoZIzj0CAQYIKoZIzj0D
+AQcDQgAEASGHjPv2kxRsmemBYmdYKWFuMLwFH9vrZJO6QLSFgUzmbmlG0G7NG21o
+4r4hFL8aCfktXCsCYJLfwYBaGdmtjaNvMG0wHQYDVR0OBBYEFFHvaPyPV7L2UM/m
+ryTaBqnIbA8/MB8GA1UdIwQYMBaAFFHvaPyPV7L2UM/mryTaBqnIbA8/MA8GA1Ud
+EwEB/wQFMAMBAf8wGgYDVR0RBBMwEYIJbG9jYWxob3N0hwR/AAABMAoGCCqGSM49
+BAMCA0cAMEQCICUdAOsjFqKEunbMQCQv0ndE6pHEduPM/OVbspFMXbHVAiB/Eg1G
+Cqc3b3KR8o0pdzCiVagREvNB2iFPU+kfCJaRrQ==
+-----END CERTIFICATE-----
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgQh/iBlYRRvhBNVxb
+T9Xt4FPAaEhxER3GOUlAz/dmnWehRANCAAQBIYeM+/aTFGyZ6YFiZ1gpYW4wvAUf
+2+tkk7pAtIWBTOZuaUbQbs0bbWjiviEUvxoJ+S1cKwJgkt/BgFoZ2a2N
+-----END PRIVATE KEY-----"""}
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    """A certificate for localhost with its key, in one file; and what trusts it."""
+    import ssl
+    path = tmp_path / "cert.pem"
+    path.write_text(TLS["one"])
+    context = ssl.create_default_context(cadata=TLS["one"].partition("-----BEGIN PRIVATE")[0])
+    return path, context
+
+
+def test_one_port_speaks_tls(certificate):
+    import ssl
+    path, context = certificate
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    with running(tls_cert=path, max_message_bytes=1 << 22) as app:
+        app.websocket("/ws/echo")(lambda client, message: client.send(message))
+        app.get("/big")(lambda request: hl.Response(iter([b"x" * 100_000] * 20), length=2_000_000))
+        assert app.url.startswith("https://127.0.0.1:")
+        with urllib.request.urlopen(app.url + "/big", context=context) as answer:
+            assert len(answer.read()) == 2_000_000
+        with hl.connect(app.url, ssl_context=context, compress=True) as client, \
+                hl.connect(app.url + "/ws/echo", ssl_context=context) as echo:
+            client.subscribe("t")
+            for number in range(200):
+                on_loop(app, app.publish, "t", "x" * 1_000 + str(number), critical=number % 50 == 0)
+            assert [client.recv(5)["offset"] for _ in range(200)] == list(range(1, 201))
+            data = os.urandom(3_000_000)
+            echo.send(data)
+            assert echo.recv(10) == data
+        with socket.create_connection(("127.0.0.1", app._port)) as sock, \
+                context.wrap_socket(sock, server_hostname="localhost") as tls:
+            assert tls.selected_alpn_protocol() == "http/1.1" and tls.version() in ("TLSv1.2", "TLSv1.3")
+            tls.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            answer = b""
+            while piece := tls.recv(4096):                  # ends with a close_notify, or this would raise
+                answer += piece
+            assert answer.endswith(b"ok\n")
+        assert request(app, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 400 Bad Request")    # plain HTTP
+        assert read_all(raw(app, b"garbage garbage"))[:1] in (b"\x15", b"")
+        assert app.metrics['horizon_refused_total{reason="tls"}'] == 2
+        old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        old.check_hostname, old.verify_mode, old.options = False, ssl.CERT_NONE, old.options | ssl.OP_NO_TLSv1_3 | ssl.OP_NO_TLSv1_2
+        with socket.create_connection(("127.0.0.1", app._port)) as sock, pytest.raises((ssl.SSLError, OSError)):
+            old.wrap_socket(sock)
+
+
+def test_a_tls_handshake_stalls_nobody(certificate):
+    path, context = certificate
+    with running(tls_cert=path, handshake_s=1.0) as app:
+        stuck = [raw(app, b"\x16\x03\x01\x02") for _ in range(20)]
+        with hl.connect(app.url, ssl_context=context) as client:
+            client.send({"namespace": "system", "event": "ping"})
+            assert client.recv(1)["event"] == "pong"
+            for sock in stuck:
+                assert sock.recv(100) == b""                # by handshake_s
+        assert app.metrics['horizon_refused_total{reason="handshake_timeout"}'] == 20
+
+
+def test_a_certificate_is_read_anew_and_nobody_notices(tmp_path):
+    import ssl
+    path = tmp_path / "cert.pem"
+    path.write_text(TLS["one"])
+    contexts = {name: ssl.create_default_context(cadata=text.partition("-----BEGIN PRIVATE")[0]) for name, text in TLS.items()}
+    with program("serve", "--port", "0", "--tls-cert", os.fspath(path), "--tick-hz", "0") as (process, url), \
+            hl.connect(url, ssl_context=contexts["one"]) as client:
+        path.write_text(TLS["two"])
+        process.send_signal(signal.SIGHUP)
+
+        def new_one():
+            try:
+                hl.connect(url, ssl_context=contexts["two"]).close()
+                return True
+            except ssl.SSLError:
+                return False
+        wait_until(new_one)
+        path.write_text("nonsense")
+        process.send_signal(signal.SIGHUP)
+        assert "the old certificate stays" in "".join(process.stderr.readline() for _ in range(2))
+        assert new_one()
+        client.send({"namespace": "system", "event": "ping"})
+        assert client.recv(5)["event"] == "pong"
+
+
+@pytest.mark.parametrize("settings", [{"tls_cert": "/no/such/file"}, {"tls_cert": __file__}])
+def test_a_certificate_that_can_not_be_used_is_named(settings):
+    with pytest.raises(hl.ConfigError, match="tls_cert"):
+        hl.Engine(port=0, **settings).start()
+
+
+def test_a_unix_socket_is_a_door(tmp_path):
+    path = os.fspath(tmp_path / "hl.sock")
+
+    def ask():
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(path)
+            sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: my.example\r\nConnection: close\r\n\r\n")
+            return read_all(sock)
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind(path)
+    stale.close()                               # what a killed process leaves behind
+    with hl.Engine(unix_socket=path) as app:
+        assert ask().endswith(b"ok\n") and app.url == f"unix:{path}" and app._port == 0
+        with pytest.raises(OSError, match="somebody listens.*hl.sock"):
+            hl.Engine(unix_socket=path).start()
+        assert ask().endswith(b"ok\n")
+    assert not os.path.exists(path)
+    with hl.Engine(unix_socket=path, port=0, max_connections_per_address=1) as app:
+        assert ask().endswith(b"ok\n") and get(app, "/healthz")[0] == 200
+    with pytest.raises(OSError, match="none"):
+        hl.Engine(unix_socket=os.fspath(tmp_path / "none" / "x")).start()
+
+
+def test_processes_can_share_a_port():
+    with running(reuse_port=True) as one, hl.Engine(reuse_port=True, port=int(one.url.rpartition(":")[2])) as two:
+        assert one.url == two.url
+        for _ in range(50):
+            get(one, "/healthz")
+        assert one.server.accepted + two.server.accepted >= 50
+    with running() as one, pytest.raises(OSError):
+        hl.Engine(port=int(one.url.rpartition(":")[2])).start()
+
+
+def test_systemd_hands_over_a_socket_and_is_told(tmp_path):
+    notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    notify.bind(os.fspath(tmp_path / "notify"))
+    notify.settimeout(5)
+    listener = socket.create_server(("127.0.0.1", 0))
+    launch = ("import os, sys\nos.environ['LISTEN_PID'] = str(os.getpid())\nos.dup2(int(sys.argv[1]), 3)\n"
+              f"os.execv(sys.executable, [sys.executable, {os.fspath(MODULE)!r}, 'serve'])")
+    process = subprocess.Popen([sys.executable, "-c", launch, str(listener.fileno())], pass_fds=[listener.fileno()], text=True,
+                               stdout=subprocess.PIPE, env={**os.environ, "LISTEN_FDS": "1", "NOTIFY_SOCKET": os.fspath(tmp_path / "notify")})
+    try:
+        assert notify.recv(100) == b"READY=1"
+        port = listener.getsockname()[1]
+        assert f":{port}\n" in process.stdout.readline() + process.stdout.readline()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz") as answer:
+            assert answer.read() == b"ok\n"
+        process.terminate()
+        assert notify.recv(100) == b"STOPPING=1" and process.wait(5) == 0
+    finally:
+        process.kill()
+        process.communicate()
+        notify.close()
+        listener.close()
+
+
+def test_the_loop_is_pinned_to_the_processors_asked_for():
+    cpu = min(os.sched_getaffinity(0))
+    with program("serve", "--port", "0", "--cpus", f"{cpu}-{cpu}") as (process, url):
+        wait_until(lambda: os.sched_getaffinity(process.pid) == {cpu})
+    done = run_cli("serve", "--port", "0", "--cpus", "4000")
+    assert done.returncode == 3 and "cpus = [4000]" in done.stderr and "Traceback" not in done.stderr
+    assert hl._cpu_numbers(("0", "2-4")) == {0, 2, 3, 4} and hl.Config(cpus=[0, 1]).cpus == ("0", "1")
 
 
 def test_a_websocket_route_of_ones_own_echoes():
