@@ -4624,8 +4624,11 @@ def test_one_port_speaks_tls(certificate):
         assert request(app, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 400 Bad Request")    # plain HTTP
         assert read_all(raw(app, b"garbage garbage"))[:1] in (b"\x15", b"")
         assert app.metrics['horizon_refused_total{reason="tls"}'] == 2
+        assert app.server.tls.minimum_version == ssl.TLSVersion.TLSv1_2
         old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        old.check_hostname, old.verify_mode, old.options = False, ssl.CERT_NONE, old.options | ssl.OP_NO_TLSv1_3 | ssl.OP_NO_TLSv1_2
+        old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
+        with pytest.warns(DeprecationWarning):
+            old.maximum_version = old.minimum_version = ssl.TLSVersion.TLSv1_1
         with socket.create_connection(("127.0.0.1", app._port)) as sock, pytest.raises((ssl.SSLError, OSError)):
             old.wrap_socket(sock)
 
@@ -4737,6 +4740,305 @@ def test_the_loop_is_pinned_to_the_processors_asked_for():
     done = run_cli("serve", "--port", "0", "--cpus", "4000")
     assert done.returncode == 3 and "cpus = [4000]" in done.stderr and "Traceback" not in done.stderr
     assert hl._cpu_numbers(("0", "2-4")) == {0, 2, 3, 4} and hl.Config(cpus=[0, 1]).cpus == ("0", "1")
+
+
+# -- backpressure and ends --
+
+def test_who_reads_too_slowly_is_told_of_and_counted_once_a_second(caplog):
+    with running(outbox_bytes=200_000, outbox_messages=50) as app:
+        told = []
+        app.on_core("slow_client")(lambda event: told.append((event.client.id, event.data)))
+        slow = raw_websocket(app, small=True)
+        slow.sendall(masked(0x81, b'{"action":"subscribe","topic":"t"}'))
+        wait_until(lambda: app.topics.matching("t"))
+        session, = app.sessions.values()
+        for number in range(300):
+            on_loop(app, app.publish, "t", "x" * 40_000)
+        wait_until(lambda: told)
+        assert told[0][0] == session.id and told[0][1]["dropped"] >= 1 and told[0][1]["backlog"] > 40_000
+        assert app.drops["droppable"] > 100 and len(told) < 5 and caplog.text.count("reads too slowly") == len(told)
+        assert app.report()["drops"]["by_topic"] == {"t": app.drops["droppable"]}
+        assert app.metrics['horizon_outbox_dropped_total{class="droppable"}'] == app.drops["droppable"]
+        assert app.metrics['horizon_outbox_dropped_total{class="latest"}'] == 0
+        before = len(told)
+        for _ in range(60):
+            on_loop(app, app.publish, "t", "y" * 40_000, critical=True)
+        wait_until(lambda: not app.sessions)
+        assert len(told) > before
+        slow.close()
+
+
+def test_a_pulled_cable_is_noticed_by_the_system_too():
+    if not hasattr(socket, "TCP_USER_TIMEOUT"):
+        pytest.skip("this system has no TCP_USER_TIMEOUT")
+    with running(ping_s=7) as app, hl.connect(app.url):
+        sock = next(iter(app.server.connections.values())).sock
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 21_000
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_while_the_server_drains_it_says_so():
+    app = hl.Engine(port=0).start()
+    ask = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    kept, silent = raw(app, ask), raw_websocket(app)
+    assert kept.recv(1000).endswith(b"ok\n")
+    stopping = threading.Thread(target=app.stop)
+    stopping.start()
+    assert silent.recv(100)[2:4] == b"\x03\xe9"                # 1001, and it does not answer
+    kept.sendall(ask)
+    answer = read_all(kept)
+    assert answer.startswith(b"HTTP/1.1 503") and b"Connection: close" in answer
+    with pytest.raises(OSError):
+        raw(app)
+    silent.close()
+    stopping.join(5)
+    assert app._state == "stopped"
+    with hl.Engine(port=0) as app, raw(app, ask) as kept:        # who only keeps a connection delays nothing
+        kept.recv(1000)
+        began = time.monotonic()
+        app.stop()
+        assert time.monotonic() - began < 1 and kept.recv(10) == b""
+
+
+@pytest.mark.parametrize("restart, code", [(False, 1001), (True, 1012)])
+def test_nothing_critical_is_lost_at_the_end(restart, code):
+    app = hl.Engine(port=0, outbox_bytes=0, outbox_messages=0).start()
+    slow = raw_websocket(app, small=True)
+    slow.sendall(masked(0x81, b'{"action":"subscribe","topic":"t","id":1}'))
+    wait_until(lambda: app.topics.matching("t"))
+    for number in range(100):
+        on_loop(app, app.publish, "t", "x" * 50_000, critical=True)
+    stopping = threading.Thread(target=app.stop, kwargs={"restart": restart, "grace_s": 10})
+    stopping.start()
+    data = b""
+    while piece := slow.recv(1 << 16):
+        data += piece
+        time.sleep(0.0005)
+        if b"\x88" in data[-40:]:
+            slow.sendall(masked(0x88, b"\x03\xe9"))
+            break
+    events = take("client", data, 0)
+    assert [json.loads(each)["offset"] for each in events[1:-1]] == list(range(1, 101))
+    assert events[-1].code == code
+    stopping.join(10)
+    slow.close()
+
+
+def test_who_does_not_read_to_the_end_gets_grace_s_and_no_more():
+    app = hl.Engine(port=0, outbox_bytes=0, outbox_messages=0).start()
+    slow = raw_websocket(app, small=True)
+    slow.sendall(masked(0x81, b'{"action":"subscribe","topic":"t"}'))
+    wait_until(lambda: app.topics.matching("t"))
+    on_loop(app, app.publish, "t", "x" * 20_000_000, critical=True)
+    began = time.monotonic()
+    app.stop(grace_s=0.5)
+    assert 0.4 < time.monotonic() - began < 2
+    slow.close()
+
+
+# -- faults that must not matter --
+
+def alive(client, seconds=1.0):
+    """Whether a client gets its answer in time."""
+    began = time.monotonic()
+    client.send({"namespace": "system", "event": "ping", "data": began})
+    while client.recv(seconds).get("data") != began:
+        pass
+    return time.monotonic() - began < seconds
+
+
+def test_slowloris_gets_its_time_and_no_more():
+    post = b"POST /pub/t HTTP/1.1\r\nHost: localhost\r\n"
+    drips = [b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 1_000, b"\r\n" * 500,
+             post + b"Content-Length: 1000\r\n\r\n" + b"x" * 900, post + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 200]
+    with running(handshake_s=0.5) as app, hl.connect(app.url) as other:
+        socks = {raw(app): drip for drip in drips for _ in range(5)}
+        for at in range(900):
+            for sock, drip in list(socks.items()):
+                try:
+                    sock.sendall(drip[at:at + 1])
+                except OSError:
+                    del socks[sock]
+            time.sleep(0.01)
+            if len(app.server.connections) == 1:
+                break
+        assert at < 800 and alive(other)
+        assert app.metrics['horizon_refused_total{reason="handshake_timeout"}'] == 20
+
+
+def test_slow_frames_are_a_dead_peer_when_they_stop():
+    with running(ping_s=0.3) as app, hl.connect(app.url) as other:
+        sock = raw_websocket(app)
+        frame = masked(0x81, b"x" * 20_000, b"\xfe\x4e\x20")
+        for at in range(20):
+            sock.sendall(frame[at:at + 1])
+            time.sleep(0.05)                                # each byte is a sign of life
+        assert len(app.sessions) == 2 and alive(other)
+        wait_until(lambda: len(app.sessions) == 1 or not alive(other), 10)
+        assert app.metrics['horizon_refused_total{reason="ping_timeout"}'] == 1
+        sock.close()
+
+
+def test_a_client_that_never_reads_delays_nobody():
+    with running(tick_hz=50, outbox_bytes=100_000) as app:
+        readers = [hl.connect(app.url) for _ in range(20)]
+        for reader in readers:
+            reader.subscribe("t")
+
+        def round_trips():
+            spent = []
+            for _ in range(40):
+                began = time.monotonic()
+                on_loop(app, app.publish, "t", "x" * 20_000, critical=True)
+                for reader in readers:
+                    reader.recv(5)
+                spent.append(time.monotonic() - began)
+            return statistics.median(spent)
+        before = round_trips()
+        deaf = [raw_websocket(app, small=True) for _ in range(5)]
+        for sock in deaf:
+            sock.sendall(masked(0x81, b'{"action":"subscribe","topic":"t"}'))
+        wait_until(lambda: len(app.topics.matching("t")) == 25)
+        assert round_trips() < 3 * before + 0.05            # the exact figure is the bench's
+        for _ in range(500):
+            if len(app.sessions) == 20:
+                break
+            on_loop(app, app.publish, "t", "x" * 20_000, critical=True)
+            for reader in readers:
+                reader.recv(5)
+        assert len(app.sessions) == 20
+        for each in [*readers, *deaf]:
+            each.close()
+
+
+def test_half_a_pipeline_a_reset_and_a_half_close():
+    with running() as app, hl.connect(app.url) as other:
+        ask = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        silent = raw(app, ask * 2)
+        assert silent.recv(1000).count(b"200 OK") >= 1
+        for start in (UPGRADE + b"\r\n" + masked(0x82, b"", b"\xfe\xff\xff") + b"x" * 100, ask[:20], ask * 3):
+            sock = raw(app, start)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()                                    # RST
+        half = raw(app, ask)
+        half.shutdown(socket.SHUT_WR)                       # it can still read
+        assert read_all(half).endswith(b"ok\n")
+        ws = raw_websocket(app)
+        ws.shutdown(socket.SHUT_WR)
+        ws.close()
+        silent.close()
+        wait_until(lambda: len(app.server.connections) == 1)
+        assert alive(other)
+
+
+def test_two_thousand_who_come_and_vanish_leave_nothing():
+    with running() as app:
+        descriptors = len(os.listdir("/proc/self/fd"))
+        for round_ in range(20):
+            socks = [raw(app, UPGRADE + b"\r\n" if number % 2 else UPGRADE[:number]) for number in range(100)]
+            for sock in socks:
+                sock.close()
+        wait_until(lambda: app.server.accepted == 2_000 and not app.server.connections, 10)
+        on_loop(app, app._check)
+        assert not app.server._per_address and len(app.loop.selector.get_map()) == 2 and not app._waiting and not app._urgent
+        assert len(os.listdir("/proc/self/fd")) <= descriptors + 1
+
+
+def test_without_descriptors_it_keeps_serving_and_does_not_spin(tmp_path):
+    (tmp_path / "app.py").write_text("import resource, horizon_lite as hl\napp = hl.Engine(port=0)\n"
+                                     "app.on_core('server_started')(lambda event: resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20)))\n")
+    with program("serve", os.fspath(tmp_path / "app.py")) as (process, url), hl.connect(url) as client:
+        socks = [socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) for _ in range(30)]
+        time.sleep(0.3)
+        ticks = os.sysconf("SC_CLK_TCK")
+
+        def cpu_s():
+            fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2].split()
+            return (int(fields[11]) + int(fields[12])) / ticks
+        before = cpu_s()
+        time.sleep(1)
+        assert cpu_s() - before < 0.3 and alive(client)
+        for sock in socks:
+            sock.close()
+
+        def served():
+            with contextlib.suppress(OSError), urllib.request.urlopen(url + "/healthz", timeout=2) as answer:
+                return answer.status == 200
+        wait_until(served)
+
+
+def test_a_handler_of_half_a_second_and_a_clock_that_jumps():
+    now = [0]
+    real = time.monotonic_ns
+    with running() as app, hl.connect(app.url) as client:
+        app.on_client("slow", "one")(lambda event: time.sleep(0.5))
+        client.emit("slow", "one")
+        assert alive(client, 3)
+        app.loop.clock = lambda: real() + now[0]
+        now[0] = 3 * 1_000_000_000                          # less than a ping: nothing happens
+        assert alive(client, 3)
+        now[0] = -3 * 1_000_000_000                         # backwards, as none should
+        assert alive(client, 3) and app._ticker.dropped >= 0
+        app.loop.clock = real
+
+
+def test_clients_come_back_after_a_kill():
+    port = free_port()
+    count = int(100 * SOAK)
+
+    def come_and_stay(number):
+        with hl.connect(f"http://127.0.0.1:{port}", reconnect=30) as client:
+            client.subscribe("t")
+            ready.append(number)
+            while not (message := client.recv(30)) or message.get("payload") != "second":
+                assert message is not None, client.closed
+            again.append(client.reconnects)
+    ready, again = [], []
+    with program("serve", "--port", str(port)) as (process, url):
+        threads = [threading.Thread(target=come_and_stay, args=(number,), daemon=True) for number in range(count)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(ready) == count, 20)
+        process.kill()
+        process.wait()
+    with program("serve", "--port", str(port)) as (process, url), hl.connect(url) as speaker:
+        deadline = time.monotonic() + 20
+        while len(again) < count and time.monotonic() < deadline:
+            speaker.publish("t", "second")
+            time.sleep(0.1)
+        assert again == [1] * count
+        for thread in threads:
+            thread.join(5)
+
+
+def test_messages_of_sixteen_megabytes_are_echoed():
+    size = 16 << 20
+    with running(max_message_bytes=size, outbox_bytes=0) as app:
+        app.websocket("/ws/echo")(lambda client, message: client.send(message))
+        with hl.connect(app.url + "/ws/echo") as client:
+            text = "\u20ac" * (size // 3)
+            client.send(text)
+            assert client.recv(20) == text
+
+
+def test_many_messages_leave_memory_flat():
+    count = int(20_000 * SOAK)
+    with running(tick_hz=100) as app, hl.connect(app.url, protocol="proto") as client:
+        client.subscribe("t")
+
+        def burst(first):
+            for number in range(first, first + 500):
+                app.publish("t", number)
+        gc.collect()
+        blocks = []
+        for first in range(0, count, 500):
+            on_loop(app, burst, first)
+            for number in range(500):
+                client.recv(5)
+            if first in (count // 4 // 500 * 500, count - 500):
+                gc.collect()
+                blocks.append(sys.getallocatedblocks())
+        assert blocks[1] - blocks[0] < 2_000
 
 
 def test_a_websocket_route_of_ones_own_echoes():
