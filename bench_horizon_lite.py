@@ -24,8 +24,11 @@ import operator
 import os
 import platform
 import re
+import resource
 import selectors
+import shutil
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -518,15 +521,74 @@ def _():
 
 
 # =============================================================================
+# 13  PROTOCOLS
+# =============================================================================
+
+@bench("13.protocols.unmask_1k", "ns")
+def _():
+    data, key, calls = os.urandom(1024), b"\1\2\3\4", {}
+    calls["horizon_lite"] = lambda: hl._mask(data, key)
+    if frames := peer("websockets.frames"):             # its C helper, where it was built
+        calls["websockets"] = lambda: frames.apply_mask(data, key)
+    calls["a loop over bytes"] = lambda: bytes(byte ^ key[at & 3] for at, byte in enumerate(data))
+    assert len({call() for call in calls.values()}) == 1
+    return {who: best_ns(call) for who, call in calls.items()}
+
+
+def fragments(make, count):
+    """Return nanoseconds a frame for one message in *count* frames of ten bytes, read 64 KiB at a time."""
+    head, key = b"\x8a", b"\1\2\3\4"
+    part = head + key + hl._mask(b"x" * 10, key)
+    stream = b"\x02" + part + (b"\x00" + part) * (count - 2) + b"\x80" + part
+    best = 9e9
+    for _ in range(3):
+        receive, began = make(), time.process_time_ns()
+        for at in range(0, len(stream), 65536):
+            got = receive(stream[at:at + 65536])
+        best = min(best, time.process_time_ns() - began)
+        assert got == b"x" * 10 * count
+    return best / count
+
+
+@bench("13.protocols.100000_fragments", "ns/frame")
+def _():
+    """One message in 100,000 frames; beside it a tenth of them: linear means the same per frame."""
+    def ours():
+        ws = hl.WebSocketConnection("server", 0)
+
+        def receive(data):
+            ws.receive(data)
+            events = ws.take_events()
+            return events[0] if events else None
+        return receive
+
+    result = {"horizon_lite": fragments(ours, 100_000), "a tenth as many": fragments(ours, 10_000)}
+    if peer("websockets"):
+        from websockets.server import ServerProtocol
+        from websockets.protocol import State
+
+        def theirs():
+            protocol, parts = ServerProtocol(state=State.OPEN, max_size=None), []
+
+            def receive(data):
+                protocol.receive_data(data)
+                parts.extend(frame.data for frame in protocol.events_received())
+                return b"".join(parts) if len(parts) == 100_000 else None
+            return receive
+        result["websockets"] = fragments(theirs, 100_000)
+    return result
+
+
+# =============================================================================
 # 14, 20  servers: each in a process of its own
 # =============================================================================
 
 CLIENTS = 300
-TEXT = "x" * 100
+TEXT = os.environ.get("BENCH_TEXT", "x" * 100)
 
 
-def serve_horizon_lite():
-    app = hl.Engine(port=0, tick_hz=50, max_messages_per_s=0, log_level="error")
+def serve_horizon_lite(**settings):
+    app = hl.Engine(port=0, tick_hz=50, max_messages_per_s=0, max_connections=0, log_level="error", **settings)
     work = [0, 0]                           # ticks to go, messages per tick
 
     @app.on_client("bench", "go")
@@ -568,7 +630,7 @@ def asyncio_server(start, send):
     asyncio.run(main())
 
 
-def serve_websockets():
+def serve_websockets(compression=None):
     from websockets.asyncio.server import broadcast, serve
     clients = set()
 
@@ -581,7 +643,7 @@ def serve_websockets():
                         await socket.send(text)
             finally:
                 clients.discard(socket)
-        server = await serve(handler, "127.0.0.1", 0, compression=None, ping_interval=None)
+        server = await serve(handler, "127.0.0.1", 0, compression=compression, ping_interval=None)
         return server.sockets[0].getsockname()[1]
 
     async def send(text):
@@ -648,6 +710,8 @@ def serve_picows():
 
 SERVERS = {"horizon_lite": serve_horizon_lite, "websockets": serve_websockets, "aiohttp": serve_aiohttp,
            "picows": serve_picows}
+SPECIAL = {"horizon_lite TLS": lambda: serve_horizon_lite(tls_cert=os.environ["BENCH_CERT"]),
+           "websockets deflate": lambda: serve_websockets("deflate")}
 
 
 def installed():
@@ -673,11 +737,13 @@ def server(name):
     try:
         port = int(process.stdout.readline())
 
-        def connect():
+        def connect(extra=b""):
             sock = socket.create_connection(("127.0.0.1", port))
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if "TLS" in name:
+                sock = ssl._create_unverified_context().wrap_socket(sock)
             sock.sendall(b"GET /ws/data HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                         b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n" % port)
+                         b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n%b\r\n" % (port, extra))
             answer = b""
             while b"\r\n\r\n" not in answer:
                 answer += sock.recv(1)
@@ -706,21 +772,30 @@ def frames_in(data):
     return count, data[at:]
 
 
-def fan_out(name, ticks, messages):
+def take_all(sock):
+    """Return what a socket has; of TLS also what it has deciphered already."""
+    data = sock.recv(1 << 20)
+    while isinstance(sock, ssl.SSLSocket) and sock.pending():
+        data += sock.recv(1 << 20)
+    return data
+
+
+def fan_out(name, ticks, messages, extra=b""):
     """Return the server's CPU microseconds per delivered message, every one of them counted."""
+    ours = name.startswith("horizon_lite")
     with server(name) as (pid, connect), selectors.DefaultSelector() as selector:
-        socks = [connect() for _ in range(CLIENTS)]
+        socks = [connect(extra) for _ in range(CLIENTS)]
         counts, rest = dict.fromkeys(socks, 0), dict.fromkeys(socks, b"")
         for sock in socks:
             selector.register(sock, selectors.EVENT_READ)
         before = process_stat(pid)[0]
         send_text(socks[0], '{"namespace":"bench","event":"go","data":[%d,%d]}' % (ticks, messages)
-                  if name == "horizon_lite" else f"go {ticks} {messages}")
+                  if ours else f"go {ticks} {messages}")
         left, deadline = CLIENTS, time.monotonic() + 120
         while left and time.monotonic() < deadline:
             for key, _ in selector.select(1):
                 sock = key.fileobj
-                data = sock.recv(1 << 20)
+                data = take_all(sock)
                 assert data, f"{name} hung up"
                 got, rest[sock] = frames_in(rest[sock] + data)
                 counts[sock] += got
@@ -746,6 +821,69 @@ def _():
 @bench("14.fanout.1_per_tick", "us CPU/message")
 def _():
     return in_turns(lambda name: fan_out(name, 100, 1), 5)
+
+
+@contextlib.contextmanager
+def certificate():
+    """Make a certificate by openssl for the servers that are started within."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.environ["BENCH_CERT"] = os.path.join(folder, "cert.pem")
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                        "-keyout", path + ".key", "-out", path, "-subj", "/CN=localhost"], check=True, capture_output=True)
+        with open(path, "a") as file:
+            file.write(Path(path + ".key").read_text())
+        yield
+
+
+@bench("14.fanout.tls", "us CPU/message")
+def _():
+    """50 messages a tick by TLS; beside it the same in plain."""
+    if shutil.which("openssl") is None:
+        MISSING.add("openssl")
+        return {}
+    with certificate():
+        names = {"horizon_lite": "horizon_lite TLS", "without TLS": "horizon_lite"}
+        return {who: min(fan_out(name, 50, 50) for _ in range(3)) for who, name in names.items()}
+
+
+@bench("14.fanout.deflate", "us CPU/message")
+def _():
+    """One message of 2 KB a tick to clients that offer permessage-deflate: compressed once, or for each."""
+    offer = b"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n"
+    names = {"horizon_lite": "horizon_lite"} | ({"websockets": "websockets deflate"} if peer("websockets") else {})
+    os.environ["BENCH_TEXT"] = json.dumps([{"id": n, "x": n * 1.5, "y": n * 2.5} for n in range(60)])
+    try:
+        return {who: min(fan_out(name, 100, 1, offer) for _ in range(3)) for who, name in names.items()}
+    finally:
+        del os.environ["BENCH_TEXT"]
+
+
+@bench("14.fanout.deaf_p99", "ms")
+def _():
+    """Round trips of 100 readers, each message to all of them: p99 while ten more clients never
+    read; beside it the same without these."""
+    def p99(deaf):
+        with server("horizon_lite") as (_, connect):
+            readers = [connect() for _ in range(100)]
+            for _ in range(deaf):
+                sock = connect()
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                silent.append(sock)
+            times, command = [], '{"namespace":"bench","event":"go","data":[1,50]}'
+            for _ in range(150):
+                began = time.perf_counter_ns()
+                send_text(readers[0], command)
+                for sock in readers:
+                    got, rest = 0, b""
+                    while got < 50:
+                        more, rest = frames_in(rest + sock.recv(1 << 20))
+                        got += more
+                times.append(time.perf_counter_ns() - began)
+            return sorted(times)[len(times) * 99 // 100] / 1e6
+    silent = []
+    rounds = [(p99(10), p99(0)) for _ in range(3)]
+    assert len(silent) == 30
+    return {"horizon_lite": min(each[0] for each in rounds), "nobody deaf": min(each[1] for each in rounds)}
 
 
 def ping_text(name):
@@ -819,6 +957,37 @@ def _():
     return result
 
 
+@bench("14.transport.10000_connections", "bytes")
+def _():
+    """Resident memory of a whole server, per WebSocket, with 10,000 of them, all of which hear a broadcast."""
+    if (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < 10_100:
+        print(f"    10,000 connections need 10,100 open files; the hard limit here is {limit}", file=sys.stderr)
+        return {}
+    result = {}
+    for name in installed():
+        with server(name) as (pid, connect):
+            socks = [connect() for _ in range(10_000)]
+            send_text(socks[0], '{"namespace":"bench","event":"go","data":[1,1]}' if name == "horizon_lite" else "go 1 1")
+            assert all(frames_in(sock.recv(4096)) == (1, b"") for sock in socks)
+            result[name] = process_stat(pid)[1] / len(socks)
+            for sock in socks:
+                sock.close()
+    return result
+
+
+@bench("14.transport.accept", "us CPU/connection")
+def _():
+    """From connect to the upgrade's answer and to the end, one after the other."""
+    def cost(name):
+        with server(name) as (pid, connect):
+            connect().close()
+            before = process_stat(pid)[0]
+            for _ in range(3_000):
+                connect().close()
+            return (process_stat(pid)[0] - before) / 3_000 * 1e6
+    return in_turns(cost, 3)
+
+
 # =============================================================================
 # 22  CLI
 # =============================================================================
@@ -871,8 +1040,11 @@ def commit():
 
 
 def measure(name, unit, fn):
-    """Run one row and print it."""
-    ours, *others = fn().items()
+    """Run one row and print it; None if this machine can't run it."""
+    result = fn()
+    if not result:
+        return print(f"{name:<30} not measured")
+    ours, *others = result.items()
     value = ours[1]
     peers = {who: {"value": round(cost, 3), "ratio": round(cost / value, 2)} for who, cost in others}
     shown = "   ".join(f"{who} {each['value']:,.4g} ({each['ratio']:g} x)" for who, each in peers.items())
@@ -892,14 +1064,14 @@ def main():
     parser.add_argument("--only", metavar="REGEX", default="", help="rows whose name matches")
     parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON")
     parser.add_argument("--against", metavar="FILE", help="exit 1 if a row is over 20 %% worse than there")
-    parser.add_argument("--serve", choices=SERVERS, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=SERVERS | SPECIAL, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.serve:
-        return SERVERS[args.serve]()
     hl._raise_file_limit()
+    if args.serve:
+        return (SERVERS | SPECIAL)[args.serve]()
     head = {"python": sys.version.split()[0], "machine": machine(), "commit": commit()}
     print(f"Python {head['python']}, {head['machine']}, commit {head['commit']}")
-    rows = [measure(*row) for row in ROWS if re.search(args.only, row[0])]
+    rows = [row for each in ROWS if re.search(args.only, each[0]) if (row := measure(*each))]
     if MISSING:
         print(f"not installed, so not measured: {', '.join(sorted(MISSING))}")
     if args.json:

@@ -6933,6 +6933,17 @@ def _render_events(frame: _Framer, items: tuple[Any, ...], _packed: str) -> byte
 
 
 _PROTO, _EVENTS = "horizon.proto.v1", "events"
+# payloads of a client's envelope -> the JSON message that means the same
+_ENVELOPES: dict[str, Callable[[Any, Callable[[bytes], Any]], dict[str, Any]]] = {
+    "client_event": lambda asked, parse: {
+        "namespace": asked.namespace, "event": asked.event, "data": parse(asked.data)},
+    "request": lambda asked, parse: {
+        "action": asked.action, "topic": asked.topic, "payload": parse(asked.payload),
+        "packed": asked.packed, "critical": asked.critical},
+    "chat": lambda asked, _: {
+        "namespace": "chat", "event": "message", "data": {"text": asked.message}},
+    "command": lambda asked, _: {
+        "namespace": "command", "event": "message", "data": {"text": asked.raw}}}
 _FORMS = {"": _render_objects, "horizon.json.v1": _render_array, _PROTO: _render_batch,
           _EVENTS: _render_events}
 _SUBPROTOCOLS = ("horizon.json.v1", _PROTO)
@@ -8312,7 +8323,7 @@ class Engine:
         request_id = message.get("id") if isinstance(message, dict) else None
         if isinstance(request_id, dict | list):
             request_id, message = None, None    # refused below: no id to answer with
-        self._answer_request(session, request_id, self._do_json, message)
+        self._answer_request(session, request_id, self._do, message)
 
     def _answer_request(
         self, session: Session, request_id: Any, act: Callable[..., Any], *args: Any
@@ -8349,8 +8360,8 @@ class Engine:
         self.events_sent["REPLY"] += 1
         session.say(frame)
 
-    def _do_json(self, session: Session, message: Any) -> Any:
-        """Do what one JSON message asks; return what the answer carries."""
+    def _do(self, session: Session, message: Any) -> Any:
+        """Do what one message asks; return what the answer carries."""
         if not isinstance(message, dict):
             raise _Refused("bad_request", "a message is a JSON object; its id, text or a number")
         if "namespace" in message:
@@ -8363,34 +8374,17 @@ class Engine:
         )
 
     def _on_envelope(self, session: Session, envelope: Any) -> None:
-        """Do what one protobuf envelope asks."""
+        """Do what one protobuf envelope asks: the same as the JSON that means it."""
         kind = envelope.which("payload")
+        asked = getattr(envelope, kind or "type")
         if kind == "player_move":
-            self._answer_request(session, None, self._move_event, envelope.player_move)
-        elif kind == "client_event":
-            event = envelope.client_event
-            self._answer_request(session, event.id or None, self._proto_event, event)
-        elif kind == "request":
-            request = envelope.request
-            self._answer_request(session, request.id or None, self._proto_request, request)
-        elif kind in ("chat", "command"):
-            said = getattr(envelope, kind)
-            data = {"text": said.message} if kind == "chat" else {"text": said.raw}
-            self._answer_request(session, None, self._client_event, kind, "message", data)
-        else:
-            self._answer_request(session, None, self._unknown, str(kind))
+            return self._answer_request(session, None, self._move_event, asked)
+        translate = _ENVELOPES.get(kind)
+        message = translate(asked, self._parse_bytes) if translate else {}
+        self._answer_request(session, getattr(asked, "id", None) or None, self._do, message)
 
-    def _unknown(self, _session: Session, kind: str) -> None:
-        raise _Refused("bad_request", f"clients don't send {kind}")
-
-    def _proto_event(self, session: Session, event: Any) -> Any:
-        data = self._parse(_text(event.data)) if event.data else None
-        return self._client_event(session, event.namespace, event.event, data)
-
-    def _proto_request(self, session: Session, request: Any) -> Any:
-        message = {"packed": request.packed, "critical": request.critical,
-                   "payload": self._parse(_text(request.payload)) if request.payload else None}
-        return self._act(request.action, session, request.topic, message)
+    def _parse_bytes(self, data: bytes) -> Any:
+        return self._parse(_text(data)) if data else None
 
     def _move_event(self, session: Session, move: Any) -> None:
         event = self.bus.emit("client:movement:position", move, session)
@@ -8605,48 +8599,30 @@ class Engine:
         resident, virtual = _memory_bytes()
         figures = self._live_figures()
         slow = self.server.refused["slow"]
+        server = self.server
         return {
-            "version": __version__,
-            "uptime_s": round(self._uptime_s(), 3),
-            "state": self._state,
+            "version": __version__, "uptime_s": round(self._uptime_s(), 3), "state": self._state,
             "healthy": self._state == "open" and not figures["drops"] and not slow,
             "connections": {
-                "websockets": self.server.websockets,
-                "sockets": len(self.server.connections),
-                "users": self.presence.online(),
-                "accepted": self.server.accepted,
-            },
+                "websockets": server.websockets, "sockets": len(server.connections),
+                "users": self.presence.online(), "accepted": server.accepted},
             "throughput": {
-                **self._rates,
-                "messages_received": self.server.messages_received,
-                "events_sent": sum(self.events_sent.values()),
-                "writes": self.server.writes,
-                "bytes_sent": self.server.bytes_sent,
-                "events_processed": self.bus.emits,
-            },
+                **self._rates, "messages_received": server.messages_received,
+                "events_sent": sum(self.events_sent.values()), "writes": server.writes,
+                "bytes_sent": server.bytes_sent, "events_processed": self.bus.emits},
             "tick": {
-                "hz": self.config.tick_hz,
-                "count": self.tick_count,
-                "overruns": self.overruns,
+                "hz": self.config.tick_hz, "count": self.tick_count, "overruns": self.overruns,
                 "dropped": self._ticks_dropped(),
-                **{key: figures[key] for key in ("tick_ms", "tick_p99_ms", "budget_ms")},
-            },
+                **{key: figures[key] for key in ("tick_ms", "tick_p99_ms", "budget_ms")}},
             "memory": {
-                "rss_mb": round(resident / 1e6, 3),
-                "virtual_mb": round(virtual / 1e6, 3),
-                "gc_pauses": self._gc.pauses,
-                "gc_slowest_ms": self._gc.slowest_ns / 1e6,
-            },
+                "rss_mb": round(resident / 1e6, 3), "virtual_mb": round(virtual / 1e6, 3),
+                "gc_pauses": self._gc.pauses, "gc_slowest_ms": self._gc.slowest_ns / 1e6},
             "cpu_s": round(_cpu_s(), 4),
             "drops": {
-                "dropped": figures["drops"],
-                "slow_closed": slow,
+                "dropped": figures["drops"], "slow_closed": slow, "coalesced": self._replaced(),
                 "by_class": dict(self.drops),
-                "by_topic": dict(self._dropped_topics.most_common(10)),
-                "coalesced": self._replaced(),
-            },
-            "refused": dict(self.server.refused),
-            "requests_refused": dict(self.refusals),
+                "by_topic": dict(self._dropped_topics.most_common(10))},
+            "refused": dict(server.refused), "requests_refused": dict(self.refusals),
             "handler_errors": self.bus.errors,
         }
 
