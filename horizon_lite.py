@@ -5374,16 +5374,13 @@ _FINISH_S = 2.0                     # how long a goodbye may take
 _HTTP_BACKLOG = 1 << 20             # pipelined requests wait while this much is unsent
 _MAX_ACCEPTS = 64                   # per pass, so that a flood of connects starves nobody
 _FIRST_FD = 3                       # of what systemd hands over (sd_listen_fds(3))
-_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")       # RFC 9110 5.6.7, in any locale
-_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _Networks = tuple[Any, ...]         # of ipaddress, or "unix"
 
 
 def _http_date(seconds: float) -> str:
     """Return an IMF-fixdate (RFC 9110 5.6.7)."""
-    year, month, day, hour, minute, second, weekday, *_ = time.gmtime(seconds)
-    return (f"{_DAYS[weekday]}, {day:02} {_MONTHS[month - 1]} {year} "
-            f"{hour:02}:{minute:02}:{second:02} GMT")
+    from email.utils import formatdate
+    return formatdate(seconds, usegmt=True)
 
 
 def _networks(texts: Iterable[str]) -> _Networks:
