@@ -9145,112 +9145,103 @@ def _print_proto(args: argparse.Namespace) -> int:
 
 # -- the load test --
 
-class _Player:
-    """One client of the load test: what it sent, what it got."""
+class _Player(Client):
+    """One client of the load test; what all of them get is counted there."""
 
-    __slots__ = ("client", "id", "decodes", "sent_ns", "seen", "frames", "events", "criticals",
-                 "accepted", "refused", "_latest")
+    __slots__ = ("load", "id", "decodes", "sent_ns", "_latest")
 
-    def __init__(self, client: Client, decodes: bool) -> None:
-        self.client = client
-        self.id = b""
+    def __init__(self, load: _Load, decodes: bool) -> None:
+        self.load = load
         self.decodes = decodes              # everything, not only the counts
         self.sent_ns: list[int] = []        # when each move left; its number travels as z
-        self.frames = self.events = 0
-        self.criticals = 0                  # critical messages received
-        self.accepted = self.refused = 0    # answers to its own
         self._latest: dict[bytes, float] = {}       # of each player, the last move seen
+        super().__init__(load.url, "proto", 10.0, {})
+        try:
+            self.subscribe(load.topic)
+        except UsageError as error:
+            raise HandshakeError(f"the server turned a player away: {error}") from None
+        self.emit("system", "hello")
+        while (envelope := self.recv(10.0)) is not None and (
+                envelope.which("payload") != "topic_message"):
+            pass
+        if envelope is None:
+            raise HandshakeError(f"the server closed: {self.closed}")
+        hello = json.loads(envelope.topic_message.payload)["data"]
+        self.id = bytes.fromhex(hello["id"].replace("-", ""))
 
-    def receive(self, data: bytes, load: _Load) -> None:
+    def _send(self, data: bytes) -> None:
+        """Send all of *data*; a full socket is waited for, and counted."""
+        sock, sent = self._sock, 0
+        try:
+            with contextlib.suppress(BlockingIOError):
+                sent = sock.send(data)
+            if sent < len(data):
+                self.load.blocked += 1
+                sock.settimeout(10.0)
+                sock.sendall(data[sent:])
+                sock.setblocking(False)
+        except OSError as error:
+            raise HandshakeError(f"the server hung up: {error}") from None
+
+    def receive(self, _mask: int) -> None:
         """Count what arrived, and check that the counts are true."""
-        ws = self.client._ws
-        ws.receive(data)
-        for event in ws.take_events():
+        with contextlib.suppress(BlockingIOError):
+            data = self._sock.recv(_RECV_BYTES)
+            if not data:
+                raise HandshakeError("the server hung up")
+            self._ws.receive(data)
+        for event in self._ws.take_events():
             if isinstance(event, bytes):
-                self.frames += 1
+                self.load.frames += 1
                 for envelope in builtin_schema().EventBatch.decode(event).events:
-                    self._count(envelope, load)
+                    self._count(envelope)
             elif isinstance(event, Ping):
-                load.send(self, ws.send_pong(event.data))
+                self._send(self._ws.send_pong(event.data))
             elif isinstance(event, Close):
                 raise HandshakeError(f"the server closed: {event.code} {event.reason}")
 
-    def _count(self, envelope: Any, load: _Load) -> None:
-        kind = envelope.which("payload")
+    def _count(self, envelope: Any) -> None:
+        kind, load = envelope.which("payload"), self.load
         if kind == "packed_movement":
-            block = envelope.packed_movement
-            count = int.from_bytes(block.data[:4], "little")
-            if len(block.data) != 4 + 28 * count:
+            data = envelope.packed_movement.data
+            count = int.from_bytes(data[:4], "little")
+            if len(data) != 4 + 28 * count:
                 raise WireError("a block's length does not match its count")
-            self.events += count
+            load.events += count
             if self.decodes:
-                self._decode(block.data, load)
+                self._decode(data)
         elif kind == "topic_message":
-            self.events += 1
-            self.criticals += envelope.topic_message.topic == load.topic
+            load.events += 1
+            load.heard += envelope.topic_message.topic == load.topic
         elif kind == "reply":
-            self.accepted += envelope.reply.ok
-            self.refused += not envelope.reply.ok
+            load.accepted += envelope.reply.ok
+            load.refused += not envelope.reply.ok
 
-    def _decode(self, data: bytes, load: _Load) -> None:
+    def _decode(self, data: bytes) -> None:
         now = time.monotonic_ns()
         for player, (_, _, number) in unpack_moves(data).items():
-            sender = load.by_id.get(player)
-            if sender is not None and number != self._latest.get(player):
+            sent_ns = self.load.sent_ns.get(player, ())
+            if 0 < number <= len(sent_ns) and number != self._latest.get(player):
                 self._latest[player] = number
-                if 0 < number <= len(sender.sent_ns):
-                    load.latencies_ns.append(now - sender.sent_ns[int(number) - 1])
+                self.load.latencies_ns.append(now - sent_ns[int(number) - 1])
 
 
 class _Load:
     """The seed's load test: players that move at a rate, over real sockets."""
-
-    __slots__ = ("url", "hz", "seconds", "topic", "players", "by_id", "latencies_ns", "sent",
-                 "criticals", "_loop", "_failure", "_blocked")
 
     def __init__(self, url: str, players: int, hz: float, seconds: float) -> None:
         self.url = url
         self.hz = hz
         self.seconds = seconds
         self.topic = f"load.{os.urandom(4).hex()}"
+        self.sent = self.criticals = 0      # moves, and critical messages, that left
+        self.accepted = self.refused = 0    # answers to the critical ones
+        self.frames = self.events = 0       # what arrived,
+        self.heard = 0                      # and of it the critical ones
+        self.blocked = 0
         self.latencies_ns: list[int] = []
-        self.sent = self.criticals = 0
-        self._loop = Loop()
-        self._failure: Exception | None = None
-        self._blocked = 0
-        self.players = [self._connect(number) for number in range(players)]
-        self.by_id = {player.id: player for player in self.players}
-
-    def _connect(self, number: int) -> _Player:
-        client = connect(self.url, protocol="proto")
-        player = _Player(client, decodes=number % 10 == 0)
-        try:
-            client.subscribe(self.topic)
-        except UsageError as error:
-            raise HandshakeError(f"the server turned a player away: {error}") from None
-        client.emit("system", "hello")
-        while (envelope := client.recv(10.0)) is not None and (
-                envelope.which("payload") != "topic_message"):
-            pass
-        if envelope is None:
-            raise HandshakeError(f"the server closed: {client.closed}")
-        hello = json.loads(envelope.topic_message.payload)["data"]
-        player.id = bytes.fromhex(hello["id"].replace("-", ""))
-        return player
-
-    def send(self, player: _Player, data: bytes) -> None:
-        """Send all of *data*; a full socket is waited for, and counted."""
-        sock, sent = player.client._sock, 0
-        try:
-            with contextlib.suppress(BlockingIOError):
-                sent = sock.send(data)
-            if sent < len(data):
-                self._blocked += 1
-                sock.settimeout(10.0)
-                sock.sendall(data[sent:])
-                sock.setblocking(False)
-        except OSError as error:
-            raise HandshakeError(f"the server hung up: {error}") from None
+        self.players = [_Player(self, decodes=number % 10 == 0) for number in range(players)]
+        self.sent_ns = {player.id: player.sent_ns for player in self.players}
 
     def run(self, progress: Callable[[float, _Load], None]) -> None:
         """Drive all players for the time that was asked, then wait for what is under way.
@@ -9258,77 +9249,56 @@ class _Load:
         Raises:
             HorizonError, OSError: a player was disconnected.
         """
+        loop = Loop()
         for player in self.players:
-            player.client.subscribe("world.moves", packed="f32")
-            player.client._sock.setblocking(False)
-            self._loop.selector.register(player.client._sock, _READ,
-                                         functools.partial(self._ready, player))
+            player.subscribe("world.moves", packed="f32")
+            player._sock.setblocking(False)
+            loop.selector.register(player._sock, _READ, player.receive)
         began = time.monotonic()
         per_s = self.hz * len(self.players)
         while (spent := time.monotonic() - began) < self.seconds:
             while self.sent < int(spent * per_s):
                 self._send_next()
-            self._pass(max(0.0, min((self.sent + 1) / per_s, self.seconds) - spent))
+            loop.run_once(min((self.sent + 1) / per_s, self.seconds) - spent)
             progress(spent, self)
         missing, patience = self._missing(), time.monotonic() + 2.0
         while missing and time.monotonic() < patience:
-            self._pass(0.05)
+            loop.run_once(0.05)
             before, missing = missing, self._missing()
             if missing != before:           # still coming in
                 patience = time.monotonic() + 2.0
         for player in self.players:
-            player.client._sock.setblocking(True)
-            player.client.close()
-
-    def _pass(self, timeout_s: float) -> None:
-        self._loop.run_once(timeout_s)
-        if self._failure is not None:
-            raise self._failure
-
-    def _ready(self, player: _Player, _mask: int) -> None:
-        try:
-            data = player.client._sock.recv(_RECV_BYTES)
-            if not data:
-                raise HandshakeError("the server hung up")
-            player.receive(data, self)
-        except BlockingIOError:
-            pass
-        except (HorizonError, OSError) as error:
-            self._failure = error
+            player._sock.setblocking(True)
+            player.close()
 
     def _send_next(self) -> None:
         """Let the next player in turn make a step; now and then one says something critical."""
         schema = builtin_schema()
-        player = self.players[self.sent % len(self.players)]
-        number = len(player.sent_ns) + 1
-        angle = number / 50 + self.sent % len(self.players)
+        turn, seat = divmod(self.sent, len(self.players))
+        player, angle = self.players[seat], (turn + 1) / 50 + seat
         move = schema.PlayerMoveEvent(x=500 + 400 * math.cos(angle), y=500 + 400 * math.sin(angle),
-                                      z=float(number))
+                                      z=turn + 1.0)
         player.sent_ns.append(time.monotonic_ns())
-        self.send(player, player.client._ws.send_binary(_batch_of(player_move=move)))
+        player.send_envelope(player_move=move)
         if self.sent % max(1, int(self.hz * len(self.players) / 10)) == 0:
             self.criticals += 1
-            request = schema.ClientRequest(
-                id=str(self.criticals),
-                action="publish",
-                topic=self.topic,
-                payload=b'{"n":%d}' % self.criticals,
-                critical=True,
-            )
-            self.send(player, player.client._ws.send_binary(_batch_of(request=request)))
+            player.send_envelope(request=schema.ClientRequest(
+                id=str(self.criticals), action="publish", topic=self.topic,
+                payload=b'{"n":%d}' % self.criticals, critical=True))
         self.sent += 1
 
     def _missing(self) -> int:
         """Return how many accepted critical messages have not arrived everywhere."""
-        accepted = sum(player.accepted for player in self.players)
-        unanswered = self.criticals - accepted - sum(player.refused for player in self.players)
-        return unanswered + sum(accepted - player.criticals for player in self.players)
+        unanswered = self.criticals - self.accepted - self.refused
+        return unanswered + self.accepted * len(self.players) - self.heard
 
     def result(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         """Return the figures; *before* and *after* are the server's reports."""
-        frames = sum(player.frames for player in self.players)
-        events = sum(player.events for player in self.players)
         latencies = sorted(self.latencies_ns)
+
+        def latency_ms(part: float) -> float | None:
+            at = int((len(latencies) - 1) * part)
+            return round(latencies[at] / 1e6, 3) if latencies else None
 
         def grown(group: str, key: str) -> Any:
             return after[group][key] - before[group][key]
@@ -9339,42 +9309,35 @@ class _Load:
             "hz": self.hz,
             "seconds": self.seconds,
             "events_sent": self.sent + self.criticals,
-            "events_received": events,
-            "frames_received": frames,
-            "events_per_frame": round(events / max(frames, 1), 1),
+            "events_received": self.events,
+            "frames_received": self.frames,
+            "events_per_frame": round(self.events / max(self.frames, 1), 1),
             "critical_sent": self.criticals,
-            "critical_received": sum(player.criticals for player in self.players),
+            "critical_received": self.heard,
             "lost": self._missing() + drops,
             "server_drops": drops,
             "coalesced": grown("drops", "coalesced"),
-            "latency_ms": {name: _percentile_ms(latencies, part) for name, part in (
-                ("p50", 0.5), ("p95", 0.95), ("p99", 0.99), ("max", 1.0))},
-            "latency_samples": len(self.latencies_ns),
+            "latency_ms": {"p50": latency_ms(0.5), "p95": latency_ms(0.95),
+                           "p99": latency_ms(0.99), "max": latency_ms(1.0)},
+            "latency_samples": len(latencies),
             "overruns": grown("tick", "overruns"),
             "ticks": grown("tick", "count"),
             "server_cpu_s": round(after["cpu_s"] - before["cpu_s"], 3),
             "server_rss_mb": after["memory"]["rss_mb"],
-            "sends_blocked": self._blocked,
+            "sends_blocked": self.blocked,
         }
 
 
-def _percentile_ms(ordered_ns: list[int], part: float) -> float | None:
-    return round(ordered_ns[int((len(ordered_ns) - 1) * part)] / 1e6, 3) if ordered_ns else None
-
-
-def _fetch_report(url: str) -> dict[str, Any]:
+def _fetch_report(url: str) -> Any:
     import http.client              # not urllib, which would ask a proxy
     host, port, _, secure = _split_url(url)
     kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-    connection = kind(host, port, timeout=10)
-    try:
-        connection.request("GET", "/stats.json")
-        report: dict[str, Any] = json.load(connection.getresponse())
-        return report
-    except (http.client.HTTPException, ValueError) as error:
-        raise HandshakeError(f"{url} has no /stats.json: {error}") from None
-    finally:
-        connection.close()
+    with contextlib.closing(kind(host, port, timeout=10)) as connection:
+        try:
+            connection.request("GET", "/stats.json")
+            return json.load(connection.getresponse())
+        except (http.client.HTTPException, ValueError) as error:
+            raise HandshakeError(f"{url} has no /stats.json: {error}") from None
 
 
 @contextlib.contextmanager
@@ -9419,9 +9382,8 @@ def _load(args: argparse.Namespace) -> int:
 
 def _progress(spent: float, load: _Load) -> None:
     if load.sent % 500 < 20:
-        frames = sum(player.frames for player in load.players)
         print(f"\r{spent:5.1f} s of {load.seconds:g}   {load.sent:,} moves sent   "
-              f"{frames:,} frames received", end="", file=sys.stderr, flush=True)
+              f"{load.frames:,} frames received", end="", file=sys.stderr, flush=True)
 
 
 _LOAD_TEXT = """\
