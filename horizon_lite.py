@@ -8967,38 +8967,27 @@ examples:
 class DemoWorld:
     """Simulated players that walk about, some hundred steps a second each."""
 
-    __slots__ = ("_app", "_walkers", "_random")
-
     def __init__(self, app: Engine, players: int) -> None:
-        import random
-        self._app = app
-        self._random = random.Random()
-        roll = self._random.uniform
+        from random import gauss, uniform as roll
+        self._move = app.movement.move
+        self._turn = gauss
         # a walker: id, x, y, heading in radians, speed in units a second
         self._walkers: list[list[Any]] = [
-            [
-                os.urandom(16),
-                roll(0, _WORLD_SIZE),
-                roll(0, _WORLD_SIZE),
-                roll(-math.pi, math.pi),
-                roll(20, 90),
-            ]
-            for _ in range(players)
-        ]
+            [os.urandom(16), roll(0, _WORLD_SIZE), roll(0, _WORLD_SIZE), roll(-math.pi, math.pi),
+             roll(20, 90)] for _ in range(players)]
 
     def walk(self, seconds: float) -> None:
         """Let everybody walk for *seconds*, turning a little, and back from the walls."""
-        move, turn = self._app.movement.move, self._random.gauss
         for walker in self._walkers:
             player, x, y, heading, speed = walker
-            heading += turn(0, 2.2) * math.sqrt(seconds)
+            heading += self._turn(0, 2.2) * math.sqrt(seconds)
             x += math.cos(heading) * speed * seconds
             y += math.sin(heading) * speed * seconds
             if not (0 <= x <= _WORLD_SIZE and 0 <= y <= _WORLD_SIZE):
                 x, y = min(max(x, 0.0), _WORLD_SIZE), min(max(y, 0.0), _WORLD_SIZE)
                 heading = math.atan2(_WORLD_SIZE / 2 - y, _WORLD_SIZE / 2 - x)
             walker[1:4] = x, y, heading
-            move(player, x, y, 0.0)
+            self._move(player, x, y, 0.0)
 
 
 def _add_chat(app: Engine) -> None:
@@ -9063,9 +9052,8 @@ def _serve(args: argparse.Namespace) -> int:
         _add_chat(app)
         return _serve_engine(app, f"an empty world at {app.config.tick_hz:g} ticks/s.")
     if args.config is not None:
-        raise ConfigError(
-            "--config is for a server without an app; the app says hl.Engine(hl.Config.load(...))"
-        )
+        raise ConfigError("--config is for a server without an app; "
+                          "the app says hl.Engine(hl.Config.load(...))")
     ran: list[Engine] = []
 
     def run(app: Engine) -> None:       # also for files that call app.run() themselves
@@ -9086,7 +9074,6 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _import_app(target: str) -> ModuleType:
     """Import ``file.py``, ``module`` or ``module:name``."""
-    import importlib
     import importlib.util
     name = target.partition(":")[0]
     if name.endswith(".py"):
@@ -9115,8 +9102,8 @@ def _find_engine(module: ModuleType, target: str) -> Engine:
     attribute = target.partition(":")[2]
     engines = {name: each for name, each in vars(module).items() if isinstance(each, Engine)}
     found = getattr(module, attribute or "app", None)
-    if found is None and not attribute:
-        found = next(iter(engines.values())) if len(engines) == 1 else None
+    if found is None and not attribute and len(engines) == 1:
+        (found,) = engines.values()
     if not isinstance(found, Engine):
         hint = f"; it has {', '.join(engines)}" if engines else "; write app = hl.Engine()"
         raise UsageError(f"{target} has no Engine {attribute or 'app'!r}{hint} (say module:name)")
@@ -9243,7 +9230,7 @@ class _Load:
         self.players = [_Player(self, decodes=number % 10 == 0) for number in range(players)]
         self.sent_ns = {player.id: player.sent_ns for player in self.players}
 
-    def run(self, progress: Callable[[float, _Load], None]) -> None:
+    def run(self, show: bool) -> None:
         """Drive all players for the time that was asked, then wait for what is under way.
 
         Raises:
@@ -9260,7 +9247,9 @@ class _Load:
             while self.sent < int(spent * per_s):
                 self._send_next()
             loop.run_once(min((self.sent + 1) / per_s, self.seconds) - spent)
-            progress(spent, self)
+            if show and self.sent % 500 < 20:
+                print(f"\r{spent:5.1f} s of {self.seconds:g}   {self.sent:,} moves sent   "
+                      f"{self.frames:,} frames received", end="", file=sys.stderr, flush=True)
         missing, patience = self._missing(), time.monotonic() + 2.0
         while missing and time.monotonic() < patience:
             loop.run_once(0.05)
@@ -9370,7 +9359,7 @@ def _load(args: argparse.Namespace) -> int:
             raise HandshakeError(f"{url}: {error.strerror or error}") from None
         before = _fetch_report(url)
         show = sys.stderr.isatty() and not args.json
-        load.run(_progress if show else lambda spent, load: None)
+        load.run(show)
         result = load.result(before, _fetch_report(url))
     if show:
         print("\r\033[K", end="", file=sys.stderr)
@@ -9378,12 +9367,6 @@ def _load(args: argparse.Namespace) -> int:
                for name, value in result["latency_ms"].items()}
     print(json.dumps(result) if args.json else _LOAD_TEXT.format(**result, **latency))
     return 1 if result["lost"] else 0
-
-
-def _progress(spent: float, load: _Load) -> None:
-    if load.sent % 500 < 20:
-        print(f"\r{spent:5.1f} s of {load.seconds:g}   {load.sent:,} moves sent   "
-              f"{load.frames:,} frames received", end="", file=sys.stderr, flush=True)
 
 
 _LOAD_TEXT = """\
@@ -9398,14 +9381,17 @@ server          {server_cpu_s:g} s CPU, {server_rss_mb:g} MB resident"""
 
 # -- the arguments --
 
-def _number(kind: Callable[[str], Any], least: float, most: float) -> Callable[[str], Any]:
+def _number(kind: Callable[[str], Any], least: float, most: float, default: float, text: str,
+            metavar: str = "N") -> dict[str, Any]:
+    """Return the options of an argument that is a number between two others."""
     def convert(text: str) -> Any:
         value = kind(text)
         if not least <= value <= most:
             raise ValueError
         return value
     convert.__name__ = f"{kind.__name__} from {least:g} to {most:g}"    # argparse says so
-    return convert
+    return {"type": convert, "default": default, "metavar": metavar,
+            "help": f"{text}, default {default:g}"}
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -9414,18 +9400,45 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("settings")
     group.add_argument("--config", metavar="FILE", help="a TOML file with settings")
     for each in dataclasses.fields(Config):
-        flag = "--" + each.name.replace("_", "-")
-        shown = (
-            ",".join(each.default) or "none" if isinstance(each.default, tuple) else each.default
-        )
+        default = each.default
+        shown = ",".join(default) or "none" if isinstance(default, tuple) else default
         text = f"{each.metadata['help']} (default {shown})".replace("%", "%%")
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
-        if isinstance(each.default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
-        else:
-            number = isinstance(each.default, int | float)
-            options["type"] = type(each.default) if number else str
-            group.add_argument(flag, metavar="N" if number else "TEXT", **options)
+        options: dict[str, Any] = {"metavar": "TEXT"}
+        if isinstance(default, bool):
+            options = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(default, int | float):
+            options = {"metavar": "N", "type": type(default)}
+        group.add_argument("--" + each.name.replace("_", "-"), help=text,
+                           default=argparse.SUPPRESS, **options)
+
+
+# name: what runs it, its help, its usage, an example, its arguments
+_COMMANDS: dict[str, tuple[Any, str, str, str, dict[str, dict[str, Any]]]] = {
+    "demo": (_demo, "a world of simulated players (what no command at all runs)",
+             "[--players N] [settings]", "--players 500 --port 9000", {
+        "--players": _number(int, 0, 100_000, 100, "how many"),
+    }),
+    "serve": (_serve, "run your own engine file, or an empty world",
+              "[app.py | module:name] [settings]", "app.py --port 9000", {
+        "app": {"nargs": "?", "help": "app.py, or module:name"},
+    }),
+    "load": (_load, "drive a server with real WebSocket clients and measure it",
+             "[--url URL] [--players N] [--hz N] [--for SECONDS] [--json]",
+             "--players 100 --hz 50 --for 10", {
+        "--url": {"help": "a running server; without it one is started"},
+        "--players": _number(int, 1, 10_000, 100, "clients"),
+        "--hz": _number(float, 0.1, 1000, 50.0, "moves per second each"),
+        "--for": _number(float, 0.1, 86_400, 10.0, "how long", "SECONDS") | {"dest": "seconds"},
+        "--json": {"action": "store_true", "help": "print one JSON object"},
+    }),
+    "proto": (_print_proto, "print the built-in .proto schema, or tidy and check your own",
+              "[--check] [-I FOLDER] [FILE...]", "> horizon.proto", {
+        "files": {"nargs": "*", "metavar": "FILE", "help": "proto3 files to print in one form"},
+        "--check": {"action": "store_true", "help": "only say whether they are right"},
+        "-I --include": {"action": "append", "default": [], "metavar": "FOLDER",
+                         "help": "where imports are looked for, beside the file's own folder"},
+    }),
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -9436,42 +9449,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version",
                         version=f"horizon_lite {__version__} (Python {sys.version.split()[0]})")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-
-    def command(name: str, act: Callable[[argparse.Namespace], int], text: str, usage: str,
-                example: str) -> argparse.ArgumentParser:
-        start = "python -m horizon_lite "
-        made: argparse.ArgumentParser = commands.add_parser(
-            name, help=text, description=text, usage=f"{start}{name} {usage}",
-            epilog=f"example: {start}{example}")
-        made.set_defaults(act=act)
-        return made
-
-    demo = command("demo", _demo, "a world of simulated players (what no command at all runs)",
-                   "[--players N] [settings]", "demo --players 500 --port 9000")
-    demo.add_argument("--players", type=_number(int, 0, 100_000), default=100, metavar="N",
-                      help="how many, default 100")
-    _add_settings(demo)
-    serve = command("serve", _serve, "run your own engine file, or an empty world",
-                    "[app.py | module:name] [settings]", "serve app.py --port 9000")
-    serve.add_argument("app", nargs="?", help="app.py, or module:name")
-    _add_settings(serve)
-    load = command("load", _load, "drive a server with real WebSocket clients and measure it",
-                   "[--url URL] [--players N] [--hz N] [--for SECONDS] [--json]",
-                   "load --players 100 --hz 50 --for 10")
-    load.add_argument("--url", help="a running server; without it one is started")
-    load.add_argument("--players", type=_number(int, 1, 10_000), default=100, metavar="N",
-                      help="clients, default 100")
-    load.add_argument("--hz", type=_number(float, 0.1, 1000), default=50.0, metavar="N",
-                      help="moves per second each, default 50")
-    load.add_argument("--for", dest="seconds", type=_number(float, 0.1, 86_400), default=10.0,
-                      metavar="SECONDS", help="how long, default 10")
-    load.add_argument("--json", action="store_true", help="print one JSON object")
-    proto = command("proto", _print_proto, "print the built-in .proto schema, or tidy and check "
-                    "your own", "[--check] [-I FOLDER] [FILE...]", "proto > horizon.proto")
-    proto.add_argument("files", nargs="*", metavar="FILE", help="proto3 files to print in one form")
-    proto.add_argument("--check", action="store_true", help="only say whether they are right")
-    proto.add_argument("-I", "--include", action="append", default=[], metavar="FOLDER",
-                       help="where imports are looked for, beside the file's own folder")
+    for name, (act, text, usage, example, arguments) in _COMMANDS.items():
+        start = f"python -m horizon_lite {name} "
+        command = commands.add_parser(name, help=text, description=text, usage=start + usage,
+                                      epilog=f"example: {start}{example}")
+        command.set_defaults(act=act)
+        for flags, options in arguments.items():
+            command.add_argument(*flags.split(), **options)
+        if "[settings]" in usage:
+            _add_settings(command)
     return parser
 
 
@@ -9483,24 +9469,19 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version"):
         argv = ["demo", *argv]
     args = parser.parse_args(argv)
-    status, error = 1, ""
     try:
-        result: int = args.act(args)
-        return result
+        return int(args.act(args))
     except BrokenPipeError:             # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except KeyboardInterrupt:
         return 130
-    except UsageError as problem:
-        status, error = 3 if isinstance(problem, ConfigError) else 2, str(problem)
-    except (HorizonError, TimeoutError, UnicodeError) as problem:
-        error = str(problem)
-    except OSError as problem:
-        status = 4 if problem.errno == errno.EADDRINUSE else 1
-        error = f"the address is in use: {problem}" if status == 4 else str(problem)
-    print(f"horizon_lite: {error}", file=sys.stderr)
-    return status
+    except (HorizonError, OSError, UnicodeError) as problem:
+        taken = getattr(problem, "errno", None) == errno.EADDRINUSE
+        address = "the address is in use: " if taken else ""
+        print(f"horizon_lite: {address}{problem}", file=sys.stderr)
+        return (4 if taken else 3 if isinstance(problem, ConfigError)
+                else 2 if isinstance(problem, UsageError) else 1)
 
 
 def _be_importable() -> None:
