@@ -262,13 +262,11 @@ def _label_text(labels: Mapping[str, object]) -> str:
     return "{" + ",".join(parts) + "}"
 
 
+_NUMBER_TEXTS = {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}   # where Python writes otherwise
+
+
 def _number_text(value: float) -> str:
-    if isinstance(value, float):
-        if math.isnan(value):
-            return "NaN"
-        if math.isinf(value):
-            return "+Inf" if value > 0 else "-Inf"
-    return repr(value)
+    return _NUMBER_TEXTS.get(text := str(value), text)
 
 
 class _Family:
@@ -280,15 +278,8 @@ class _Family:
         self.kind = kind            # "counter", "gauge", "histogram"
         self.help = text
         self.bounds = bounds
-        self.cells: dict[str, Any] = {}     # label text -> list cell, or a _Watch
+        self.cells: dict[str, Any] = {}     # label text -> list cell, or a function to ask
         self.labels: dict[str, dict[str, object]] = {}      # label text -> what it was made from
-
-
-class _Watch(NamedTuple):
-    """A value that is read when somebody looks; with a label, a dict of them."""
-
-    read: Callable[[], Any]
-    label: str
 
 
 class _Stopwatch:
@@ -396,7 +387,11 @@ class Metrics(Mapping[str, float]):
     def watch(self, name: str, read: Callable[[], Any], text: str, *,
               kind: str = "counter", label: str = "") -> None:
         """Read ``read()`` whenever somebody looks; with *label*, it returns a dict of values."""
-        self._family(kind, name, text).cells["watch " + label] = _Watch(read, label)
+        def values() -> dict[str, float]:
+            if not label:
+                return {"": read()}
+            return {_label_text({label: each}): n for each, n in list(read().items())}
+        self._family(kind, name, text).cells["watch " + label] = values
 
     def _family(self, kind: str, name: str, text: str = "",
                 bounds: tuple[float, ...] = BUCKETS_S) -> _Family:
@@ -406,14 +401,12 @@ class Metrics(Mapping[str, float]):
             name += "_total"
         family = self._families.get(name)
         # OpenMetrics knows a counter by its name without the suffix: that must be free, too
-        rival = self._families.get(
-            name.removesuffix("_total") if kind == "counter" else name + "_total"
-        )
+        like = name.removesuffix("_total") if kind == "counter" else name + "_total"
+        rival = self._families.get(like)
         if rival is not None and rival is not family:
             raise UsageError(f"metric {name!r} is too like another one, a {rival.kind}")
         if family is None:
-            text = text or name.replace("_", " ")
-            family = self._families[name] = _Family(kind, text, bounds)
+            family = self._families[name] = _Family(kind, text or name.replace("_", " "), bounds)
         elif family.kind != kind:
             raise UsageError(f"metric {name!r} is a {family.kind}, not a {kind}")
         return family
@@ -423,15 +416,13 @@ class Metrics(Mapping[str, float]):
         if kind == "histogram" and "le" in labels:
             raise UsageError(f"histogram {name!r}: the label le is its own")
         text = _label_text(labels)
-        cell = family.cells.get(text)
-        if cell is None:
+        if text not in family.cells:
             family.labels[text] = labels
             # a histogram's cell: bounds, sum, then a count per bucket, +Inf last
-            bounds = family.bounds
-            cell = [bounds, 0.0] + [0] * (len(bounds) + 1) if kind == "histogram" else [0]
-            family.cells[text] = cell
-        self._cells[key] = cell
-        return cell
+            counts = [0] * (len(family.bounds) + 1)
+            family.cells[text] = [family.bounds, 0.0, *counts] if kind == "histogram" else [0]
+        self._cells[key] = family.cells[text]
+        return self._cells[key]
 
     # -- reading --
 
@@ -440,34 +431,23 @@ class Metrics(Mapping[str, float]):
             said = (name, name.removesuffix("_total"))
             if plain := [self._plain[each] for each in said if each in self._plain]:
                 yield name, sum(plain)
-        for labels, cell in list(family.cells.items()):
-            if isinstance(cell, _Watch):
-                values = cell.read()
-                for value_of_label, value in list(values.items()) if cell.label else [("", values)]:
-                    yield (
-                        name + _label_text({cell.label: value_of_label} if cell.label else {}),
-                        value,
-                    )
+        for text, cell in list(family.cells.items()):
+            if callable(cell):
+                for labels, value in cell().items():
+                    yield name + labels, value
             elif family.kind == "histogram":
-                yield from self._histogram_samples(name, labels, family.labels[labels], cell)
+                bounds = (*cell[0], math.inf)
+                for bound, count in zip(bounds, itertools.accumulate(cell[2:])):
+                    le = {**family.labels[text], "le": _number_text(bound)}
+                    yield name + "_bucket" + _label_text(le), count
+                yield f"{name}_sum{text}", cell[1]
+                yield f"{name}_count{text}", count
             else:
-                yield name + labels, cell[0]
-
-    @staticmethod
-    def _histogram_samples(name: str, text: str, labels: dict[str, object],
-                           cell: list[Any]) -> Iterator[tuple[str, float]]:
-        running = 0
-        for bound, count in zip((*cell[0], math.inf), cell[2:]):
-            running += count
-            yield name + "_bucket" + _label_text({**labels, "le": _number_text(bound)}), running
-        yield f"{name}_sum{text}", cell[1]
-        yield f"{name}_count{text}", running
+                yield name + text, cell[0]
 
     def _samples(self) -> dict[str, float]:
-        samples: dict[str, float] = {}
-        for name, family in list(self._families.items()):
-            samples.update(self._family_samples(name, family))
-        return samples
+        return {sample: value for name, family in list(self._families.items())
+                for sample, value in self._family_samples(name, family)}
 
     def __getitem__(self, key: str) -> float:
         samples = self._samples()
