@@ -282,24 +282,6 @@ class _Family:
         self.labels: dict[str, dict[str, object]] = {}      # label text -> what it was made from
 
 
-class _Stopwatch:
-    """The context manager of Metrics.time."""
-
-    __slots__ = ("_metrics", "_name", "_labels", "_start_ns")
-
-    def __init__(self, metrics: Metrics, name: str, labels: dict[str, object]) -> None:
-        self._metrics = metrics
-        self._name = name
-        self._labels = labels
-
-    def __enter__(self) -> None:
-        self._start_ns = self._metrics.clock()
-
-    def __exit__(self, *_: object) -> None:
-        spent_s = (self._metrics.clock() - self._start_ns) / 1e9
-        self._metrics.observe(self._name, spent_s, **self._labels)
-
-
 class Metrics(Mapping[str, float]):
     """The metrics dict: sample name -> value, and the Prometheus text of it.
 
@@ -366,9 +348,14 @@ class Metrics(Mapping[str, float]):
         cell[bisect.bisect_left(cell[0], value) + 2] += times
         cell[1] += value * times
 
-    def time(self, name: str, /, **labels: object) -> _Stopwatch:
+    @contextlib.contextmanager
+    def time(self, name: str, /, **labels: object) -> Iterator[None]:
         """Return a context manager that observes how long its block took, in seconds."""
-        return _Stopwatch(self, name, labels)
+        began_ns = self.clock()
+        try:
+            yield
+        finally:
+            self.observe(name, (self.clock() - began_ns) / 1e9, **labels)
 
     # -- declaring --
 
