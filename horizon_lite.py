@@ -3394,8 +3394,8 @@ class Bus:
     1
     """
 
-    __slots__ = ("spawn", "_clock", "_on_time", "_mask", "_exact", "_wild", "_routes", "_strange",
-                 "_shared", "_nobody", "_numbers", "errors")
+    __slots__ = ("spawn", "_clock", "_on_time", "_mask", "_handlers", "_wild", "_routes",
+                 "_strange", "_shared", "_nobody", "_numbers", "errors")
 
     def __init__(self, *, spawn: Callable[[Handler, Event], object] | None = None,
                  clock: Callable[[], int] = time.monotonic_ns, debug: bool = False,
@@ -3404,8 +3404,8 @@ class Bus:
         self._clock = clock
         self._on_time = on_time
         self._mask = 0 if debug else _SAMPLE_MASK
-        self._exact: dict[str, list[Handler]] = {}
-        self._wild: dict[str, list[Handler]] = {}
+        self._handlers: dict[str, list[Handler]] = {}       # by key as it was registered
+        self._wild: dict[str, list[str]] = {}       # keys with wildcards, and their segments
         self._routes: dict[str, _Route] = {}        # keys with a registration or an emitter
         self._strange: dict[str, _Route] = {}       # bounded: other keys that came by
         self._shared: dict[tuple[str, ...], _Route] = {}    # their routes, by patterns matched
@@ -3453,77 +3453,80 @@ class Bus:
             raise UsageError(f"handler of {key!r} must be callable, got {fn!r}")
         spawned = blocking or _is_async(fn)
         if spawned and self.spawn is None:
-            raise UsageError(
-                f"handler of {key!r} is async or blocking; this bus has no spawn= for it"
-            )
+            raise UsageError(f"handler of {key!r} is async or blocking; "
+                             "this bus has no spawn= for it")
         handler = Handler(self, key, fn, (priority, next(self._numbers)), once, filter,
                           ignore_cancelled, spawned)
-        (self._wild if "*" in segments else self._exact).setdefault(key, []).append(handler)
+        self._handlers.setdefault(key, []).append(handler)
+        if "*" in segments:
+            self._wild[key] = segments
         self._changed(key)
         return handler
 
     def remove(self, pattern: str) -> int:
         """End every registration whose key is *pattern* or is covered by it; return how many."""
         segments = _check_key(pattern)
-        gone = [handler for table in (self._exact, self._wild) for key, each in table.items()
-                for handler in each if key == pattern or _key_matches(segments, key.split(":"))]
+        gone = [handler for key, each in self._handlers.items() for handler in each
+                if key == pattern or _key_matches(segments, key.split(":"))]
         for handler in gone:
             self._remove(handler)
         return len(gone)
 
     def _remove(self, handler: Handler) -> None:
-        for table in (self._exact, self._wild):
-            if handler in table.get(handler.key, ()):
-                handler._gone = True
-                table[handler.key].remove(handler)
-                if not table[handler.key]:
-                    del table[handler.key]
-                self._changed(handler.key)
+        if handler._gone:
+            return
+        handler._gone = True
+        self._handlers[handler.key].remove(handler)
+        if not self._handlers[handler.key]:
+            del self._handlers[handler.key]
+            self._wild.pop(handler.key, None)
+        self._changed(handler.key)
 
     def _changed(self, key: str) -> None:
         """Bring the routes that a registration at *key* touches up to date."""
-        if "*" not in key.split(":"):
-            route = self._routes.get(key)
-            if route is None:
-                self._strange.pop(key, None)
-                route = self._routes[key] = _Route(key)
-            route.set(self._exact.get(key, []) + self._matching(key)[1])
-            if key not in self._exact and not route.pinned:
-                self._retire(route)
-                del self._routes[key]
-            return
-        self._strange.clear()
-        for patterns, route in list(self._shared.items()):
-            route.set([handler for p in patterns for handler in self._wild.get(p, ())])
-            if not all(p in self._wild for p in patterns):
-                self._retire(route)
-                del self._shared[patterns]
-        for name, route in self._routes.items():
-            route.set(self._exact.get(name, []) + self._matching(name)[1])
+        if "*" in key.split(":"):
+            self._strange.clear()
+            for patterns, route in list(self._shared.items()):
+                self._fill(route, patterns)
+                if not self._wild.keys() >= set(patterns):
+                    self._retire(self._shared, patterns)
+            for name in self._routes:
+                self._own_route(name)
+        elif not self._own_route(key).pinned and key not in self._handlers:
+            self._retire(self._routes, key)
 
-    def _retire(self, route: _Route) -> None:
+    def _retire(self, routes: dict[Any, _Route], key: object) -> None:
         """Let go of a route that is no longer needed; the totals keep its counts."""
+        route = routes.pop(key)
         route.set([])
         self._nobody.emits += route.emits
         self._nobody.settled = self._nobody.emits
 
-    def _matching(self, key: str) -> tuple[tuple[str, ...], list[Handler]]:
-        """Return the wildcard patterns that cover *key*, and their handlers."""
+    def _fill(self, route: _Route, keys: Iterable[str]) -> None:
+        route.set([handler for key in keys for handler in self._handlers.get(key, ())])
+
+    def _own_route(self, key: str) -> _Route:
+        """Return the route of a key that has a registration or an emitter, up to date."""
+        self._strange.pop(key, None)
+        route = self._routes.setdefault(key, _Route(key))
+        self._fill(route, {key, *self._matching(key)})
+        return route
+
+    def _matching(self, key: str) -> tuple[str, ...]:
+        """Return the wildcard patterns that cover *key*."""
         segments = key.split(":")
-        patterns = tuple(p for p in self._wild if _key_matches(p.split(":"), segments))
-        return patterns, [handler for p in patterns for handler in self._wild[p]]
+        return tuple(p for p, wanted in self._wild.items() if _key_matches(wanted, segments))
 
     def _strange_route(self, key: str) -> _Route:
         """Return the route of a key that has no registration of its own."""
-        route = self._strange.get(key)
-        if route is not None:
+        if (route := self._strange.get(key)) is not None:
             return route
         _check_key(key)
-        patterns, handlers = self._matching(key)
-        route = self._shared.get(patterns, self._nobody) if patterns else self._nobody
-        if patterns and patterns not in self._shared:
+        patterns = self._matching(key)
+        route = self._shared.get(patterns) if patterns else self._nobody
+        if route is None:
             route = self._shared[patterns] = _Route(" ".join(patterns))
-            route.set(handlers)
+            self._fill(route, patterns)
         if len(self._strange) >= _MAX_STRANGE_KEYS:
             self._strange.clear()
         self._strange[key] = route
@@ -3574,12 +3577,7 @@ class Bus:
     def emitter(self, key: str) -> Callable[..., Event]:
         """Return ``emit`` for one key, which gets statistics of its own."""
         _check_key(key)
-        route = self._routes.get(key)
-        if route is None:
-            self._strange.pop(key, None)
-            route = self._routes[key] = _Route(key)
-            route.set(self._matching(key)[1])
-        route.pinned = True
+        (self._routes.get(key) or self._own_route(key)).pinned = True
         return functools.partial(self.emit, key)
 
     def _run_timed(self, route: _Route, event: Event) -> Event:
@@ -3636,7 +3634,7 @@ class Bus:
     @property
     def handler_count(self) -> int:
         """How many registrations there are."""
-        return sum(len(each) for t in (self._exact, self._wild) for each in list(t.values()))
+        return sum(map(len, list(self._handlers.values())))
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Return per key: emits, errors, mean sampled time, and the same per handler."""
@@ -3652,14 +3650,10 @@ class Bus:
 
     def validate(self) -> list[str]:
         """Return what looks wrong: keys emitted to nobody, keys with over 100 handlers."""
-        found = [f"nobody listens to {route.key!r}" for route in self._all_routes()
-                 if route.emits and not route.handlers]
-        found += [
-            f"{route.key!r} has {len(route.handlers)} handlers"
-            for route in self._all_routes()
-            if len(route.handlers) > 100
-        ]
-        return found
+        lonely = [each.key for each in self._all_routes() if each.emits and not each.handlers]
+        crowded = [each for each in self._all_routes() if len(each.handlers) > 100]
+        return ([f"nobody listens to {key!r}" for key in lonely]
+                + [f"{each.key!r} has {len(each.handlers)} handlers" for each in crowded])
 
 
 def _is_async(fn: Any) -> bool:
