@@ -3323,15 +3323,11 @@ class Handler:
             return self._calls
         return self._calls + sum(route.emits - route.settled for route in self._routes)
 
-    def passes(self, event: Event) -> bool:
-        """Whether this handler wants *event*."""
-        if self.ignore_cancelled and event.cancelled:
-            return False
-        return self.filter is None or bool(self.filter(event))
-
     def take(self, event: Event) -> bool:
         """Whether this handler wants *event*; counts it, and ends what is for once."""
-        if self.once and self._gone or not self.passes(event):     # gone: a nested emit was first
+        if (self.once and self._gone                # a nested emit was first
+                or self.ignore_cancelled and event.cancelled
+                or self.filter is not None and not self.filter(event)):
             return False
         if self.once:
             self.remove()
@@ -3568,11 +3564,7 @@ class Bus:
 
     def emit_many(self, key: str, items: Iterable[Any]) -> int:
         """Emit each of *items* under one key; return how many."""
-        emit = self.emitter(key)
-        count = 0
-        for count, item in enumerate(items, 1):
-            emit(item)
-        return count
+        return sum(1 for _ in map(self.emitter(key), items))
 
     def emitter(self, key: str) -> Callable[..., Event]:
         """Return ``emit`` for one key, which gets statistics of its own."""
@@ -3604,8 +3596,7 @@ class Bus:
         """Add one measured call to a handler's statistics."""
         handler.time_ns += spent_ns
         handler.timed += 1
-        if spent_ns > handler.slowest_ns:
-            handler.slowest_ns = spent_ns
+        handler.slowest_ns = max(handler.slowest_ns, spent_ns)
 
     def failed(self, handler: Handler, route: _Route | None = None) -> None:
         """Count the exception being handled as *handler*'s; log it, once a second at most."""
