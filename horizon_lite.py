@@ -3763,11 +3763,10 @@ class Publication:
     def envelope(self, form: str) -> bytes:
         """Return it as one member of an encoded EventBatch."""
         if not self._envelope:
-            schema = builtin_schema()
             self.measure()
-            message = schema.TopicMessage(topic=self.topic, payload=self._body,
-                                          offset=self.offset, epoch=self.epoch)
-            self._envelope = _batch_of(type="TOPIC_MESSAGE", topic_message=message)
+            self._envelope = _batch_of(
+                type="TOPIC_MESSAGE", topic_message=builtin_schema().TopicMessage(
+                    self.topic, self._body, offset=self.offset, epoch=self.epoch))
         return self._envelope
 
 
@@ -3819,14 +3818,8 @@ class _Topic:
         self.size = 0                               # bytes of these
 
 
-class _Branch:
-    """A node of the wildcard tree."""
-
-    __slots__ = ("children", "subscriptions")
-
-    def __init__(self) -> None:
-        self.children: dict[str, _Branch] = {}
-        self.subscriptions: dict[Subscription, None] = {}
+# a node of the wildcard tree: token -> node, and under "" the subscriptions that end there
+_Branch = dict[Any, Any]
 
 
 class Topics:
@@ -3844,12 +3837,11 @@ class Topics:
     """
 
     __slots__ = ("_topics", "_root", "_version", "_epoch", "_epochs", "_pending", "_everybody",
-                 "_max_batch",
-                 "_max_bytes", "seq", "published", "delivered", "errors")
+                 "_max_batch", "_max_bytes", "seq", "published", "delivered", "errors")
 
     def __init__(self, max_batch: int = 256, max_bytes: int = 1 << 20) -> None:
         self._topics: dict[str, _Topic] = {}
-        self._root = _Branch()
+        self._root: _Branch = {}
         self._version = 0
         self._epoch = os.urandom(4).hex()
         self._epochs = itertools.count(1)
@@ -3874,10 +3866,7 @@ class Topics:
         self.flush()
         subscription = Subscription(self, pattern, sink, batched)
         if "*" in tokens or tokens[-1] == ">":
-            branch = self._root
-            for token in tokens:
-                branch = branch.children.setdefault(token, _Branch())
-            branch.subscriptions[subscription] = None
+            self._path(tokens)[-1][subscription] = None
             self._version += 1
         else:
             record = self._record(pattern)
@@ -3888,25 +3877,24 @@ class Topics:
     def _remove(self, subscription: Subscription) -> None:
         self.flush()
         tokens = subscription.pattern.split(".")
-        if "*" not in tokens and tokens[-1] != ">":
-            record = self._topics.get(subscription.pattern)
-            if record is not None and subscription in record.exact:
-                del record.exact[subscription]
-                record.version = -1
-            return
-        path, branch = [], self._root
-        for token in tokens:
-            path.append((branch, token))
-            if token not in branch.children:
-                return
-            branch = branch.children[token]
-        branch.subscriptions.pop(subscription, None)
-        self._version += 1
-        for parent, token in reversed(path):        # leave no empty branches behind
-            child = parent.children[token]
-            if child.children or child.subscriptions:
-                break
-            del parent.children[token]
+        if "*" in tokens or tokens[-1] == ">":
+            path = self._path(tokens)
+            path[-1].pop(subscription, None)
+            self._version += 1
+            for parent, token in reversed([*zip(path, (*tokens, ""))]):
+                if parent[token]:               # leave no empty branches behind
+                    break
+                del parent[token]
+        elif record := self._topics.get(subscription.pattern):
+            record.exact.pop(subscription, None)
+            record.version = -1
+
+    def _path(self, tokens: list[str]) -> list[_Branch]:
+        """Return the branches on the way to a pattern's subscriptions; these are the last."""
+        path = [self._root]
+        for token in (*tokens, ""):
+            path.append(path[-1].setdefault(token, {}))
+        return path
 
     def matching(self, topic: str) -> list[Subscription]:
         """Return the subscriptions that *topic* reaches, exact ones first."""
@@ -3915,12 +3903,10 @@ class Topics:
         found = list(record.exact) if record else []
         branches = [self._root]
         for token in tokens:
-            for branch in branches:
-                if tail := branch.children.get(">"):
-                    found += tail.subscriptions
-            branches = [child for branch in branches for child in
-                        (branch.children.get(token), branch.children.get("*")) if child]
-        return found + [each for branch in branches for each in branch.subscriptions]
+            found += [each for branch in branches if ">" in branch for each in branch[">"][""]]
+            branches = [branch[step] for branch in branches for step in (token, "*")
+                        if step in branch]
+        return found + [each for branch in branches for each in branch.get("", ())]
 
     def publish(self, topic: str, payload: Any, *, critical: bool = False) -> int:
         """Hand *payload* to every sink subscribed to *topic*; return how many.
@@ -3935,9 +3921,8 @@ class Topics:
         if record.version != self._version:
             self._find_sinks(topic, record)
         record.offset += 1
-        publication = Publication(
-            topic, payload, record.offset, record.epoch, critical, next(self.seq)
-        )
+        publication = Publication(topic, payload, record.offset, record.epoch, critical,
+                                  next(self.seq))
         if record.batched:
             self._enqueue(record, publication)
         for sink in record.sinks:
@@ -3974,8 +3959,8 @@ class Topics:
             record.size = 0
         record.pending.append(publication)
         record.size += publication.size
-        if publication.critical or (
-                len(record.pending) >= self._max_batch or record.size >= self._max_bytes):
+        if (publication.critical or record.size >= self._max_bytes
+                or len(record.pending) >= self._max_batch):
             self.flush()
 
     def flush(self) -> None:
@@ -4007,8 +3992,7 @@ class Topics:
 
     def _check(self) -> None:
         """Assert that nothing is left where nobody is subscribed (tests)."""
-        assert not any(record.exact for record in self._topics.values())
-        assert not self._root.children and not self._root.subscriptions
+        assert not self._root and not any(record.exact for record in self._topics.values())
 
 
 class Presence:
