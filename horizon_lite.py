@@ -4088,21 +4088,16 @@ class Moves:
     def envelope(self, form: str) -> bytes:
         """Return it for an EventBatch: packed when *form* is f32 or f64, else an event each."""
         if form not in self._rendered:
-            self._rendered[form] = self._packed(form == "f64") if form else self._events()
+            schema, wide = builtin_schema(), form == "f64"
+            envelope, move = schema.EventEnvelope, schema.PlayerMoveEvent
+            if form:
+                packed = schema.PackedMovement(pack_moves(self.players, wide=wide), wide, self.full)
+                batch = [envelope(type="PACKED_MOVEMENT", packed_movement=packed)]
+            else:
+                batch = [envelope(type="PLAYER_MOVE", player_move=move(_uuid_text(player), *at))
+                         for player, at in self.players.items()]
+            self._rendered[form] = schema.EventBatch(events=batch).encode()
         return self._rendered[form]
-
-    def _packed(self, wide: bool) -> bytes:
-        block = builtin_schema().PackedMovement(
-            data=pack_moves(self.players, wide=wide), wide=wide, full=self.full)
-        return _batch_of(type="PACKED_MOVEMENT", packed_movement=block)
-
-    def _events(self) -> bytes:
-        schema = builtin_schema()
-        envelope, move = schema.EventEnvelope, schema.PlayerMoveEvent
-        batch: bytes = schema.EventBatch(events=[
-            envelope(type="PLAYER_MOVE", player_move=move(_uuid_text(player), *at))
-            for player, at in self.players.items()]).encode()
-        return batch
 
 
 class Movement:
@@ -6260,9 +6255,7 @@ class GCWatch:
     __slots__ = ("pauses", "slowest_ns", "_began_ns", "_untold")
 
     def __init__(self) -> None:
-        self.pauses = 0
-        self.slowest_ns = 0
-        self._began_ns = 0
+        self.pauses = self.slowest_ns = self._began_ns = 0
         self._untold: deque[int] = deque(maxlen=1000)
 
     def start(self) -> None:
@@ -6285,10 +6278,7 @@ class GCWatch:
 
     def take_pauses(self) -> list[int]:
         """Return the pauses since the last call, in nanoseconds."""
-        pauses = []
-        while self._untold:
-            pauses.append(self._untold.popleft())
-        return pauses
+        return [self._untold.popleft() for _ in range(len(self._untold))]
 
 
 def _memory_bytes() -> tuple[int, int]:
@@ -6312,8 +6302,7 @@ def _peak_memory_bytes() -> int:
 
 
 def _cpu_s() -> float:
-    times = os.times()
-    return times.user + times.system
+    return time.process_time()
 
 
 # =============================================================================
