@@ -251,15 +251,13 @@ _LABEL_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 
 def _label_text(labels: Mapping[str, object]) -> str:
     """Return labels as the text formats write them: sorted, quoted, escaped."""
-    if not labels:
-        return ""
     parts = []
     for name, value in sorted(labels.items()):
         if not _LABEL_NAME.fullmatch(name) or name.startswith("__"):
             raise UsageError(f"label name {name!r} must match {_LABEL_NAME.pattern}")
         text = str(value).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
         parts.append(f'{name}="{text}"')
-    return "{" + ",".join(parts) + "}"
+    return "{" + ",".join(parts) + "}" if parts else ""
 
 
 _NUMBER_TEXTS = {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}   # where Python writes otherwise
@@ -3303,13 +3301,11 @@ class Handler:
         # only handlers that are always called can let their routes count for them
         guard = self._guarded if once or filter or ignore_cancelled else fn
         self.invoke = self._start if spawned else guard
-        self.errors = self.time_ns = self.timed = self.slowest_ns = 0
+        self.errors = self.time_ns = self.timed = self.slowest_ns = self._calls = 0
         self._bus = bus
-        self._calls = 0
         self._routes: list[_Route] = []
         self._gone = False
-        self._logged_ns = -1 << 62
-        self._unlogged = 0
+        self._logged_ns, self._unlogged = -1 << 62, 0
 
     @property
     def name(self) -> str:
@@ -3437,16 +3433,15 @@ class Bus:
         segments = _check_key(key)
         if type(priority) not in (int, float):
             raise UsageError(f"priority of {key!r} must be a number, not {priority!r}")
-        if filter is not None and not callable(filter):
-            raise UsageError(f"filter of {key!r} must be callable, got {filter!r}")
+        for what, each in (("filter", filter), ("handler", fn)):
+            if each is not None and not callable(each):
+                raise UsageError(f"{what} of {key!r} must be callable, got {each!r}")
         if fn is None:
             def decorate(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
                 self.on(key, function, priority=priority, once=once, filter=filter,
                         ignore_cancelled=ignore_cancelled, blocking=blocking)
                 return function
             return decorate
-        if not callable(fn):
-            raise UsageError(f"handler of {key!r} must be callable, got {fn!r}")
         spawned = blocking or _is_async(fn)
         if spawned and self.spawn is None:
             raise UsageError(f"handler of {key!r} is async or blocking; "
@@ -3733,9 +3728,7 @@ class Publication:
         self.critical = critical
         self.seq = seq              # counts over all topics, to keep their order
         self.size = 0               # as JSON, once it is rendered
-        self._body = b""            # the payload as JSON
-        self._json = b""
-        self._envelope = b""
+        self._body = self._json = self._envelope = b""      # the payload; all, in both forms
 
     def __repr__(self) -> str:
         return f"Publication({self.topic!r}, {self.payload!r}, offset={self.offset})"
@@ -9219,27 +9212,19 @@ class _Load:
 
         drops = grown("drops", "dropped") + grown("drops", "slow_closed")
         return {
-            "players": len(self.players),
-            "hz": self.hz,
-            "seconds": self.seconds,
-            "events_sent": self.sent + self.criticals,
-            "events_received": self.events,
+            "players": len(self.players), "hz": self.hz, "seconds": self.seconds,
+            "events_sent": self.sent + self.criticals, "events_received": self.events,
             "frames_received": self.frames,
             "events_per_frame": round(self.events / max(self.frames, 1), 1),
-            "critical_sent": self.criticals,
-            "critical_received": self.heard,
-            "lost": self._missing() + drops,
-            "server_drops": drops,
+            "critical_sent": self.criticals, "critical_received": self.heard,
+            "lost": self._missing() + drops, "server_drops": drops,
             "coalesced": grown("drops", "coalesced"),
             "latency_ms": {"p50": latency_ms(0.5), "p95": latency_ms(0.95),
                            "p99": latency_ms(0.99), "max": latency_ms(1.0)},
             "latency_samples": len(latencies),
-            "overruns": grown("tick", "overruns"),
-            "ticks": grown("tick", "count"),
+            "overruns": grown("tick", "overruns"), "ticks": grown("tick", "count"),
             "server_cpu_s": round(after["cpu_s"] - before["cpu_s"], 3),
-            "server_rss_mb": after["memory"]["rss_mb"],
-            "sends_blocked": self.blocked,
-        }
+            "server_rss_mb": after["memory"]["rss_mb"], "sends_blocked": self.blocked}
 
 
 def _fetch_report(url: str) -> Any:
@@ -9341,12 +9326,10 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 _COMMANDS: dict[str, tuple[Any, str, str, str, dict[str, dict[str, Any]]]] = {
     "demo": (_demo, "a world of simulated players (what no command at all runs)",
              "[--players N] [settings]", "--players 500 --port 9000", {
-        "--players": _number(int, 0, 100_000, 100, "how many"),
-    }),
+        "--players": _number(int, 0, 100_000, 100, "how many")}),
     "serve": (_serve, "run your own engine file, or an empty world",
               "[app.py | module:name] [settings]", "app.py --port 9000", {
-        "app": {"nargs": "?", "help": "app.py, or module:name"},
-    }),
+        "app": {"nargs": "?", "help": "app.py, or module:name"}}),
     "load": (_load, "drive a server with real WebSocket clients and measure it",
              "[--url URL] [--players N] [--hz N] [--for SECONDS] [--json]",
              "--players 100 --hz 50 --for 10", {
@@ -9354,15 +9337,13 @@ _COMMANDS: dict[str, tuple[Any, str, str, str, dict[str, dict[str, Any]]]] = {
         "--players": _number(int, 1, 10_000, 100, "clients"),
         "--hz": _number(float, 0.1, 1000, 50.0, "moves per second each"),
         "--for": _number(float, 0.1, 86_400, 10.0, "how long", "SECONDS") | {"dest": "seconds"},
-        "--json": {"action": "store_true", "help": "print one JSON object"},
-    }),
+        "--json": {"action": "store_true", "help": "print one JSON object"}}),
     "proto": (_print_proto, "print the built-in .proto schema, or tidy and check your own",
               "[--check] [-I FOLDER] [FILE...]", "> horizon.proto", {
         "files": {"nargs": "*", "metavar": "FILE", "help": "proto3 files to print in one form"},
         "--check": {"action": "store_true", "help": "only say whether they are right"},
         "-I --include": {"action": "append", "default": [], "metavar": "FOLDER",
-                         "help": "where imports are looked for, beside the file's own folder"},
-    }),
+                         "help": "where imports are looked for, beside the file's own folder"}}),
 }
 
 
@@ -9414,10 +9395,8 @@ def _be_importable() -> None:
 
     Also when the file was copied into a package and runs as ``python -m package.horizon_lite``.
     """
-    here = sys.modules["__main__"]
-    sys.modules["horizon_lite"] = here
-    spec = globals()["__spec__"]
-    if spec is not None:
+    sys.modules["horizon_lite"] = here = sys.modules["__main__"]
+    if spec := globals()["__spec__"]:
         sys.modules[spec.name] = here
         parent, _, name = spec.name.rpartition(".")
         if parent:
