@@ -3387,7 +3387,7 @@ class Bus:
     """
 
     __slots__ = ("spawn", "_clock", "_on_time", "_mask", "_handlers", "_wild", "_routes",
-                 "_strange", "_shared", "_nobody", "_numbers", "errors")
+                 "_strange_route", "_shared", "_nobody", "_numbers", "errors")
 
     def __init__(self, *, spawn: Callable[[Handler, Event], object] | None = None,
                  clock: Callable[[], int] = time.monotonic_ns, debug: bool = False,
@@ -3399,8 +3399,8 @@ class Bus:
         self._handlers: dict[str, list[Handler]] = {}       # by key as it was registered
         self._wild: dict[str, list[str]] = {}       # keys with wildcards, and their segments
         self._routes: dict[str, _Route] = {}        # keys with a registration or an emitter
-        self._strange: dict[str, _Route] = {}       # bounded: other keys that came by
-        self._shared: dict[tuple[str, ...], _Route] = {}    # their routes, by patterns matched
+        self._shared: dict[tuple[str, ...], _Route] = {}    # of other keys, by patterns matched
+        self._strange_route = functools.lru_cache(_MAX_STRANGE_KEYS)(self._shared_route)
         self._nobody = _Route("")                   # counts what no handler wanted
         self._numbers = itertools.count()
         self.errors = 0                             # handler calls that raised
@@ -3476,7 +3476,7 @@ class Bus:
     def _changed(self, key: str) -> None:
         """Bring the routes that a registration at *key* touches up to date."""
         if "*" in key.split(":"):
-            self._strange.clear()
+            self._strange_route.cache_clear()
             for patterns, route in list(self._shared.items()):
                 self._fill(route, patterns)
                 if not self._wild.keys() >= set(patterns):
@@ -3498,7 +3498,6 @@ class Bus:
 
     def _own_route(self, key: str) -> _Route:
         """Return the route of a key that has a registration or an emitter, up to date."""
-        self._strange.pop(key, None)
         route = self._routes.setdefault(key, _Route(key))
         self._fill(route, {key, *self._matching(key)})
         return route
@@ -3508,19 +3507,14 @@ class Bus:
         segments = key.split(":")
         return tuple(p for p, wanted in self._wild.items() if _key_matches(wanted, segments))
 
-    def _strange_route(self, key: str) -> _Route:
+    def _shared_route(self, key: str) -> _Route:
         """Return the route of a key that has no registration of its own."""
-        if (route := self._strange.get(key)) is not None:
-            return route
         _check_key(key)
         patterns = self._matching(key)
         route = self._shared.get(patterns) if patterns else self._nobody
         if route is None:
             route = self._shared[patterns] = _Route(" ".join(patterns))
             self._fill(route, patterns)
-        if len(self._strange) >= _MAX_STRANGE_KEYS:
-            self._strange.clear()
-        self._strange[key] = route
         return route
 
     # -- emitting --
