@@ -3622,8 +3622,7 @@ class Bus:
             "emits": route.emits, "errors": route.errors, "mean_us": mean_us(route),
             "handlers": [{"name": h.name, "calls": h.calls, "errors": h.errors,
                           "mean_us": mean_us(h), "max_us": h.slowest_ns / 1000}
-                         for h in route.handlers],
-        } for route in self._all_routes()}
+                         for h in route.handlers]} for route in self._all_routes()}
 
     def validate(self) -> list[str]:
         """Return what looks wrong: keys emitted to nobody, keys with over 100 handlers."""
@@ -9056,13 +9055,11 @@ class _Player(Client):
         except UsageError as error:
             raise HandshakeError(f"the server turned a player away: {error}") from None
         self.emit("system", "hello")
-        while (envelope := self.recv(10.0)) is not None and (
-                envelope.which("payload") != "topic_message"):
-            pass
-        if envelope is None:
+        hello = next((envelope.topic_message for envelope in iter(lambda: self.recv(10.0), None)
+                      if envelope.which("payload") == "topic_message"), None)
+        if hello is None:
             raise HandshakeError(f"the server closed: {self.closed}")
-        hello = json.loads(envelope.topic_message.payload)["data"]
-        self.id = bytes.fromhex(hello["id"].replace("-", ""))
+        self.id = bytes.fromhex(json.loads(hello.payload)["data"]["id"].replace("-", ""))
 
     def _send(self, data: bytes) -> None:
         """Send all of *data*; a full socket is waited for, and counted."""
@@ -9237,13 +9234,11 @@ def _own_server(hz: float) -> Iterator[str]:
                "--max-messages-per-s", str(max(120, int(hz * 4)))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith("listening "):
-                    yield line.split()[1]
-                    break
-            else:
+            said = map(str.split, process.stdout or ())
+            url = next((words[1] for words in said if words[:1] == ["listening"]), None)
+            if url is None:
                 raise HorizonError("the server did not start")
+            yield url
         finally:
             process.terminate()
 
