@@ -4330,18 +4330,6 @@ _MAX_TARGET = 8192                  # RFC 9112 3: at least 8000 should work
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE")
 _SINGLE_HEADERS = ("host", "content-length", "transfer-encoding", "sec-websocket-key",
                    "sec-websocket-version", "origin", "authorization", "content-type", "expect")
-_REASONS = {
-    100: "Continue", 101: "Switching Protocols", 200: "OK", 201: "Created", 202: "Accepted",
-    204: "No Content", 301: "Moved Permanently", 302: "Found", 303: "See Other",
-    304: "Not Modified", 307: "Temporary Redirect", 308: "Permanent Redirect",
-    400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
-    405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 410: "Gone",
-    411: "Length Required", 413: "Content Too Large", 414: "URI Too Long",
-    417: "Expectation Failed", 421: "Misdirected Request", 422: "Unprocessable Content",
-    426: "Upgrade Required", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
-    500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable",
-    505: "HTTP Version Not Supported",
-}
 
 
 class Request:
@@ -4373,9 +4361,8 @@ class Request:
 
     def tokens(self, name: str) -> list[str]:
         """Return a comma-separated header's members, lower case."""
-        return [
-            each.strip().lower() for each in self.headers.get(name, "").split(",") if each.strip()
-        ]
+        members = self.headers.get(name, "").lower().split(",")
+        return [each.strip() for each in members if each.strip()]
 
     @property
     def args(self) -> dict[str, str]:
@@ -4415,6 +4402,12 @@ def _unquote(text: str) -> str:
         return text
     from urllib.parse import unquote
     return unquote(text, errors="replace")
+
+
+@functools.cache
+def _reason_phrase(status: int) -> str:
+    from http import HTTPStatus
+    return next((each.phrase for each in HTTPStatus if each == status), "Unknown")
 
 
 class Response:
@@ -4459,7 +4452,7 @@ class Response:
 
         *more* is header lines of the connection's; pieces are for the caller to send.
         """
-        lines = [f"HTTP/1.1 {self.status} {_REASONS.get(self.status, 'Unknown')}"]
+        lines = [f"HTTP/1.1 {self.status} {_reason_phrase(self.status)}"]
         lines += [f"{name}: {value}" for name, value in self.headers.items()]
         bodiless = self.status < 200 or self.status in (204, 304)       # RFC 9112 6.3
         if not bodiless and self.length >= 0:
@@ -4538,9 +4531,8 @@ class HTTPConnection:
         self._scanned = len(buffer)
         if max(end, 0 if end >= 0 else len(buffer)) > self._max_header:
             status = 414 if b"\r\n" not in buffer[:_MAX_TARGET] else 431
-            raise TooBig(
-                "the header block is too large", http_status=status, label="header_too_big"
-            )
+            raise TooBig("the header block is too large", http_status=status,
+                         label="header_too_big")
         if end < 0:
             self._check_early()
             return False
@@ -4837,7 +4829,7 @@ class WebSocketConnection:
         events: list[Any] = []
         data, at = self._buffer, 0
         try:
-            while not self.closed_by_peer:
+            while at < len(data) and not self.closed_by_peer:
                 end = self._take_frame(data, at, events)
                 if end == at:
                     break
@@ -5067,9 +5059,8 @@ def _check_upgrade(request: Request) -> None:
     if request.version < (1, 1):
         raise HandshakeError("upgrade with HTTP/1.1", label="bad_handshake")
     if not ("websocket" in request.tokens("upgrade") and "upgrade" in request.tokens("connection")):
-        raise HandshakeError(
-            "this address speaks WebSocket", http_status=426, label="not_websocket"
-        )
+        raise HandshakeError("this address speaks WebSocket", http_status=426,
+                             label="not_websocket")
     if request.headers.get("sec-websocket-version") != "13":
         raise HandshakeError("WebSocket version 13 is needed", http_status=426, label="ws_version")
     if not re.fullmatch(r"[A-Za-z0-9+/]{21}[AQgw]==", request.headers.get("sec-websocket-key", "")):
@@ -5078,10 +5069,8 @@ def _check_upgrade(request: Request) -> None:
 
 def _choose_subprotocol(request: Request, known: Iterable[str]) -> str:
     """Return the first protocol the client offers that we know, or "" (RFC 6455 4.2.2)."""
-    offered = [
-        each.strip() for each in request.headers.get("sec-websocket-protocol", "").split(",")
-    ]
-    return next((each for each in offered if each and each in known), "")
+    offered = request.headers.get("sec-websocket-protocol", "").split(",")
+    return next((each.strip() for each in offered if each.strip() in known), "")
 
 
 _DEFLATE_OPTIONS = {                # RFC 7692 7.1
@@ -5094,10 +5083,11 @@ _EXTENSION = re.compile(rf'[ \t]*({_TOKEN_CHARS})[ \t]*(?:=[ \t]*("?)({_TOKEN_CH
 def _extensions(header: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Yield the names and options of Sec-WebSocket-Extensions (RFC 6455 9.1)."""
     for offer in header.split(",") if header.strip() else ():
-        parts = [match.group(1, 3) for match in map(_EXTENSION.fullmatch, offer.split(";")) if match]
-        if len(parts) != offer.count(";") + 1 or parts[0][1]:
+        parts = [_EXTENSION.fullmatch(part) for part in offer.split(";")]
+        found = [(match[1], match[3] or "") for match in parts if match]
+        if None in parts or found[0][1]:
             raise HandshakeError("malformed Sec-WebSocket-Extensions", label="bad_handshake")
-        yield parts[0][0].lower(), [(name, value or "") for name, value in parts[1:]]
+        yield found[0][0].lower(), found[1:]
 
 
 def _deflate_options(name: str, options: list[tuple[str, str]]) -> dict[str, str] | None:
@@ -6372,8 +6362,7 @@ class Config:
         for name, known in (("profile", _PRESETS), ("log_level", _LOG_LEVELS)):
             if getattr(self, name) not in known:
                 raise ConfigError(
-                    f"{name} = {getattr(self, name)!r} must be one of {', '.join(known)}"
-                )
+                    f"{name} = {getattr(self, name)!r} must be one of {', '.join(known)}")
         for name, parse in (("banned", _networks), ("trusted_proxies", _networks),
                             ("cpus", _cpu_numbers)):
             try:
@@ -7130,8 +7119,7 @@ class Session:
             self.connection.close(code, reason)
         elif self.goodbye is None:
             self.goodbye = (code, reason)       # said by Engine.on_drain
-            self.engine.loop.call_later(
-                patience_s, lambda: self.connection.close(code, reason))
+            self.engine.loop.call_later(patience_s, lambda: self.connection.close(code, reason))
 
     def put(self, item: Sendable) -> None:
         """Queue a shared item for the tick, or for the end of this pass if it is critical."""
@@ -7724,9 +7712,8 @@ class Engine:
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
             _log.addHandler(handler)
         if _log.level == logging.NOTSET:
-            _log.setLevel(
-                {"warn": "WARNING"}.get(self.config.log_level, self.config.log_level.upper())
-            )
+            level = self.config.log_level.upper()
+            _log.setLevel("WARNING" if level == "WARN" else level)
 
     def _run_until_signal(self, ready: Callable[[], object]) -> None:
         """Serve; *ready* is called when the port is open and a signal would end it gracefully."""
@@ -7853,7 +7840,11 @@ class Engine:
 
     def wait_s(self) -> float:
         """Return how long ``step`` may be put off if ``fileno`` stays unreadable, in seconds."""
-        waits = [self.loop.wait_s(), *(ticker.wait_s() for ticker, _ in self._repeats)]
+        return min(self.loop.wait_s(), self._wait_s())
+
+    def _wait_s(self) -> float:
+        """The same, the loop's own timers and calls left out."""
+        waits = [3600.0, *[ticker.wait_s() for ticker, _ in self._repeats]]
         if self._urgent or self._ticker is None and (self._waiting or self.topics.pending):
             return 0.0
         if self._ticker is not None:
@@ -7865,9 +7856,7 @@ class Engine:
     def step(self, timeout_s: float = 0.0) -> None:
         """Run one pass of the loop, from whatever loop you have; wait at most *timeout_s*."""
         if self._state == "stopped" or self._stepping:
-            raise StateError(
-                "the engine is stopped" if not self._stepping else "step() within a step"
-            )
+            raise StateError("step() within a step" if self._stepping else "the engine is stopped")
         if self._thread_id is None:
             self._thread_id = threading.get_ident()
         self._on_loop("step")
@@ -7882,7 +7871,7 @@ class Engine:
             self._closed()
 
     def _pass(self, timeout_s: float) -> None:
-        self.loop.run_once(min(timeout_s, self.wait_s()))
+        self.loop.run_once(min(timeout_s, self._wait_s()))
         for ticker, fn in self._repeats:
             if ticker.take_due():
                 self._repeat(fn)
@@ -8005,8 +7994,7 @@ class Engine:
         self.server.refused["bad_method"] += 1
         return Response("method not allowed\n", 405, allow)
 
-    def _enter(self, connection: Connection, request: Request,
-               route: _Endpoint) -> Response | None:
+    def _enter(self, connection: Connection, request: Request, route: _Endpoint) -> Response | None:
         """Let a request in to its route, or refuse it."""
         if route.method == "WEBSOCKET":
             _check_upgrade(request)
@@ -8229,9 +8217,8 @@ class Engine:
             request_id, message = None, None    # refused below: no id to answer with
         self._answer_request(session, request_id, self._do, message)
 
-    def _answer_request(
-        self, session: Session, request_id: Any, act: Callable[..., Any], *args: Any
-    ) -> None:
+    def _answer_request(self, session: Session, request_id: Any, act: Callable[..., Any],
+                        *args: Any) -> None:
         """Do what a client asked; answer if it gave an id, and always if it can't be done."""
         try:
             data = act(session, *args)
@@ -8243,9 +8230,8 @@ class Engine:
             if request_id is not None:
                 self._reply(session, request_id, data, None)
 
-    def _reply(
-        self, session: Session, request_id: Any, data: Any, refusal: _Refused | None
-    ) -> None:
+    def _reply(self, session: Session, request_id: Any, data: Any,
+               refusal: _Refused | None) -> None:
         if session.form == _PROTO:
             reply = builtin_schema().Reply(
                 id=str(request_id or ""), ok=refusal is None,
@@ -8273,9 +8259,8 @@ class Engine:
                 session, message["namespace"], message.get("event"), message.get("data"))
         if "action" in message:
             return self._act(message.get("action"), session, message.get("topic"), message)
-        raise _Refused(
-            "bad_request", 'a message has "namespace" and "event", or "action" and "topic"'
-        )
+        raise _Refused("bad_request",
+                       'a message has "namespace" and "event", or "action" and "topic"')
 
     def _on_envelope(self, session: Session, envelope: Any) -> None:
         """Do what one protobuf envelope asks: the same as the JSON that means it."""
@@ -8545,6 +8530,16 @@ class Engine:
 # Knows: PROTO, PROTOCOLS, its own socket.     Never: ENGINE.
 
 
+class _Options(NamedTuple):
+    """How a client connects."""
+
+    timeout_s: float = 10.0
+    headers: Mapping[str, str] = {}
+    ssl_context: ssl.SSLContext | None = None
+    compress: bool = False
+    reconnect_s: float = 0.0
+
+
 class Client:
     """A blocking client of ``/ws/data``: a context manager, and iterable over messages.
 
@@ -8684,7 +8679,10 @@ class Client:
     def _send(self, frame: Callable[[Any], bytes], message: str | bytes) -> None:
         if self._closed is not None:
             raise StateError(f"the connection is closed: {self._closed}")
-        self._sock.sendall(frame(message))
+        self._write(frame(message))
+
+    def _write(self, data: bytes) -> None:
+        self._sock.sendall(data)
 
     # -- taking --
 
@@ -8777,16 +8775,6 @@ def _split_url(url: str) -> tuple[str, int, str, bool]:
     secure = match[1] in ("https", "wss")
     path = match[4] if match[4] and match[4] != "/" else "/ws/data"
     return match[2].strip("[]"), int(match[3] or (443 if secure else 80)), path, secure
-
-
-class _Options(NamedTuple):
-    """How a client connects."""
-
-    timeout_s: float
-    headers: dict[str, str]
-    ssl_context: ssl.SSLContext | None
-    compress: bool
-    reconnect_s: float
 
 
 def _shake_hands(sock: socket.socket, host: str, path: str, subprotocol: str,
@@ -9049,7 +9037,7 @@ class _Player(Client):
         self.decodes = decodes              # everything, not only the counts
         self.sent_ns: list[int] = []        # when each move left; its number travels as z
         self._latest: dict[bytes, float] = {}       # of each player, the last move seen
-        super().__init__(load.url, "proto", 10.0, {})
+        super().__init__(load.url, "proto", _Options())
         try:
             self.subscribe(load.topic)
         except UsageError as error:
@@ -9061,7 +9049,7 @@ class _Player(Client):
             raise HandshakeError(f"the server closed: {self.closed}")
         self.id = bytes.fromhex(json.loads(hello.payload)["data"]["id"].replace("-", ""))
 
-    def _send(self, data: bytes) -> None:
+    def _write(self, data: bytes) -> None:
         """Send all of *data*; a full socket is waited for, and counted."""
         sock, sent = self._sock, 0
         try:
@@ -9088,7 +9076,7 @@ class _Player(Client):
                 for envelope in builtin_schema().EventBatch.decode(event).events:
                     self._count(envelope)
             elif isinstance(event, Ping):
-                self._send(self._ws.send_pong(event.data))
+                self._send(self._ws.send_pong, event.data)
             elif isinstance(event, Close):
                 raise HandshakeError(f"the server closed: {event.code} {event.reason}")
 
