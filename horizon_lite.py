@@ -5933,7 +5933,7 @@ class Connection:
             self.server.app.on_close(self, code, reason)
 
     def check_time(self, now: int) -> None:
-        """Apply the time limits; called about once a second."""
+        """Apply the time limits; called once a second, or oftener where they are short."""
         limits = self.server.limits
         quiet_s = (now - self.heard_ns) / 1e9
         waited_s = (now - self._since_ns) / 1e9
@@ -6190,7 +6190,9 @@ class Server:
         self._leave(connection.address)
 
     def _check_times(self) -> None:
-        self.loop.call_later(1.0, self._check_times)
+        limits = (self.limits.idle_s, self.limits.handshake_s, self.limits.ping_s)
+        shortest = min((each for each in limits if each), default=4.0)
+        self.loop.call_later(min(1.0, max(0.05, shortest / 4)), self._check_times)
         for connection in list(self.connections.values()):
             connection.check_time(self.loop.now_ns)
 

@@ -3949,7 +3949,7 @@ def test_a_slow_download_is_not_cut():
             got, began = b"", time.monotonic()
             while piece := sock.recv(1 << 20):
                 got += piece
-                if len(got) < 6_000_000 and time.monotonic() - began < 5:
+                if len(got) < 6_000_000 and time.monotonic() - began < 3:
                     time.sleep(0.01)
         assert len(got) > 8_000_000
 
@@ -5009,6 +5009,36 @@ def test_clients_come_back_after_a_kill():
         assert again == [1] * count
         for thread in threads:
             thread.join(5)
+
+
+def test_a_broadcast_is_compressed_once_for_all(monkeypatch):
+    calls, squeeze = [], hl._squeeze
+    monkeypatch.setattr(hl, "_squeeze", lambda deflater, payload: calls.append(len(payload)) or squeeze(deflater, payload))
+    with running() as app:
+        clients = [hl.connect(app.url, compress=number > 0) for number in range(5)]
+        wait_until(lambda: app._listeners == 5)
+        for payload in ("x" * 2_000, "short"):
+            on_loop(app, app.broadcast, payload)
+            assert [client.recv(5) for client in clients] == [payload] * 5
+        assert calls == [2_002]
+        on_loop(app, next(iter(app.sessions.values())).send, {"plain": "y" * 1_000})       # the one that offered nothing
+        assert clients[0].recv(5)["plain"] and calls == [2_002]
+        for client in clients:
+            client.close()
+    with running(compress=False) as app:
+        assert b"Extensions" not in request(app, UPGRADE + b"Sec-WebSocket-Extensions: permessage-deflate\r\n\r\n" + masked(0x88))
+    with running() as app:
+        assert b"permessage-deflate; server_no" in request(app, UPGRADE + b"Sec-WebSocket-Extensions: permessage-deflate\r\n\r\n" + masked(0x88))
+
+
+def test_a_client_that_sends_one_byte_at_a_time_is_understood():
+    with running() as app:
+        with raw(app) as sock:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for byte in UPGRADE + b"\r\n" + masked(0x01, b'{"namespace":"system",') + masked(0x80, b'"event":"ping"}') + masked(0x88):
+                sock.sendall(bytes((byte,)))
+            answer = read_all(sock)
+        assert b"101 Switching" in answer and b'"pong"' in answer and answer.endswith(b"\x88\x00")
 
 
 def test_messages_of_sixteen_megabytes_are_echoed():
