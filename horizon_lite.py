@@ -2820,23 +2820,17 @@ package horizon;
 message HostToPlugin {
   string plugin_id = 1;
   oneof payload {
-    HostHello hello = 10;
-    HostShutdown shutdown = 11;
-    EventEnvelope event = 20;
-    EventBatch events = 21;
+    HostHello hello = 10;                HostShutdown shutdown = 11;
+    EventEnvelope event = 20;            EventBatch events = 21;
     CompressedEventBatch compressed_events = 22;
-    ActionResult action_result = 100;
-    PackedMovement packed_movement = 105;
+    ActionResult action_result = 100;    PackedMovement packed_movement = 105;
   }
 }
-
 message PluginToHost {
   string plugin_id = 1;
   oneof payload {
-    PluginHello hello = 10;
-    EventSubscribe subscribe = 11;
-    ActionBatch actions = 20;
-    LogMessage log = 30;
+    PluginHello hello = 10;              EventSubscribe subscribe = 11;
+    ActionBatch actions = 20;            LogMessage log = 30;
     EventResult event_result = 40;
   }
 }
@@ -2844,11 +2838,8 @@ message PluginToHost {
 message HostHello { string api_version = 1; string boot_id = 2; }
 message HostShutdown { string reason = 1; }
 message PluginHello {
-  string name = 1;
-  string version = 2;
-  string api_version = 3;
-  repeated CommandSpec commands = 4;
-  string token = 100;
+  string name = 1; string version = 2; string api_version = 3;
+  repeated CommandSpec commands = 4; string token = 100;
 }
 message CommandSpec { string name = 1; string description = 2; }
 message EventSubscribe { repeated string events = 1; }    // "CHAT", "PLAYER_MOVE", ..., "ALL"
@@ -2857,10 +2848,7 @@ message LogMessage { string level = 1; string message = 2; }
 message EventResult {
   string event_id = 1;
   optional bool cancel = 2;
-  oneof update {
-    ChatMutation chat = 10;
-    BlockBreakMutation block_break = 11;
-  }
+  oneof update { ChatMutation chat = 10; BlockBreakMutation block_break = 11; }
 }
 message ChatMutation { string message = 1; }
 message BlockBreakMutation { repeated ItemStack drops = 1; optional int32 xp = 2; }
@@ -2869,11 +2857,7 @@ message ItemStack { string name = 1; int32 meta = 2; int32 count = 3; }
 message ActionBatch { repeated Action actions = 1; }
 message Action {
   optional string correlation_id = 1;
-  oneof kind {
-    SendChatAction send_chat = 10;
-    TeleportAction teleport = 11;
-    KickAction kick = 12;
-  }
+  oneof kind { SendChatAction send_chat = 10; TeleportAction teleport = 11; KickAction kick = 12; }
 }
 message SendChatAction { string target_uuid = 1; string message = 2; }    // no target: everybody
 message TeleportAction { string player_uuid = 1; Vec3 position = 2; Vec3 rotation = 3; }
@@ -2888,26 +2872,18 @@ message CompressedEventBatch { bytes data = 1; int32 original_size = 2; }
 // ---- events, both to plugins and to clients (subprotocol horizon.proto.v1) ----
 
 message EventBatch { repeated EventEnvelope events = 1; }
-
 message EventEnvelope {
   string event_id = 1;
-  string type = 2;                    // "PLAYER_MOVE", "CHAT", ...
+  string type = 2;                       // "PLAYER_MOVE", "CHAT", ...
   bool expects_response = 3;
   oneof payload {
-    PlayerJoinEvent player_join = 10;
-    PlayerQuitEvent player_quit = 11;
-    ChatEvent chat = 12;
-    CommandEvent command = 13;
-    BlockBreakEvent block_break = 14;
-    WorldCloseEvent world_close = 15;
-    PlayerMoveEvent player_move = 16;
-    ClientEvent client_event = 101;
-    TopicMessage topic_message = 102;
-    ZoneEnter zone_enter = 103;
-    ZoneExit zone_exit = 104;
-    PackedMovement packed_movement = 105;
-    ClientRequest request = 106;
-    Reply reply = 107;
+    PlayerJoinEvent player_join = 10;    PlayerQuitEvent player_quit = 11;
+    ChatEvent chat = 12;                 CommandEvent command = 13;
+    BlockBreakEvent block_break = 14;    WorldCloseEvent world_close = 15;
+    PlayerMoveEvent player_move = 16;    ClientEvent client_event = 101;
+    TopicMessage topic_message = 102;    ZoneEnter zone_enter = 103;
+    ZoneExit zone_exit = 104;            PackedMovement packed_movement = 105;
+    ClientRequest request = 106;         Reply reply = 107;
   }
 }
 
@@ -2916,46 +2892,30 @@ message PlayerQuitEvent { string player_uuid = 1; string name = 2; }
 message ChatEvent { string player_uuid = 1; string name = 2; string message = 3; }
 message CommandEvent { string player_uuid = 1; string name = 2; string raw = 3; }
 message BlockBreakEvent {
-  string player_uuid = 1;
-  string name = 2;
-  string world = 3;
-  int32 x = 4;
-  int32 y = 5;
-  int32 z = 6;
+  string player_uuid = 1; string name = 2; string world = 3;
+  int32 x = 4; int32 y = 5; int32 z = 6;
 }
 message WorldCloseEvent {}
 message PlayerMoveEvent {
   string player_uuid = 1;
-  double x = 2;
-  double y = 3;
-  double z = 4;
-  float yaw = 5;
-  float pitch = 6;
-  bool on_ground = 7;
+  double x = 2; double y = 3; double z = 4;
+  float yaw = 5; float pitch = 6; bool on_ground = 7;
 }
 
 // data is JSON in the next six
 message ClientEvent { string namespace = 1; string event = 2; bytes data = 3; string id = 4; }
-message TopicMessage {
-  string topic = 1;
-  bytes payload = 2;
-  uint64 offset = 3;
-  string epoch = 4;
-}
+message TopicMessage { string topic = 1; bytes payload = 2; uint64 offset = 3; string epoch = 4; }
 message ZoneEnter {
-  string object_id = 1;
-  string object_type = 2;
-  uint32 channel = 3;
-  bytes data = 4;
+  string object_id = 1; string object_type = 2; uint32 channel = 3; bytes data = 4;
 }
 message ZoneExit { string object_id = 1; string object_type = 2; uint32 channel = 3; }
 message ClientRequest {
-  string id = 1;                      // empty: no answer wanted
-  string action = 2;                  // subscribe, unsubscribe, publish
+  string id = 1;                         // empty: no answer wanted
+  string action = 2;                     // subscribe, unsubscribe, publish
   string topic = 3;
   bytes payload = 4;
   bool critical = 5;
-  string packed = 6;                  // "f32" or "f64" when subscribing to movement
+  string packed = 6;                     // "f32" or "f64" when subscribing to movement
 }
 message Reply { string id = 1; bool ok = 2; string code = 3; string message = 4; bytes data = 5; }
 
