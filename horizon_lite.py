@@ -1863,6 +1863,7 @@ _TOKEN = re.compile(r"""
 _ESCAPE = re.compile(
     r"\\(?:([abfnrtv\\?'\"])|[xX]([\da-fA-F]{1,2})|([0-7]{1,3})|u([\da-fA-F]{4})"
     r"|U([\da-fA-F]{8})|(.))")
+_INTEGER = re.compile(r"0[xX][\da-fA-F]+|0[0-7]*|[1-9]\d*")
 _ESCAPES = dict(zip("abfnrtv\\?'\"", "\a\b\f\n\r\t\v\\?'\"", strict=True))
 _PROTO2 = "is proto2; only proto3 is read here"
 _NO_EXTEND = ("'extend' is not supported: options need no definition here, so leave it out, and "
@@ -1907,10 +1908,8 @@ def _find_type(known: Mapping[str, Any], name: str, scope: str) -> Any:
     first, dot, _ = name.partition(".")
     while True:
         found = known.get(f"{scope}.{first}".lstrip("."))
-        if dot and (found is _PACKAGE or isinstance(found, type)):
+        if isinstance(found, type) or dot and found is _PACKAGE:
             return known.get(f"{scope}.{name}".lstrip("."))         # protoc looks no further
-        if not dot and isinstance(found, type):
-            return found
         if not scope:
             return None
         scope = scope.rpartition(".")[0]
@@ -1928,8 +1927,6 @@ class _Origin(NamedTuple):
 class _ProtoFile:
     """What one file declares."""
 
-    __slots__ = ("label", "package", "types", "services", "imports", "names", "exports")
-
     def __init__(self, label: str) -> None:
         self.label = label
         self.package = ""
@@ -1943,8 +1940,6 @@ class _ProtoFile:
 class _ProtoReader:
     """Read the tokens of one proto3 text into a _ProtoFile."""
 
-    __slots__ = ("_text", "_tokens", "_offsets", "_at", "_file", "_load", "_waiting")
-
     def __init__(self, text: str, label: str, load: Callable[[str], _ProtoFile]) -> None:
         self._file = _ProtoFile(label)
         self._load = load
@@ -1952,111 +1947,107 @@ class _ProtoReader:
         self._tokens: list[str] = []
         self._offsets: list[int] = []
         self._at = 0
+        self._options: dict[str, str] = {}                              # see _option
         self._waiting: list[tuple[str, str, int, _Field | None]] = []   # for _look_up
         for match in _TOKEN.finditer(text):
-            if match.lastgroup == "bad":
-                raise self._error(match.start(), _NOT_CLOSED.get(match[0])
-                                  or f"unexpected {match[0]!r}")
             if match.lastgroup != "blank":
                 self._tokens.append(match[0])
                 self._offsets.append(match.start())
+            if match.lastgroup == "bad":
+                raise self._fail(_NOT_CLOSED.get(match[0], f"unexpected {match[0]!r}"), -1)
+        self._tokens.append("")
         self._offsets.append(len(text.rstrip()))
 
     # -- tokens --
 
-    def _error(self, offset: int, what: str) -> SchemaError:
+    def _fail(self, what: str, at: int | None = None) -> SchemaError:
+        """Return an error that says where: at the next token, or at that of index *at*."""
+        offset = self._offsets[self._at if at is None else at]
         line = self._text.count("\n", 0, offset) + 1
         column = offset - self._text.rfind("\n", 0, offset)
         return SchemaError(f"{self._file.label}:{line}:{column}: {what}")
 
-    def _fail(self, what: str, at: int | None = None) -> SchemaError:
-        return self._error(self._offsets[self._at if at is None else at], what)
-
-    def _expected(self, wanted: str) -> SchemaError:
-        return self._fail(f"expected {wanted}, got {self._peek() or 'the end'!r}")
-
     def _peek(self) -> str:
-        return self._tokens[self._at] if self._at < len(self._tokens) else ""
+        return self._tokens[self._at]           # the last one is empty
+
+    def _take(self, fits: object, wanted: str) -> str:
+        """Pass the next token and return it, if it is what was wanted."""
+        if not fits:
+            raise self._fail(f"expected {wanted}, got {self._peek() or 'the end'!r}")
+        self._at += 1
+        return self._tokens[self._at - 1]
 
     def _accept(self, *signs: str) -> str:
         """Pass one of *signs* if it comes next, and return it."""
-        token = self._peek()
-        if not token or token not in signs:
-            return ""
-        self._at += 1
-        return token
+        return self._take(True, "") if self._peek() in signs else ""
 
-    def _expect(self, *signs: str) -> None:
-        for sign in signs:
-            if not self._accept(sign):
-                raise self._expected(repr(sign))
+    def _expect(self, sign: str) -> None:
+        self._take(self._peek() == sign, repr(sign))
 
     def _word(self, wanted: str) -> str:
-        token = self._peek()
-        if not token.isidentifier():
-            raise self._expected(wanted)
-        self._at += 1
-        return token
+        return self._take(self._peek().isidentifier(), wanted)
 
     def _path(self, wanted: str) -> str:
         """Return dotted words, perhaps with a dot before them."""
-        path = self._accept(".") + self._word(wanted)
-        while self._accept("."):
-            path += "." + self._word(wanted)
-        return path
+        return self._accept(".") + ".".join(self._word(wanted) for _ in self._list("."))
 
     def _integer(self, wanted: str = "an integer") -> int:
         sign = -1 if self._accept("-") else 1
-        token = self._peek()
-        if len(token) > 24:
-            raise self._fail(f"{token[:20]}... is too large")
-        try:
-            number = int(token, 8 if token[:1] == "0" and token.isdigit() else 0)
-        except ValueError:
-            raise self._expected(wanted) from None
-        self._at += 1
-        return sign * number
+        if len(self._peek()) > 24:
+            raise self._fail(f"{self._peek()[:20]}... is too large")
+        token = self._take(_INTEGER.fullmatch(self._peek()), wanted)
+        return sign * int(token, 8 if token[0] == "0" and token.isdigit() else 0)
 
-    def _block(self) -> Iterator[None]:
-        """Yield for each statement between braces; the caller passes it."""
+    def _block(self, empty: str = ";") -> Iterator[None]:
+        """Yield for each statement between braces that is no option; the caller passes it."""
         self._expect("{")
         while not self._accept("}"):
-            yield
+            if self._accept("option"):
+                self._option()
+            elif not self._accept(empty):
+                yield
 
-    def _commas(self) -> Iterator[None]:
+    def _list(self, separator: str) -> Iterator[None]:
         """Yield for each item of a list; the caller passes it."""
         yield
-        while self._accept(","):
+        while self._accept(separator):
             yield
 
     def _string(self, wanted: str) -> str:
-        text = ""
-        if self._peek()[:1] not in ('"', "'"):
-            raise self._expected(wanted)
-        while self._peek()[:1] in ('"', "'"):
+        pieces: list[str] = []
+        while not pieces or self._peek()[:1] in ('"', "'"):
+            token = self._take(self._peek()[:1] in ('"', "'"), wanted)
             try:
-                text += _ESCAPE.sub(_unescape, self._peek()[1:-1])
+                pieces.append(_ESCAPE.sub(_unescape, token[1:-1]))
             except (ValueError, OverflowError) as error:
-                raise self._fail(str(error)) from None
-            self._at += 1
-        return text
+                raise self._fail(str(error), self._at - 1) from None
+        return "".join(pieces)
 
     # -- names --
 
-    def _define(self, scope: str, name: str, at: int, what: object = None) -> str:
-        """Enter *name* into the table and return its full name."""
-        full = f"{scope}.{name}".lstrip(".")
-        what = what or object()     # nothing else is the same
+    def _enter(self, full: str, what: object, at: int) -> None:
+        """Put what a name means into the table; it can't mean two things."""
         if self._file.names.setdefault(full, what) is not what:
             raise self._fail(f"{full!r} is declared twice", at)
         self._file.exports[full] = what
-        return full
 
-    def _declare(self, full: str, made: Any) -> None:
-        """Put a type in the place of its name."""
-        self._file.names[full] = self._file.exports[full] = made
-        if full == f"{self._file.package}.{made.__name__}".lstrip("."):
+    def _name(self, scope: str, wanted: str) -> tuple[str, str, int]:
+        """Pass a new name; return it, its full form, and where it stands."""
+        at, name = self._at, self._word(wanted)
+        full = f"{scope}.{name}".lstrip(".")
+        self._enter(full, object(), at)         # nothing else is the same
+        return name, full, at
+
+    def _declare(self, body: _Body) -> Any:
+        """Make the type that was read, and put it in the place of its name."""
+        for name, number, at, _ in body.fields:
+            if name in body.reserved_names or body.is_reserved(number, number):
+                raise self._fail(f"{name!r} or its number {number} is reserved", at)
+        made = body.make(self._file)
+        self._file.names[body.full] = self._file.exports[body.full] = made
+        if body.full == f"{self._file.package}.{made.__name__}".lstrip("."):
             self._file.types[made.__name__] = made
+        return made
 
     def _look_up(self, name: str, scope: str, at: int, field_: _Field | None) -> None:
         """Find the type that a field, or a service, asks for."""
@@ -2087,27 +2078,23 @@ class _ProtoReader:
         Raises:
             SchemaError: file, line and column, and what was expected there.
         """
-        self._syntax()
-        while word := self._peek():
-            if word not in _STATEMENTS:
-                raise self._expected("message, enum, service, import, package or option")
-            self._at += 1
-            _STATEMENTS[word](self, self._file.package, 0)
-        for each in self._waiting:
-            self._look_up(*each)
-        return self._file
-
-    def _syntax(self) -> None:
         if self._accept("edition"):
-            raise self._fail("editions are not supported; use syntax = \"proto3\"", self._at - 1)
+            raise self._fail("editions are not supported; use syntax = \"proto3\"", 0)
         if self._accept("syntax"):
             self._expect("=")
             if (syntax := self._string('"proto3"')) != "proto3":
                 why = _PROTO2 if syntax == "proto2" else "is unknown; say \"proto3\""
                 raise self._fail(f"syntax {syntax!r} {why}", self._at - 1)
             self._expect(";")
+        while self._peek():
+            word = self._take(self._peek() in _STATEMENTS,
+                              "message, enum, service, import, package or option")
+            _STATEMENTS[word](self, self._file.package)
+        for each in self._waiting:
+            self._look_up(*each)
+        return self._file
 
-    def _import(self, scope: str, depth: int) -> None:
+    def _import(self, scope: str) -> None:
         at = self._at
         how = self._accept("public", "weak")
         path = self._string("the path of a file")
@@ -2125,33 +2112,30 @@ class _ProtoReader:
             if how == "public":
                 self._file.exports[full] = what
 
-    def _package(self, scope: str, depth: int) -> None:
+    def _package(self, scope: str) -> None:
         at = self._at
         if scope or self._file.types:
             raise self._fail("package comes once, and before all types", at - 1)
-        if self._peek() == ".":
-            raise self._expected("a package's name")
-        self._file.package = self._path("a package's name")
+        self._file.package = ".".join(self._word("a package's name") for _ in self._list("."))
         self._expect(";")
-        scope = ""
-        for part in self._file.package.split("."):
-            scope = self._define(scope, part, at, _PACKAGE)
+        for full in itertools.accumulate(self._file.package.split("."), "{}.{}".format):
+            self._enter(full, _PACKAGE, at)
 
-    def _option(self, scope: str = "", depth: int = 0) -> None:
-        self._one_option()
+    def _option(self, scope: str = "") -> None:
+        """Pass an option; what a block says stays in ``_options``."""
+        name, value = self._one_option()
+        self._options[name] = value
         self._expect(";")
 
     def _one_option(self) -> tuple[str, str]:
         """Pass `name = value` and return both as text."""
         start = self._at
-        while True:
+        for _ in self._list("."):
             if self._accept("("):
                 self._path("an option's name")
                 self._expect(")")
             else:
                 self._word("an option's name")
-            if not self._accept("."):
-                break
         name = "".join(self._tokens[start:self._at])
         self._expect("=")
         start = self._at
@@ -2161,9 +2145,7 @@ class _ProtoReader:
             self._string("a value")
         else:
             self._accept("-", "+")
-            if not self._peek()[:1].isalnum() and self._peek()[:1] not in ("_", "."):
-                raise self._expected("an option's value")
-            self._at += 1
+            self._take(re.match(r"[\w.]", self._peek()), "an option's value")
         return name, "".join(self._tokens[start:self._at])
 
     def _aggregate(self) -> None:
@@ -2177,69 +2159,53 @@ class _ProtoReader:
                 raise self._fail(f"unexpected {token!r}", self._at - 1)
             if not closing:
                 return
-        raise self._expected("'}'")
+        self._expect("}")
 
-    def _field_options(self) -> dict[str, str]:
-        options: dict[str, str] = {}
-        if self._accept("["):
-            for _ in self._commas():
-                at = self._at
-                name, value = self._one_option()
-                if name == "default":
-                    raise self._fail(f"a default {_PROTO2}", at)
-                options[name] = value
-            self._expect("]")
-        return options
-
-    def _refuse(self, scope: str, depth: int) -> None:
+    def _refuse(self, scope: str) -> None:
         word = self._tokens[self._at - 1]
         raise self._fail(_NO_EXTEND if word == "extend" else f"{word!r} {_PROTO2}", self._at - 1)
 
-    def _nothing(self, scope: str, depth: int) -> None:
-        pass
-
-    def _message(self, scope: str, depth: int) -> Any:
-        at, name = self._at, self._word("a message's name")
-        if depth >= _MAX_NESTED:
+    def _message(self, scope: str) -> Any:
+        _, full, at = self._name(scope, "a message's name")
+        if full.removeprefix(self._file.package + ".").count(".") >= _MAX_NESTED:
             raise self._fail(f"messages nested {_MAX_NESTED} deep", at)
-        body = _Body(self._define(scope, name, at))
+        body = _Body(full, _MAX_FIELD)
         for _ in self._block():
-            self._member(body, depth)
-        self._check_reserved(body)
-        made = body.make_message(name, self._file)
-        self._declare(body.full, made)
-        return made
-
-    def _member(self, body: _Body, depth: int) -> None:
-        word = self._peek()
-        if word in ("message", "enum"):
-            self._at += 1
-            body.nested.append(_STATEMENTS[word](self, body.full, depth + 1))
-        elif word == "reserved":
-            self._reserved(body, _MAX_FIELD)
-        elif word == "oneof":
-            self._oneof(body)
-        elif word in ("option", "extend", "extensions", "required", "group", ";"):
-            self._at += 1
-            _STATEMENTS[word](self, body.full, depth)
-        else:
-            label = self._accept("repeated", "optional")
-            self._field(body, **({label: True} if label else {}))
+            if word := self._accept("message", "enum", *_REFUSED):
+                body.nested.append(_STATEMENTS[word](self, full))
+            elif self._accept("reserved"):
+                self._reserved(body)
+            elif self._accept("oneof"):
+                self._oneof(body)
+            else:
+                label = self._accept("repeated", "optional")
+                self._field(body, **({label: True} if label else {}))
+        return self._declare(body)
 
     def _oneof(self, body: _Body) -> None:
-        self._at += 1
-        at, group = self._at, self._word("a oneof's name")
-        self._define(body.full, group, at)
+        group, _, at = self._name(body.full, "a oneof's name")
         before = len(body.fields)
-        for _ in self._block():
-            if self._accept("option"):
-                self._option()
-            elif self._peek() in ("repeated", "optional", "required", "map"):
+        for _ in self._block(empty="}"):        # it has no empty statements
+            if self._peek() in ("repeated", "optional", "required", "map"):
                 raise self._fail(f"a oneof can't hold {self._peek()!r} fields")
-            else:
-                self._field(body, oneof=group)
+            self._field(body, oneof=group)
         if len(body.fields) == before:
             raise self._fail(f"oneof {group!r} has no field", at)
+
+    def _numbered(self, scope: str, what: str) -> tuple[str, int, int, int, dict[str, str]]:
+        """Pass `name = number [options];` and return all three, and where the first two are."""
+        name, _, at = self._name(scope, f"a {what}'s name")
+        self._expect("=")
+        number_at, number = self._at, self._integer(f"a {what}'s number")
+        options: dict[str, str] = {}
+        if self._accept("["):
+            for _ in self._list(","):
+                if self._peek() == "default":
+                    raise self._fail(f"a default {_PROTO2}")
+                options.update([self._one_option()])
+            self._expect("]")
+        self._expect(";")
+        return name, at, number, number_at, options
 
     def _field(self, body: _Body, **options: Any) -> None:
         type_at, kind = self._at, self._path("a field's type")
@@ -2255,12 +2221,7 @@ class _ProtoReader:
             type_at, kind = self._at, self._path("a map's value type")
             self._expect(">")
             options["map"] = key, kind
-        at, name = self._at, self._word("a field's name")
-        self._define(body.full, name, at)
-        self._expect("=")
-        number_at, number = self._at, self._integer("a field's number")
-        said = self._field_options()
-        self._expect(";")
+        name, at, number, number_at, said = self._numbered(body.full, "field")
         packed = said.get("packed")
         try:
             made: _Field = field(number, None if "map" in options else kind, **options,
@@ -2269,18 +2230,16 @@ class _ProtoReader:
             raise self._fail(str(error), number_at) from None
         if packed == "true" and (not made.repeated or made.map or kind in ("string", "bytes")):
             raise self._fail("only repeated numbers, bools and enums can be packed", at)
-        made.name = name
         if (other := body.numbers.setdefault(number, name)) != name:
             raise self._fail(f"number {number} is {other!r} already", number_at)
-        body.fields.append((made, at))
+        body.fields.append((name, number, at, made))
         if kind not in _KINDS or kind == "enum":
             self._waiting.append((kind, body.full, type_at, made))
 
-    def _reserved(self, body: _Body, top: int) -> None:
+    def _reserved(self, body: _Body) -> None:
         """Read `reserved` of a message or an enum: numbers, or names in quotes."""
-        self._at += 1
         names = self._peek()[:1] in ('"', "'")
-        for _ in self._commas():
+        for _ in self._list(","):
             at = self._at
             if names:
                 if (name := self._string("a name in quotes")) in body.reserved_names:
@@ -2289,73 +2248,54 @@ class _ProtoReader:
                 continue
             low = high = self._integer("a number, or a name in quotes")
             if self._accept("to"):
-                high = top if self._accept("max") else self._integer()
-            if low < 1 and top == _MAX_FIELD or high > top:
+                high = body.top if self._accept("max") else self._integer()
+            if low < 1 and body.is_message or high > body.top:
                 raise self._fail(f"{low} to {high} are no field numbers", at)
             if low > high or body.is_reserved(low, high):
                 raise self._fail(f"{low} to {high} is backwards, or reserved already", at)
             bisect.insort(body.reserved, (low, high))
         self._expect(";")
 
-    def _check_reserved(self, body: _Body) -> None:
-        for each, at in body.fields:
-            if each.name in body.reserved_names or body.is_reserved(each.number, each.number):
-                raise self._fail(f"{each.name!r} or its number {each.number} is reserved", at)
-
-    def _enum(self, scope: str, depth: int) -> Any:
-        at, name = self._at, self._word("an enum's name")
-        body = _Body(self._define(scope, name, at))
-        alias = False
+    def _enum(self, scope: str) -> Any:
+        name, full, at = self._name(scope, "an enum's name")
+        body = _Body(full, (1 << 31) - 1)
+        self._options.clear()
         for _ in self._block():
-            if self._accept("option"):
-                alias |= self._one_option() == ("allow_alias", "true")
-                self._expect(";")
-            elif self._peek() == "reserved":
-                self._reserved(body, (1 << 31) - 1)
-            elif not self._accept(";"):
+            if self._accept("reserved"):
+                self._reserved(body)
+            else:
                 self._enum_value(body, scope)
         if not body.fields:
             raise self._fail(f"enum {name!r} has no value", at)
-        twice = [(each, at) for each, at in body.fields if body.numbers[each.number] != each.name]
-        if twice and not alias:
-            raise self._fail(f"number {twice[0][0].number} is used twice; for that, say "
+        twice = [(number, at) for name, number, at, _ in body.fields
+                 if body.numbers[number] != name]
+        if twice and self._options.get("allow_alias") != "true":
+            raise self._fail(f"number {twice[0][0]} is used twice; for that, say "
                              "option allow_alias = true;", twice[0][1])
-        self._check_reserved(body)
-        made = body.make_enum(name, self._file)
-        self._declare(body.full, made)
-        return made
+        return self._declare(body)
 
     def _enum_value(self, body: _Body, scope: str) -> None:
-        at, key = self._at, self._word("a value's name")
-        self._define(scope, key, at)            # beside the enum, not in it: as C++ has it
-        self._expect("=")
-        number_at, number = self._at, self._integer("a value's number")
-        self._field_options()
-        self._expect(";")
+        # it is named beside the enum, not in it: as C++ has it
+        name, at, number, number_at, _ = self._numbered(scope, "value")
         if number and not body.fields:
             raise self._fail("the first value of an enum must be 0", number_at)
         if not -1 << 31 <= number < 1 << 31:
             raise self._fail(f"{number} does not fit into 32 bits", number_at)
-        body.numbers.setdefault(number, key)
-        value = _Field(number, None)
-        value.name = key
-        body.fields.append((value, at))
+        body.numbers.setdefault(number, name)
+        body.fields.append((name, number, at, None))
 
-    def _service(self, scope: str, depth: int) -> None:
-        at, name = self._at, self._word("a service's name")
-        full = self._define(scope, name, at)
+    def _service(self, scope: str) -> None:
+        name, full, _ = self._name(scope, "a service's name")
         methods = self._file.services[name] = {}
         for _ in self._block():
-            if self._accept("option"):
-                self._option()
-            elif not self._accept(";"):
-                self._expect("rpc")
-                method = self._word("a method's name")
-                self._define(full, method, self._at - 1)
-                methods[method] = self._rpc_type(scope)
-                self._expect("returns")
-                methods[method] += f" returns {self._rpc_type(scope)}"
-                self._rpc_end()
+            self._expect("rpc")
+            method = self._name(full, "a method's name")[0]
+            takes = self._rpc_type(scope)
+            self._expect("returns")
+            methods[method] = f"{takes} returns {self._rpc_type(scope)}"
+            if not self._accept(";"):
+                for _ in self._block():
+                    self._expect("option")      # nothing else can stand there
 
     def _rpc_type(self, scope: str) -> str:
         self._expect("(")
@@ -2365,31 +2305,24 @@ class _ProtoReader:
         self._expect(")")
         return f"({stream}{name})"
 
-    def _rpc_end(self) -> None:
-        if self._accept(";"):
-            return
-        for _ in self._block():
-            if not self._accept(";"):
-                self._expect("option")
-                self._option()
 
-
-_STATEMENTS: dict[str, Callable[[_ProtoReader, str, int], Any]] = {
+_REFUSED = ("extend", "extensions", "required", "group")
+_STATEMENTS: dict[str, Callable[[_ProtoReader, str], Any]] = {
     "import": _ProtoReader._import, "package": _ProtoReader._package,
     "option": _ProtoReader._option, "message": _ProtoReader._message, "enum": _ProtoReader._enum,
-    "service": _ProtoReader._service, ";": _ProtoReader._nothing,
-    **dict.fromkeys(("extend", "extensions", "required", "group"), _ProtoReader._refuse),
+    "service": _ProtoReader._service, ";": lambda reader, scope: None,
+    **dict.fromkeys(_REFUSED, _ProtoReader._refuse),
 }
 
 
 class _Body:
     """What stands between the braces of a message or an enum."""
 
-    __slots__ = ("full", "fields", "nested", "numbers", "reserved", "reserved_names")
-
-    def __init__(self, full: str) -> None:
+    def __init__(self, full: str, top: int) -> None:
         self.full = full
-        self.fields: list[tuple[_Field, int]] = []          # or an enum's values; and where
+        self.top = top                                      # the largest number it can hold
+        self.is_message = top == _MAX_FIELD
+        self.fields: list[tuple[str, int, int, _Field | None]] = []     # or values: see _numbered
         self.nested: list[Any] = []
         self.numbers: dict[int, str] = {}
         self.reserved: list[tuple[int, int]] = []           # ranges, in order
@@ -2400,44 +2333,32 @@ class _Body:
         at = bisect.bisect_right(self.reserved, (high, _MASK64))
         return at > 0 and self.reserved[at - 1][1] >= low
 
-    def _origin(self, file: _ProtoFile, names: dict[str, str], top: int) -> _Origin:
-        ranges = [f"{low}" if low == high else f"{low} to {'max' if high == top else high}"
+    def make(self, file: _ProtoFile) -> Any:
+        """Return the class: fields or values under names that Python can take, types inside."""
+        said = {name for name, *_ in self.fields} | {each.__name__ for each in self.nested}
+        said |= {each.oneof for *_, each in self.fields if each}
+        names: dict[str, str] = {}
+        members: dict[str, Any] = {}
+        for name, number, _, field_ in self.fields:
+            attribute = _attribute(name, _is_taken if field_ else _is_no_member, said, names)
+            names[attribute], members[attribute] = name, field_ or number
+        name, module = self.full.rpartition(".")[2], os.path.basename(file.label)
+        qualname = self.full.removeprefix(file.package + ".")
+        make: Any = enum.IntEnum    # mypy wants its first argument written out
+        if self.is_message:
+            members |= {"__module__": module, "__qualname__": qualname}
+            made: Any = _MessageMeta(name, (Message,), members)
+        else:
+            made = make(name, members, module=module, qualname=qualname)
+        ranges = [f"{low}" if low == high else f"{low} to {'max' if high == self.top else high}"
                   for low, high in self.reserved]
         quoted = [json.dumps(name) for name in self.reserved_names]
-        return _Origin(self.full, file.label, names,
-                       tuple(", ".join(each) for each in (ranges, quoted) if each))
-
-    def make_message(self, name: str, file: _ProtoFile) -> type[Message]:
-        """Return the class: fields under names that Python can take, nested types inside."""
-        said = {word for each, _ in self.fields for word in (each.name, each.oneof)}
-        said |= {each.__name__ for each in self.nested}
-        namespace: dict[str, Any] = {"__module__": os.path.basename(file.label),
-                                     "__qualname__": self.full.removeprefix(file.package + ".")}
-        names = {}
-        for each, _ in self.fields:
-            attribute = _attribute(each.name, _is_taken, said, namespace)
-            names[attribute], each.name = each.name, ""     # the metaclass names it
-            namespace[attribute] = each
-        made: Any = _MessageMeta(name, (Message,), namespace)
-        made._proto = self._origin(file, names, _MAX_FIELD)
+        made._proto = _Origin(self.full, file.label, names,
+                              tuple(", ".join(each) for each in (ranges, quoted) if each))
         for each in self.nested:
             each._outer = made
             setattr(made, _attribute(each.__name__, _is_taken, said, vars(made)), each)
-        return cast("type[Message]", made)
-
-    def make_enum(self, name: str, file: _ProtoFile) -> type[enum.IntEnum]:
-        """Return the class, its aliases included."""
-        said = {each.name for each, _ in self.fields}
-        names: dict[str, str] = {}
-        members: dict[str, int] = {}
-        for each, _ in self.fields:
-            attribute = _attribute(each.name, _is_no_member, said, members)
-            names[attribute], members[attribute] = each.name, each.number
-        make: Any = enum.IntEnum    # mypy wants its first argument written out
-        made = make(name, members, module=os.path.basename(file.label),
-                    qualname=self.full.removeprefix(file.package + "."))
-        made._proto = self._origin(file, names, (1 << 31) - 1)
-        return cast("type[enum.IntEnum]", made)
+        return made
 
 
 # -- files --
