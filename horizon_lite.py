@@ -1918,10 +1918,10 @@ def _find_type(known: Mapping[str, Any], name: str, scope: str) -> Any:
 class _Origin(NamedTuple):
     """Where a class was read from, and what its attributes do not tell."""
 
-    full_name: str
-    file: str
-    names: dict[str, str]           # by attribute: of its fields, or of an enum's values
-    reserved: tuple[str, ...]
+    full_name: str = ""
+    file: str = ""
+    names: Mapping[str, str] = {}   # by attribute: of its fields, or of an enum's values
+    reserved: tuple[str, ...] = ()
 
 
 class _ProtoFile:
@@ -2371,16 +2371,9 @@ _WELL_KNOWN = {                     # protobuf.dev, "Well-Known Types"
     "field_mask": "message FieldMask { repeated string paths = 1; }",
     "struct": """
         message Struct { map<string, Value> fields = 1; }
-        message Value {
-          oneof kind {
-            NullValue null_value = 1;
-            double number_value = 2;
-            string string_value = 3;
-            bool bool_value = 4;
-            Struct struct_value = 5;
-            ListValue list_value = 6;
-          }
-        }
+        message Value { oneof kind {
+          NullValue null_value = 1; double number_value = 2; string string_value = 3;
+          bool bool_value = 4; Struct struct_value = 5; ListValue list_value = 6; } }
         enum NullValue { NULL_VALUE = 0; }
         message ListValue { repeated Value values = 1; }""",
     "wrappers": "".join(f"message {name}Value {{ {name.lower()} value = 1; }}" for name in (
@@ -2401,8 +2394,6 @@ def _well_known(path: str) -> _ProtoFile:
 
 class _ProtoLoader:
     """Find and read files and what they import, each once."""
-
-    __slots__ = ("_roots", "_files", "_open")
 
     def __init__(self, roots: Iterable[str | os.PathLike[str]]) -> None:
         self._roots = [os.fspath(each) for each in roots]
@@ -2539,55 +2530,38 @@ _NO_TYPES = {*_KINDS, *_STATEMENTS, "map", "oneof", "optional", "repeated", "res
 class _ProtoWriter:
     """Write classes as .proto text; ``outside`` are those that other files declare."""
 
-    __slots__ = ("_package", "_outside", "_owners", "_names", "_lines", "_used")
-
     def __init__(self, package: str, outside: Mapping[Any, _Origin]) -> None:
         self._package = package
         self._outside = outside
-        self._owners: dict[Any, Any] = {}           # class -> the one it is nested in, or None
         self._names: dict[str, Any] = {each.full_name: cls for cls, each in outside.items()}
-        self._lines: list[str] = []
+        self._full_names: dict[Any, str] = {}       # of what is written
         self._used: set[str] = set()                # files of what was referred to outside
 
     def write(self, classes: Iterable[Any], imports: list[str] | None = None) -> str:
         """Return the text of *classes*, and of all that they refer to."""
-        for each in classes:
-            self._collect(each)
-        known = 0
-        while known < len(self._owners):
-            some, known = list(self._owners)[known:], len(self._owners)
-            for target in (target for each in some for target in _targets(each)):
-                self._collect(target)
-        for each in self._owners:
-            self._names[self._full_name(each)] = each
+        tops, queue = [], list(classes)
+        for cls in queue:                           # which grows
+            while outer := _outer(cls):
+                cls = outer
+            if cls not in self._outside and cls not in self._full_names:
+                tops.append(cls)
+                queue += self._add(cls, self._package)
         for full in list(self._names):
             while full := full.rpartition(".")[0]:
                 self._names.setdefault(full, _PACKAGE)
-        for each, owner in self._owners.items():
-            if owner is None:
-                self._lines.append("")
-                self._type(each, "")
+        lines = [line for cls in tops for line in ("", *self._type(cls))]
         head = ['syntax = "proto3";', *([f"package {self._package};"] if self._package else ())]
         head += imports or [f'import "{path}";' for path in sorted(self._used)]
-        return "\n".join(head + self._lines) + "\n"
+        return "\n".join(head + lines) + "\n"
 
-    def _collect(self, cls: Any) -> None:
-        """Add a class with all that surrounds it and all that is nested in it."""
-        while outer := _outer(cls):
-            cls = outer
-        if cls not in self._outside and cls not in self._owners:
-            self._add(cls, None)
-
-    def _add(self, cls: Any, owner: Any) -> None:
-        self._owners[cls] = owner
+    def _add(self, cls: Any, around: str) -> Iterator[Any]:
+        """Name a class and all that is nested in it; yield what their fields refer to."""
+        full = f"{around}.{_origin(cls).full_name.rpartition('.')[2] or cls.__name__}".lstrip(".")
+        self._full_names[cls] = full
+        self._names[full] = cls
+        yield from _targets(cls)
         for each in _nested_types(cls):
-            self._add(each, cls)
-
-    def _full_name(self, cls: Any) -> str:
-        name = cls._proto.full_name.rpartition(".")[2] if _origin(cls) else cls.__name__
-        owner = self._owners[cls]
-        around = self._package if owner is None else self._full_name(owner)
-        return f"{around}.{name}".lstrip(".")
+            yield from self._add(each, full)
 
     def _refer(self, target: Any, scope: str) -> str:
         """Return the shortest name that means *target* in *scope*."""
@@ -2595,74 +2569,61 @@ class _ProtoWriter:
             self._used.add(origin.file)
             full, most = origin.full_name, 0        # of another file: its full name
         else:
-            full = self._full_name(target)
+            full = self._full_names[target]
             most = full.count(".")
         names = (".".join(full.split(".")[at:]) for at in range(most, -1, -1))
         return next((each for each in names if each.partition(".")[0] not in _NO_TYPES
                      and _find_type(self._names, each, scope) is target), "." + full)
 
-    def _type(self, cls: Any, pad: str) -> None:
-        full = self._full_name(cls)
-        name, origin = full.rpartition(".")[2], _origin(cls)
-        is_message = _is_message_class(cls)
-        if is_message and (doc := vars(cls).get("__doc__")):
-            self._lines += [
-                f"{pad}// {''.join(filter(str.isprintable, line)).strip()}".rstrip()
-                for line in doc.strip().splitlines()]
-        self._lines.append(f"{pad}{'message' if is_message else 'enum'} {name} {{")
-        before = len(self._lines)
-        self._lines += [f"{pad}  reserved {each};" for each in (origin.reserved if origin else ())]
-        if is_message:
+    def _type(self, cls: Any) -> list[str]:
+        """Return the lines that declare a class."""
+        full, origin, comment = self._full_names[cls], _origin(cls), []
+        lines = [f"reserved {each};" for each in origin.reserved]
+        if _is_message_class(cls):
+            comment = [f"// {''.join(filter(str.isprintable, line)).strip()}".rstrip()
+                       for line in (vars(cls).get("__doc__") or "").strip().splitlines()]
             for each in _nested_types(cls):
-                self._type(each, pad + "  ")
-            self._fields(cls, full, pad + "  ", origin.names if origin else {})
+                lines += self._type(each)
+            lines += self._fields(cls, full, origin.names)
         else:
-            self._values(cls, pad + "  ", origin.names if origin else {})
-        if len(self._lines) == before:
-            self._lines[-1] += "}"
-        else:
-            self._lines.append(pad + "}")
+            lines += self._values(cls, origin.names)
+        word = "message" if _is_message_class(cls) else "enum"
+        return comment + _braces(f"{word} {full.rpartition('.')[2]}", lines)
 
-    def _values(self, cls: Any, pad: str, names: Mapping[str, str]) -> None:
+    def _values(self, cls: Any, names: Mapping[str, str]) -> list[str]:
         values = {names.get(key, key): each.value for key, each in cls.__members__.items()}
         if 0 not in values.values():
             raise SchemaError(f"{cls.__name__} has no value 0, which proto3 needs as the default")
-        if len(set(values.values())) < len(values):
-            self._lines.append(f"{pad}option allow_alias = true;")
-        self._lines += [f"{pad}{key} = {value};"
-                        for key, value in sorted(values.items(), key=lambda each: each[1] != 0)]
+        alias = len(set(values.values())) < len(values)
+        return ["option allow_alias = true;"] * alias + [
+            f"{key} = {value};"
+            for key, value in sorted(values.items(), key=lambda each: each[1] != 0)]
 
-    def _fields(self, cls: Any, scope: str, pad: str, names: Mapping[str, str]) -> None:
-        done: set[str] = set()
+    def _fields(self, cls: Any, scope: str, names: Mapping[str, str]) -> list[str]:
+        parts: dict[object, list[str]] = {}         # the members of a oneof stand together
         for each in cls._fields:
-            if not each.oneof:
-                self._lines.append(pad + self._field(each, scope, names))
-            elif each.oneof not in done:
-                done.add(each.oneof)
-                self._lines += [f"{pad}oneof {each.oneof} {{", *(
-                    f"{pad}  {self._field(one, scope, names)}"
-                    for one in cls._fields if one.oneof == each.oneof), pad + "}"]
-
-    def _field(self, field_: _Field, scope: str, names: Mapping[str, str]) -> str:
-        label = "optional " if field_.optional else ""
-        if field_.map:
-            key, value = (self._kind(each, scope) for each in field_.target._fields)
-            kind = f"map<{key}, {value}>"
-        else:
-            label = "repeated " if field_.repeated else label
-            kind = self._kind(field_, scope)
-        loose = field_.repeated and not field_.packed and field_.wire_type != _LEN
-        return (f"{label}{kind} {names.get(field_.name, field_.name)} = {field_.number}"
+            loose = each.repeated and not each.packed and each.wire_type != _LEN
+            parts.setdefault(each.oneof or each, []).append(
+                f"{self._kind(each, scope)} {names.get(each.name, each.name)} = {each.number}"
                 f"{' [packed = false]' if loose else ''};")
+        return [line for part, lines in parts.items() for line in (
+            _braces(f"oneof {part}", lines) if isinstance(part, str) else lines)]
 
     def _kind(self, field_: _Field, scope: str) -> str:
+        """Return a field's type, with the label before it."""
+        if field_.map:
+            return f"map<{', '.join(self._kind(each, scope) for each in field_.target._fields)}>"
+        label = "repeated " if field_.repeated else "optional " if field_.optional else ""
         named = field_.kind in ("message", "enum")
-        return self._refer(field_.target, scope) if named else field_.kind
+        return label + (self._refer(field_.target, scope) if named else field_.kind)
 
 
-def _origin(cls: Any) -> _Origin | None:
-    origin: _Origin | None = vars(cls).get("_proto")        # not that of a base class
-    return origin
+def _braces(head: str, lines: list[str]) -> list[str]:
+    return [head + " {", *(f"  {each}" for each in lines), "}"] if lines else [head + " {}"]
+
+
+def _origin(cls: Any) -> _Origin:
+    return vars(cls).get("_proto") or _Origin()             # not that of a base class
 
 
 def _nested_types(cls: Any) -> list[Any]:
@@ -2675,7 +2636,7 @@ def _nested_types(cls: Any) -> list[Any]:
 def _outer(cls: Any) -> Any:
     """Return the message in which *cls* is declared, or None."""
     path = cls.__qualname__.rpartition(".")[0]
-    if _origin(cls) or not path or path.endswith("<locals>"):
+    if vars(cls).get("_proto") or not path or path.endswith("<locals>"):
         return vars(cls).get("_outer")
     found: Any = sys.modules.get(cls.__module__)
     for part in path.split("."):
@@ -2683,13 +2644,13 @@ def _outer(cls: Any) -> Any:
     return found if _is_message_class(found) else None
 
 
-def _targets(cls: Any) -> list[Any]:
-    """Return the types that the fields of *cls* have."""
-    if not _is_message_class(cls):
-        return []
-    parts = [part for each in cls._prepare()._fields
-             for part in (each.target._prepare()._fields if each.map else (each,))]
-    return [each.target for each in parts if each.kind in ("message", "enum")]
+def _targets(cls: Any) -> Iterator[Any]:
+    """Yield the types that the fields of *cls* have."""
+    for each in cls._prepare()._fields if _is_message_class(cls) else ():
+        if each.map:
+            yield from _targets(each.target)
+        elif each.kind in ("message", "enum"):
+            yield each.target
 
 
 def proto_text(*classes: type[Message] | type[enum.IntEnum]) -> str:
@@ -2704,8 +2665,8 @@ def proto_text(*classes: type[Message] | type[enum.IntEnum]) -> str:
     if wrong := [each for each in classes if not (
             isinstance(each, type) and issubclass(each, Message | enum.IntEnum))]:
         raise UsageError(f"proto_text() takes Message and IntEnum classes, not {wrong[0]!r}")
-    first = _origin(classes[0]) if classes else None
-    package = first.full_name.removesuffix(classes[0].__qualname__).rstrip(".") if first else ""
+    first = _origin(classes[0]).full_name if classes else ""
+    package = first.removesuffix(classes[0].__qualname__).rstrip(".") if first else ""
     well_known: Any = (each for name in _WELL_KNOWN
                        for each in _well_known(f"google/protobuf/{name}.proto").types.values())
     writer = _ProtoWriter(package, {
