@@ -2939,15 +2939,14 @@ class Pool(Generic[_T]):
     ([], 1, 1)
     """
 
-    __slots__ = ("_factory", "_cap", "_reset", "_free", "_free_ids", "hits", "misses", "discarded")
+    __slots__ = ("_factory", "_cap", "_reset", "_free", "hits", "misses", "discarded")
 
     def __init__(self, factory: Callable[[], _T], cap: int = 1000,
                  reset: Callable[[_T], object] | None = None) -> None:
         self._factory = factory
         self._cap = cap
         self._reset = reset
-        self._free: list[_T] = []
-        self._free_ids: set[int] = set()    # to notice a second release
+        self._free: dict[int, _T] = {}      # by id, to notice a second release
         self.hits = self.misses = self.discarded = 0
 
     def __len__(self) -> int:
@@ -2959,9 +2958,7 @@ class Pool(Generic[_T]):
             self.misses += 1
             return self._factory()
         self.hits += 1
-        item = self._free.pop()
-        self._free_ids.discard(id(item))
-        return item
+        return self._free.popitem()[1]
 
     def release(self, item: _T) -> None:
         """Give *item* back; nobody may use it any more.
@@ -2969,15 +2966,14 @@ class Pool(Generic[_T]):
         Raises:
             StateError: it is in the pool already.
         """
-        if id(item) in self._free_ids:
+        if id(item) in self._free:
             raise StateError(f"{type(item).__name__} was released twice")
         if self._reset is not None:
             self._reset(item)
-        if len(self._free) >= self._cap:
+        if len(self._free) < self._cap:
+            self._free[id(item)] = item
+        else:
             self.discarded += 1
-            return
-        self._free.append(item)
-        self._free_ids.add(id(item))
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[_T]:
