@@ -692,15 +692,14 @@ def _put(kind: str, value: Any) -> _Bytes:
     """Return one value's bytes, without a length: the careful way, which says what is wrong."""
     try:
         if kind in _RANGES:
-            number = int(value.__index__())
+            value = int(value.__index__())
             low, high = _RANGES[kind]
-            if not low <= number <= high:
-                raise ValueError(f"{number} is out of range for {kind}")
-            if kind in _FIXED:
-                return struct.pack("<" + _FIXED[kind], number)
-            return _varint(_zigzag(number) if kind[0] == "s" else number & _MASK64)
+            if not low <= value <= high:
+                raise ValueError(f"{value} is out of range for {kind}")
         if kind in _FIXED:
             return struct.pack("<" + _FIXED[kind], _f32(value) if kind == "float" else value)
+        if kind in _RANGES:
+            return _varint(_zigzag(value) if kind[0] == "s" else value & _MASK64)
         if kind == "bool" and isinstance(value, int):
             return b"\x01" if value else b"\x00"
         if kind == "string" and isinstance(value, str):
@@ -821,20 +820,20 @@ _GENERATED_NAMES: dict[str, Any] = {                # what generated text may ca
 }
 
 
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class _Field:
     """One declared field; ``kind`` is a key of _KINDS, or "message"."""
 
-    __slots__ = ("name", "number", "kind", "target", "repeated", "packed",
-                 "optional", "oneof", "map", "always")
-
-    def __init__(self, number: int, target: Any) -> None:
-        self.name = ""
-        self.number = number
-        self.target = target        # as declared; a class once resolved, for enum and message
-        self.kind = ""
-        self.repeated = self.packed = self.optional = self.always = False
-        self.oneof = ""
-        self.map: tuple[Any, Any] | None = None
+    number: int
+    target: Any                     # as declared; a class once resolved, for enum and message
+    repeated: bool = False
+    packed: bool = False
+    optional: bool = False
+    oneof: str = ""
+    map: tuple[Any, Any] | None = None
+    always: bool = False            # written even if it is the default
+    name: str = ""
+    kind: str = ""
 
     @property
     def explicit(self) -> bool:
@@ -857,16 +856,12 @@ class _Field:
     @property
     def tag(self) -> bytes:
         """The tag as it is written; when reading, both forms of a repeated scalar are known."""
-        return _tag(self.number, _LEN if self.is_packed else self.wire_type)
+        return _varint(self.number << 3 | (_LEN if self.is_packed else self.wire_type))
 
     def default(self) -> Any:
         """Return what an unset field reads as."""
-        if self.map:
-            return {}
-        if self.repeated:
-            return []
-        if self.explicit:
-            return None
+        if self.repeated or self.explicit:
+            return {} if self.map else [] if self.repeated else None
         if self.kind == "enum":
             return self.target._value2member_map_.get(0, 0)
         return _KINDS[self.kind].default
@@ -874,8 +869,8 @@ class _Field:
     @property
     def blank(self) -> str:
         """The default as generated text has it."""
-        fresh = "{}" if self.map else "[]" if self.repeated else ""
-        return fresh or ("None" if self.explicit else f"default_{self.number}")
+        fresh = self.repeated or self.explicit
+        return repr(self.default()) if fresh else f"default_{self.number}"
 
     def check(self, value: Any) -> None:
         """Raise what is wrong with *value*, if anything is."""
@@ -929,13 +924,7 @@ def field(number: int, type: Any = None, /, *, repeated: bool = False, packed: b
                           "is bool, string or any integer type")
     if oneof and not (isinstance(oneof, str) and oneof.isascii() and oneof.isidentifier()):
         raise SchemaError(f"field {number}: oneof={oneof!r} must be a name of ASCII letters")
-    made = _Field(number, type)
-    made.repeated = repeated or map is not None
-    made.packed = packed
-    made.optional = optional
-    made.oneof = oneof
-    made.map = map
-    return made
+    return _Field(number, type, repeated or map is not None, packed, optional, oneof, map)
 
 
 # -- building the text: one field --
@@ -962,23 +951,11 @@ def _put_sized(field_: _Field) -> str:
             "out.append(raw)\n")
 
 
-def _put_scalar(field_: _Field) -> str:
-    """Return lines that append the tag and one `value` of a scalar field."""
-    text = f"raw = {_KINDS[field_.kind].put}\n"
-    if field_.wire_type == _LEN:
-        return text + _put_sized(field_)
-    text += f"out.append({field_.tag!r} + raw)\ntotal += len(raw) + {len(field_.tag)}\n"
-    if not _KINDS[field_.kind].small:
-        return text
-    return ("if 0 <= value < 0x80:\n"
-            f"    out.append(head_{field_.number}[value])\n    total += {len(field_.tag) + 1}\n"
-            "else:\n" + _indent(text, 1))
-
-
-def _put_message(heads: str, tag: str, class_: str, label: str) -> str:
+def _put_message(heads: str, tag: str, class_: str, name: str) -> str:
     """Return lines that append the tag, the length and the parts of the message in `value`."""
     return (f"if not isinstance(value, {class_}): raise TypeError\n"
-            f"if depth <= 0: raise UsageError({label} + ': nested deeper than {_MAX_DEPTH}')\n"
+            f"if depth <= 0: raise UsageError(f'{{type(self).__name__}}.{name}: "
+            f"nested deeper than {_MAX_DEPTH}')\n"
             "mark = len(out)\n"
             "out.append(b'')\n"
             "size = value._put(out, depth - 1)\n"
@@ -986,11 +963,20 @@ def _put_message(heads: str, tag: str, class_: str, label: str) -> str:
             "total += size + len(head)\n")
 
 
-def _put_one(field_: _Field, owner: str) -> str:
-    if field_.kind != "message":
-        return _put_scalar(field_)
-    n = field_.number
-    return _put_message(f"head_{n}", repr(field_.tag), f"class_{n}", repr(f"{owner}.{field_.name}"))
+def _put_one(field_: _Field) -> str:
+    """Return lines that append the tag and one `value` of a field."""
+    n, tag = field_.number, field_.tag
+    if field_.kind == "message":
+        return _put_message(f"head_{n}", repr(tag), f"class_{n}", field_.name)
+    text = f"raw = {_KINDS[field_.kind].put}\n"
+    if field_.wire_type == _LEN:
+        return text + _put_sized(field_)
+    text += f"out.append({tag!r} + raw)\ntotal += len(raw) + {len(tag)}\n"
+    if not _KINDS[field_.kind].small:
+        return text
+    return ("if 0 <= value < 0x80:\n"
+            f"    out.append(head_{n}[value])\n    total += {len(tag) + 1}\n"
+            "else:\n" + _indent(text, 1))
 
 
 def _packed_text(field_: _Field) -> str:
@@ -1003,9 +989,9 @@ def _packed_text(field_: _Field) -> str:
     return f"b''.join([{kind.put} for value in values])"
 
 
-def _put_lines(field_: _Field, owner: str) -> str:
+def _put_lines(field_: _Field) -> str:
     """Return the lines that write a field that is in no oneof and no run."""
-    name, put = f"self.{field_.name}", _put_one(field_, owner)
+    name, put = f"self.{field_.name}", _put_one(field_)
     if field_.map:                  # one entry object serves them all
         return (f"value = class_{field_.number}()\n"
                 f"for value.key, value.value in map_items({name}):\n" + _indent(put, 1))
@@ -1024,12 +1010,12 @@ def _put_lines(field_: _Field, owner: str) -> str:
     return f"value = {name}\nif value:\n" + _indent(put, 1) + f"elif {wrong}\n"
 
 
-def _store(field_: _Field) -> str:
+def _store(field_: _Field, value: str = "value") -> str:
     if field_.repeated:
-        return f"self.{field_.name}.append(value)"
+        return f"self.{field_.name}.append({value})"
     if field_.oneof:
-        return f"self._set_{field_.oneof} = {field_.name!r}\nself._value_{field_.oneof} = value"
-    return f"self.{field_.name} = value"
+        return f"self._set_{field_.oneof} = {field_.name!r}\nself._value_{field_.oneof} = {value}"
+    return f"self.{field_.name} = {value}"
 
 
 def _get_message(field_: _Field) -> str:
@@ -1042,10 +1028,8 @@ def _get_message(field_: _Field) -> str:
                  "if value._unknown:\n    unknown = unknown or []\n"
                  "    unknown.append(bytes(data[start:stop]))\n"
                  f"else: self.{field_.name}[value.key] = map_value(value)\n")
-    elif field_.repeated:
-        text += f"self.{field_.name}.append({load})\n"
     else:
-        text += f"self.{field_.name} = {load}\n"
+        text += _store(field_, load) + "\n"
     return text + "at = stop\n"
 
 
@@ -1076,8 +1060,6 @@ class _Run:
     message may have a ``lead``, a string or bytes field before it, and bools at its end.
     """
 
-    __slots__ = ("fields", "lead", "reads", "writes", "spans", "width")
-
     def __init__(self, fields: list[_Field], lead: _Field | None = None) -> None:
         self.fields = fields
         self.lead = lead
@@ -1101,8 +1083,9 @@ class _Run:
             return str(self.width)
         return f"size + {self.width + len(self.lead.tag) + 1}"
 
-    def calls(self, name: str) -> dict[str, Any]:
+    def names(self, name: str = "") -> dict[str, Any]:
         """Return the functions that the text calls, for a run of this name."""
+        name = name or str(self.fields[0].number)
         if not self.lead:
             return {f"pack_{name}": struct.Struct(self.writes).pack,
                     f"unpack_{name}": struct.Struct(self.reads).unpack_from}
@@ -1219,34 +1202,29 @@ def _is_set(field_: _Field) -> str:
 class _Choice:
     """Members of one oneof with neighbouring numbers: messages share one branch."""
 
-    __slots__ = ("group", "scalars", "messages", "label")
-
     def __init__(self, fields: list[_Field]) -> None:
         self.group = fields[0].oneof
         self.scalars = [each for each in fields if each.kind != "message"]
         self.messages = [each for each in fields if each.kind == "message"]
         self.label = f"members_{fields[0].number}"
 
-    def table(self) -> dict[Any, tuple[Any, Any]]:
-        """Return what the generated text looks up: by name to write, by tag to read."""
+    def names(self) -> dict[str, Any]:
+        """Return the table that the text looks into: by name to write, by tag to read."""
         table: dict[Any, tuple[Any, Any]] = {}
         for each in self.messages:
             table[each.name] = _heads(each.tag), each.target
             table[each.number << 3 | _LEN] = each.name, each.target
-        return table
+        return {self.label: table}
 
-    def put_lines(self, owner: str) -> str:
-        text = f"which = self._set_{self.group}\nvalue = self._value_{self.group}\n"
-        word = "if"
+    def put_lines(self) -> str:
+        cases = [f"if which == {each.name!r}:\n" + _indent(_put_one(each), 1)
+                 for each in self.scalars]
         if self.messages:
-            put = _put_message("heads", "heads[0][:-1]", "kind", f"{owner + '.'!r} + which")
-            text += f"if which in {self.label}:\n    heads, kind = {self.label}[which]\n"
-            text += _indent(put, 1)
-            word = "elif"
-        for each in self.scalars:
-            text += f"{word} which == {each.name!r}:\n" + _indent(_put_scalar(each), 1)
-            word = "elif"
-        return text
+            put = _put_message("heads", "heads[0][:-1]", "kind", "{which}")
+            cases.insert(0, f"if which in {self.label}:\n"
+                         + _indent(f"heads, kind = {self.label}[which]\n{put}", 1))
+        return (f"which = self._set_{self.group}\nvalue = self._value_{self.group}\n"
+                + "el".join(cases))
 
     def get_lines(self) -> str:
         text = ""
@@ -1260,22 +1238,21 @@ class _Choice:
         return text + "".join(map(_get_lines, self.scalars))
 
 
-def _parts_of(fields: Iterable[_Field]) -> list[_Run | _Choice | _Field]:
+_Part = _Run | _Choice | _Field
+
+
+def _parts_of(fields: Iterable[_Field]) -> list[_Part]:
     """Return the fields by number, with neighbours joined into runs and choices."""
-    parts: list[_Run | _Choice | _Field] = []
+    parts: list[_Part] = []
     ordered = sorted(fields, key=lambda each: each.number)
     for (fusible, group), some in itertools.groupby(ordered, lambda f: (f.fusible, f.oneof)):
         neighbours = list(some)
-        if fusible:
-            parts.append(_Run(neighbours))
-        elif group:
-            parts.append(_Choice(neighbours))
-        else:
-            parts += neighbours
+        parts += ([_Run(neighbours)] if fusible else
+                  [_Choice(neighbours)] if group else neighbours)
     return parts
 
 
-def _whole(parts: list[_Run | _Choice | _Field]) -> _Run | None:
+def _whole(parts: list[_Part]) -> _Run | None:
     """Return the run that a message consists of, if it does."""
     plain = [each for each in parts if isinstance(each, _Field)
              and not (each.repeated or each.explicit or each.always)]
@@ -1288,13 +1265,10 @@ def _whole(parts: list[_Run | _Choice | _Field]) -> _Run | None:
 
 
 def _clear_lines(fields: Iterable[_Field]) -> str:
-    text = ""
-    for each in fields:
-        if not each.oneof:
-            text += f"self.{each.name} = {each.blank}\n"
-    for group in dict.fromkeys(each.oneof for each in fields if each.oneof):
-        text += f"self._set_{group} = self._value_{group} = None\n"
-    return text + "self._unknown = b''\n"
+    lines = [f"self.{each.name} = {each.blank}\n" for each in fields if not each.oneof]
+    lines += [f"self._set_{group} = self._value_{group} = None\n"
+              for group in dict.fromkeys(each.oneof for each in fields if each.oneof)]
+    return "".join(lines) + "self._unknown = b''\n"
 
 
 def _init_source(fields: Iterable[_Field]) -> str:
@@ -1316,19 +1290,7 @@ def _init_source(fields: Iterable[_Field]) -> str:
     return f"def __init__(self{arguments}):\n" + _indent(sets + "self._unknown = b''\n", 1)
 
 
-def _put_source(parts: list[_Run | _Choice | _Field], whole: _Run | None, owner: str) -> str:
-    text = "total = 0\n"
-    if whole:
-        text = whole.short_lines("out.append({})\nreturn " + whole.size) + text
-    for each in parts:
-        text += (each.put_lines() if isinstance(each, _Run) else
-                 each.put_lines(owner) if isinstance(each, _Choice) else _put_lines(each, owner))
-    return "def _put(self, out, depth):\n" + _indent(
-        text + "if self._unknown:\n    out.append(self._unknown)\n"
-        "    total += len(self._unknown)\nreturn total\n", 1)
-
-
-def _load_source(parts: list[_Run | _Choice | _Field], clear: str, short: str) -> str:
+def _load_source(parts: list[_Part], clear: str, short: str) -> str:
     branches = "".join(_get_lines(each) if isinstance(each, _Field) else each.get_lines()
                        for each in parts)
     unknown = ("at = skip(data, start, at, end, tag, depth)\n"
@@ -1354,12 +1316,17 @@ def _load_source(parts: list[_Run | _Choice | _Field], clear: str, short: str) -
         "    return self\n")
 
 
-def _sources(fields: tuple[_Field, ...], parts: list[_Run | _Choice | _Field],
-             whole: _Run | None, owner: str) -> dict[str, str]:
+def _sources(fields: tuple[_Field, ...], parts: list[_Part],
+             whole: _Run | None) -> dict[str, str]:
     """Return the text of all functions that are generated for one class."""
     clear, load = _clear_lines(fields), whole.load_lines() if whole else ""
+    put = "".join([_put_lines(each) if isinstance(each, _Field) else each.put_lines()
+                   for each in parts])
     sources = {
-        "_put": _put_source(parts, whole, owner),
+        "_put": "def _put(self, out, depth):\n" + _indent(
+            (whole.short_lines("out.append({})\nreturn " + whole.size) if whole else "")
+            + f"total = 0\n{put}if self._unknown:\n    out.append(self._unknown)\n"
+            "    total += len(self._unknown)\nreturn total\n", 1),
         "clear": "def clear(self):\n"
                  '    """Set every field back to its default and forget unknown fields."""\n'
                  + _indent(clear, 1),
@@ -1379,7 +1346,7 @@ def _heads(tag: bytes) -> list[bytes]:
     return [tag + one for one in _ONE]
 
 
-def _names_for(fields: tuple[_Field, ...], parts: list[_Run | _Choice | _Field],
+def _names_for(fields: tuple[_Field, ...], parts: list[_Part],
                whole: _Run | None) -> dict[str, Any]:
     """Return what the text of one class refers to, beside _GENERATED_NAMES."""
     names = dict(_GENERATED_NAMES)
@@ -1391,13 +1358,9 @@ def _names_for(fields: tuple[_Field, ...], parts: list[_Run | _Choice | _Field],
         if each.kind == "enum":
             names[f"member_{each.number}"] = each.target._value2member_map_.get
     for part in parts:
-        if isinstance(part, _Run):
-            names |= part.calls(str(part.fields[0].number))
-        elif isinstance(part, _Choice):
-            names[part.label] = part.table()
-    if whole:
-        names |= whole.calls("whole")
-    return names
+        if not isinstance(part, _Field):
+            names |= part.names()
+    return names | (whole.names("whole") if whole else {})
 
 
 def _compile(source: str, label: str, names: dict[str, Any]) -> dict[str, Any]:
@@ -1437,53 +1400,49 @@ def _oneof_member(name: str, group: str) -> property:
     return property(read, write)
 
 
+def _is_type(found: object) -> bool:
+    """Whether *found* is a class that fields can have: a message's, or an enum's."""
+    return isinstance(found, type) and issubclass(found, Message | enum.IntEnum)
+
+
+def _scopes(cls: type) -> list[Any]:
+    """Return the module of *cls* and the classes around it, from the outside in."""
+    scopes: list[Any] = [sys.modules.get(cls.__module__)]
+    for part in cls.__qualname__.split(".")[:-1]:
+        scopes.append(getattr(scopes[-1], part, None))
+    return scopes
+
+
 def _find_class(owner: type, name: str) -> Any:
     """Return the class called *name*: in the module, then in the classes around *owner*."""
     if name == owner.__name__:
         return owner
-    module: Any = sys.modules.get(owner.__module__)
     around = owner.__qualname__.rpartition(".")[0]
+    found: list[Any] = []
     if "<locals>" in around:        # a class inside a function can only be found by its kin
-        kin = [
-            each
-            for each in Message.__subclasses__()
-            if each.__name__ == name
-            and (each.__module__, each.__qualname__.rpartition(".")[0])
-            == (owner.__module__, around)
-        ]
-        if kin:
-            return kin[-1]
-    scopes = [module]
-    for part in around.split("."):
-        scopes.append(getattr(scopes[-1], part, None))
-    for scope in scopes:
-        found = getattr(scope, name, None)
-        if isinstance(found, type) and issubclass(found, Message | enum.IntEnum):
-            return found
-    return None
+        found = [each for each in Message.__subclasses__() if each.__name__ == name
+                 and (each.__module__, each.__qualname__) == (owner.__module__, f"{around}.{name}")]
+    found = found[-1:] or [getattr(scope, name, None) for scope in _scopes(owner)]
+    return next(filter(_is_type, found), None)
 
 
 _MEANT = {str: "string", int: "int64", float: "double", bytes: "bytes", bool: "bool"}
 
 
-def _resolve_kind(field_: _Field, target: Any, owner: type, name: str) -> None:
+def _resolve_kind(field_: _Field, owner: type, name: str) -> None:
     """Settle what a declared type means."""
-    if isinstance(target, str) and target in _KINDS and target != "enum":
-        field_.kind = target
+    said = field_.target
+    if isinstance(said, str) and said in _KINDS and said != "enum":
+        field_.kind = said
         return
-    said = target
-    if isinstance(target, str):
-        target = _find_class(owner, target)
-    if isinstance(target, type) and issubclass(target, enum.IntEnum):
-        field_.kind = "enum"
-    elif isinstance(target, type) and issubclass(target, Message) and target is not Message:
-        field_.kind = "message"
-    else:
+    target = _find_class(owner, said) if isinstance(said, str) else said
+    if not _is_type(target) or target is Message:
         names = sorted(set(_KINDS) - {"enum"})
         meant = _MEANT.get(said, said) if isinstance(said, type) else said
         raise SchemaError(f"{owner.__name__}.{name}: {said!r} is no field type: "
                           f"use {', '.join(names)}, a Message or an IntEnum, or the name of one"
                           f"{_did_you_mean(meant, names) if isinstance(meant, str) else ''}")
+    field_.kind = "message" if issubclass(target, Message) else "enum"
     field_.target = target
 
 
@@ -1501,6 +1460,7 @@ class _MessageMeta(type):
 
     def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> _MessageMeta:
         own = {key: value for key, value in namespace.items() if isinstance(value, _Field)}
+        namespace = {key: value for key, value in namespace.items() if key not in own}
         with_fields = {each for base in bases for each in base.__mro__ if vars(each).get("_fields")}
         if len(with_fields) > 1:
             raise SchemaError(f"{name}: a message can't have the fields of two classes")
@@ -1512,7 +1472,6 @@ class _MessageMeta(type):
                 raise SchemaError(f"{name}.{key}: this field() is another field already; "
                                   "call field() for each")
             each.name = sys.intern(key)     # generated text compares names by identity
-            del namespace[key]
             if _is_taken(key):
                 raise SchemaError(f"{name}.{key}: this name is taken by Message; choose another")
         numbers = Counter(each.number for each in own.values())
@@ -1524,9 +1483,8 @@ class _MessageMeta(type):
         slots = [key for key, each in own.items() if not each.oneof]
         slots += [f"_{part}_{g}" for g in groups for part in ("set", "value")]
         namespace["__slots__"] = (*slots, *(() if bases else ("_unknown",)))
-        for key, each in own.items():
-            if each.oneof:
-                namespace[key] = _oneof_member(key, each.oneof)
+        namespace |= {key: _oneof_member(key, each.oneof)
+                      for key, each in own.items() if each.oneof}
         made = super().__new__(mcs, name, bases, namespace)
         if own or not bases:            # a class without fields has those of its base
             made._fields = tuple(own.values())
@@ -1548,11 +1506,11 @@ class _MessageMeta(type):
         for each in cls._fields:
             if each.map and not each.kind:
                 each.target = _map_entry(cls, each)
-            _resolve_kind(each, each.target, cls, each.name)
+            _resolve_kind(each, cls, each.name)
         parts = _parts_of(cls._fields)
         whole = _whole(parts)
         names = _names_for(cls._fields, parts, whole)
-        sources = _sources(cls._fields, parts, whole, cls.__name__)
+        sources = _sources(cls._fields, parts, whole)
         names |= {"encode_parts": Message.encode, "decode_parts": vars(Message)["decode"].__func__}
         made = {label: _compile(source, f"{cls.__name__}.{label}", names)[label]
                 for label, source in sources.items()}
@@ -1572,17 +1530,12 @@ class _MessageMeta(type):
 def _map_entry(owner: type, field_: _Field) -> type:
     """Return the message that protobuf defines for a map's entries: 1 key, 2 value."""
     assert field_.map is not None
-    key, value = field_.map
-    members = {
-        "key": field(1, key),
-        "value": field(2, value),
-        "__module__": owner.__module__,
-        "__qualname__": f"{owner.__qualname__}.{field_.name}",
-    }
-    for name in ("key", "value"):
-        members[name].always = True
-        _resolve_kind(members[name], members[name].target, owner, field_.name)
-    return _MessageMeta(f"{owner.__name__}.{field_.name}", (Message,), members)
+    entry = {"key": field(1, field_.map[0]), "value": field(2, field_.map[1])}
+    for each in entry.values():
+        each.always = True
+        _resolve_kind(each, owner, field_.name)
+    return _MessageMeta(f"{owner.__name__}.{field_.name}", (Message,), entry | {
+        "__module__": owner.__module__, "__qualname__": f"{owner.__qualname__}.{field_.name}"})
 
 
 @dataclass_transform(kw_only_default=True)
@@ -1771,9 +1724,8 @@ def _key_from_plain(field_: _Field, key: Any) -> Any:
 
 
 def _one_from_plain(field_: _Field, value: Any) -> Any:
-    if field_.kind == "message" and not isinstance(value, Message):
-        return field_.target.from_dict(value)
-    return value
+    convert = field_.kind == "message" and not isinstance(value, Message)
+    return field_.target.from_dict(value) if convert else value
 
 
 def _generated_local(error: BaseException, name: str, default: Any) -> Any:
@@ -1805,17 +1757,13 @@ def _name_field(error: Exception, message: Message) -> Exception:
 
 def _reading(cls: Any, data: _Bytes, message: Message | None) -> Any:
     """Read *data* into *message*, or a new one; what goes wrong becomes a WireError."""
-    if type(data) is not bytes:
-        with _view(data) as view:       # released even if a traceback keeps it
-            return _reading_from(cls, view, message)
-    return _reading_from(cls, data, message)
-
-
-def _reading_from(cls: Any, data: _Bytes, message: Message | None) -> Any:
     try:
-        return cls._load(cls, data, 0, len(data), _MAX_DEPTH, message)
+        if type(data) is bytes:
+            return cls._load(cls, data, 0, len(data), _MAX_DEPTH, message)
+        with _view(data) as view:       # released even if a traceback keeps it
+            return cls._load(cls, view, 0, len(view), _MAX_DEPTH, message)
     except (IndexError, struct.error):
-        raise WireError("message is cut short", at=len(data)) from None
+        raise WireError("message is cut short", at=memoryview(data).nbytes) from None
     except UnicodeDecodeError as error:
         at: int = _generated_local(error, "at", 0) + error.start
         raise WireError("text is not UTF-8", at=at) from None
