@@ -559,10 +559,6 @@ def _sign64(value: int) -> int:
     return (value ^ 1 << 63) - (1 << 63)
 
 
-def _tag(number: int, wire_type: int) -> bytes:
-    return _varint(number << 3 | wire_type)
-
-
 def _too_long(at: int, size: int) -> WireError:
     return WireError(f"length of {size} runs past the end of its message", at=at)
 
@@ -583,13 +579,11 @@ def _skip(data: _Bytes, start: int, at: int, end: int, tag: int, depth: int) -> 
         raise WireError("field number 0", at=start)
     if wire_type == _VARINT:
         at = _read_varint(data, at)[1]
-    elif wire_type == _I64:
-        at += 8
+    elif wire_type in (_I64, _I32):
+        at += 8 if wire_type == _I64 else 4
     elif wire_type == _LEN:
         size, at = _read_short(data, at)
         at += size
-    elif wire_type == _I32:
-        at += 4
     elif wire_type == _GROUP:
         at = _skip_group(data, at, end, tag + 1, depth - 1)
     else:
