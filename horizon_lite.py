@@ -2442,10 +2442,8 @@ def _read_proto(path: str | os.PathLike[str], include: Any) -> _ProtoFile:
     folders = [include] if isinstance(include, str | os.PathLike) else list(include)
     path = os.fspath(path)
     if not os.path.exists(path):        # as protoc's -I: the file itself may be in a folder too
-        try:
+        with contextlib.suppress(FileNotFoundError):    # the error of opening it says more
             return _ProtoLoader(folders).load(path)
-        except FileNotFoundError:
-            pass                        # the error of opening it says more
     return _ProtoLoader([*folders, os.path.dirname(path) or "."]).read(path)
 
 
@@ -2570,19 +2568,15 @@ def _origin(cls: Any) -> _Origin:
 
 def _nested_types(cls: Any) -> list[Any]:
     """Return the messages and enums that are declared inside *cls*."""
-    return [each for each in vars(cls).values() if _is_message_class(cls) and isinstance(each, type)
-            and issubclass(each, Message | enum.IntEnum)
+    return [each for each in vars(cls).values() if _is_message_class(cls) and _is_type(each)
             and each.__qualname__ == f"{cls.__qualname__}.{each.__name__}"]
 
 
 def _outer(cls: Any) -> Any:
     """Return the message in which *cls* is declared, or None."""
-    path = cls.__qualname__.rpartition(".")[0]
-    if vars(cls).get("_proto") or not path or path.endswith("<locals>"):
+    if vars(cls).get("_proto"):
         return vars(cls).get("_outer")
-    found: Any = sys.modules.get(cls.__module__)
-    for part in path.split("."):
-        found = getattr(found, part, None)
+    found = _scopes(cls)[-1]
     return found if _is_message_class(found) else None
 
 
@@ -2604,8 +2598,7 @@ def proto_text(*classes: type[Message] | type[enum.IntEnum]) -> str:
     Raises:
         SchemaError: no .proto text can say it, such as an enum without 0.
     """
-    if wrong := [each for each in classes if not (
-            isinstance(each, type) and issubclass(each, Message | enum.IntEnum))]:
+    if wrong := [each for each in classes if not _is_type(each)]:
         raise UsageError(f"proto_text() takes Message and IntEnum classes, not {wrong[0]!r}")
     first = _origin(classes[0]).full_name if classes else ""
     package = first.removesuffix(classes[0].__qualname__).rstrip(".") if first else ""
