@@ -665,11 +665,10 @@ class _Kind(NamedTuple):
     wire_type: int
     default: Any
     put: str                        # an expression: the bytes of `value`, without a length
-    get: str = ""                   # lines that read `value` at `at` and move it on
-    wide: str = ""                  # what is left to do to a varint of several bytes,
-    convert: str = ""               # and to any varint, as expressions of `value`
+    get: str                        # lines that read `value` at `at` and move it on
+    put_all: str = ""               # an expression: the bytes of all `values`, if there is a
+    get_all: str = ""               # quick way; and all values that are packed up to `stop`
     small: bool = False             # whether values below 128 are their own byte
-    form: str = ""                  # its letter in struct
 
 
 _RANGES = {                         # of the integer types
@@ -772,17 +771,22 @@ if stop > end: raise too_long(at, size)
 
 
 def _varint_kind(name: str, wide: str = "", convert: str = "", *, small: bool = True) -> _Kind:
-    """Return the row of a varint type."""
-    get = _GET_VARINT + (f"\n    value = {wide}" if wide else "")
-    return _Kind(_VARINT, 0, f"put_{name}(value)",
-                 get + (f"\nvalue = {convert}" if convert else ""), wide, convert, small=small)
+    """Return the row of a varint type; *wide* is what is done to one of several bytes."""
+    get, get_all = _GET_VARINT, "read_varints(data, at, stop)"
+    for pad, value in (("    ", wide), ("", convert)):
+        if value:
+            get += f"\n{pad}value = {value}"
+            get_all = f"[{value} for value in {get_all}]"
+    put_all = f"pack_varints(put_{name}, values)" if small else ""
+    return _Kind(_VARINT, 0, f"put_{name}(value)", get, put_all, get_all, small)
 
 
 def _fixed_kind(name: str, form: str) -> _Kind:
     wire_type, width = (_I64, 8) if form in "dQq" else (_I32, 4)
     put = "put_float(value)" if name == "float" else f"pack_{name}(value)"
     return _Kind(wire_type, 0.0 if form in "df" else 0, put,
-                 f"value, = unpack_{name}(data, at)\nat += {width}", form=form)
+                 f"value, = unpack_{name}(data, at)\nat += {width}",
+                 f"pack_fixed('{form}', values)", f"unpack_fixed('{form}', data, at, stop)")
 
 
 _KINDS = {
@@ -869,9 +873,8 @@ class _Field:
     def check(self, value: Any) -> None:
         """Raise what is wrong with *value*, if anything is."""
         if self.map:
-            entry = self.target._fields
             for pair in _map_items(value):
-                for part, one in zip(entry, pair, strict=True):
+                for part, one in zip(self.target._fields, pair, strict=True):
                     part.check(one)
         elif self.repeated:
             for one in _items(value):
@@ -973,16 +976,6 @@ def _put_one(field_: _Field) -> str:
             "else:\n" + _indent(text, 1))
 
 
-def _packed_text(field_: _Field) -> str:
-    """Return an expression for the bytes of all `values` of a packed field."""
-    kind = _KINDS[field_.kind]
-    if kind.form:
-        return f"pack_fixed('{kind.form}', values)"
-    if kind.small:
-        return f"pack_varints(put_{field_.kind}, values)"
-    return f"b''.join([{kind.put} for value in values])"
-
-
 def _put_lines(field_: _Field) -> str:
     """Return the lines that write a field that is in no oneof and no run."""
     name, put = f"self.{field_.name}", _put_one(field_)
@@ -990,8 +983,10 @@ def _put_lines(field_: _Field) -> str:
         return (f"value = class_{field_.number}()\n"
                 f"for value.key, value.value in map_items({name}):\n" + _indent(put, 1))
     if field_.is_packed:
+        kind = _KINDS[field_.kind]
+        raw = kind.put_all or f"b''.join([{kind.put} for value in values])"
         return (f"values = items({name})\nif values:\n"
-                + _indent(f"raw = {_packed_text(field_)}\n" + _put_sized(field_), 1))
+                + _indent(f"raw = {raw}\n" + _put_sized(field_), 1))
     if field_.repeated:
         return f"for value in items({name}):\n" + _indent(put, 1)
     if field_.always:
@@ -1035,12 +1030,8 @@ def _get_lines(field_: _Field) -> str:
     kind = _KINDS[field_.kind]
     text = f"if tag == {tag}:\n" + _indent(f"{kind.get}\n{_store(field_)}\ncontinue", 1)
     if field_.repeated and field_.wire_type != _LEN:
-        values = (f"unpack_fixed('{kind.form}', data, at, stop)" if kind.form
-                  else "read_varints(data, at, stop)")
-        for each in filter(None, (kind.wide, kind.convert)):
-            values = f"[{each} for value in {values}]"
         text += (f"if tag == {field_.number << 3 | _LEN}:\n" + _indent(_GET_LENGTH, 1)
-                 + f"    self.{field_.name} += {values}\n    at = stop\n    continue\n")
+                 + f"    self.{field_.name} += {kind.get_all}\n    at = stop\n    continue\n")
     return text.replace("member(", f"member_{field_.number}(")
 
 
@@ -1345,10 +1336,9 @@ def _names_for(fields: tuple[_Field, ...], parts: list[_Part],
     """Return what the text of one class refers to, beside _GENERATED_NAMES."""
     names = dict(_GENERATED_NAMES)
     for each in fields:
-        names[f"class_{each.number}"] = each.target
+        names |= {f"class_{each.number}": each.target, f"default_{each.number}": each.default()}
         if not each.fusible:
             names[f"head_{each.number}"] = _heads(each.tag)
-        names[f"default_{each.number}"] = each.default()
         if each.kind == "enum":
             names[f"member_{each.number}"] = each.target._value2member_map_.get
     for part in parts:
@@ -1384,12 +1374,9 @@ def _oneof_member(name: str, group: str) -> property:
         return getattr(self, value_of) if getattr(self, chosen) == name else None
 
     def write(self: Any, value: Any) -> None:
-        if value is not None:
-            setattr(self, chosen, name)
+        if value is not None or getattr(self, chosen) == name:
+            setattr(self, chosen, None if value is None else name)
             setattr(self, value_of, value)
-        elif getattr(self, chosen) == name:
-            setattr(self, chosen, None)
-            setattr(self, value_of, None)
 
     return property(read, write)
 
@@ -1700,14 +1687,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _from_plain(field_: _Field, value: Any) -> Any:
+def _from_plain(field_: _Field, value: Any, *, one: bool = False) -> Any:
+    """Return a field's value, or *one* of a list's, from what ``to_dict`` made of it."""
     if field_.map:
-        key_field, value_field = field_.target._prepare()._fields
-        return {_key_from_plain(key_field, key): _one_from_plain(value_field, each)
+        keys, values = field_.target._prepare()._fields
+        return {_key_from_plain(keys, key): _from_plain(values, each)
                 for key, each in value.items()}
-    if field_.repeated:
-        return [_one_from_plain(field_, each) for each in _items(value)]
-    return _one_from_plain(field_, value)
+    if field_.repeated and not one:
+        return [_from_plain(field_, each, one=True) for each in _items(value)]
+    convert = field_.kind == "message" and not isinstance(value, Message)
+    return field_.target.from_dict(value) if convert else value
 
 
 def _key_from_plain(field_: _Field, key: Any) -> Any:
@@ -1715,11 +1704,6 @@ def _key_from_plain(field_: _Field, key: Any) -> Any:
     if field_.kind == "string" or not isinstance(key, str):
         return key
     return key == "true" if key in ("true", "false") else int(key)
-
-
-def _one_from_plain(field_: _Field, value: Any) -> Any:
-    convert = field_.kind == "message" and not isinstance(value, Message)
-    return field_.target.from_dict(value) if convert else value
 
 
 def _generated_local(error: BaseException, name: str, default: Any) -> Any:
