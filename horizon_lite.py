@@ -2948,9 +2948,8 @@ class BufferPool:
         """Give *buffer* back; one of another length than the classes' is forgotten."""
         if type(buffer) is not bytearray:
             raise UsageError(f"this pool lends bytearrays, not {type(buffer).__name__}")
-        pool = self._classes.get(len(buffer))
-        if pool is not None:
-            pool.release(buffer)
+        if len(buffer) in self._classes:
+            self._classes[len(buffer)].release(buffer)
 
 
 # =============================================================================
