@@ -1823,10 +1823,6 @@ def _is_no_member(name: str) -> bool:
     return keyword.iskeyword(name) or name.startswith("_") or name == "mro"
 
 
-def _is_message_class(found: object) -> bool:
-    return isinstance(found, type) and issubclass(found, Message)
-
-
 def _find_type(known: Mapping[str, Any], name: str, scope: str) -> Any:
     """Return the type that *name* means in *scope*: innermost first, then outwards."""
     if name.startswith("."):
@@ -1978,7 +1974,7 @@ class _ProtoReader:
     def _look_up(self, name: str, scope: str, at: int, field_: _Field | None) -> None:
         """Find the type that a field, or a service, asks for."""
         found = _find_type(self._file.names, name, scope)
-        if not isinstance(found, type) or not field_ and not _is_message_class(found):
+        if not isinstance(found, type) or not field_ and not isinstance(found, _MessageMeta):
             raise self._fail(f"there is no {'type' if field_ else 'message'} {name!r} here"
                              f"{self._hint(name)}", at)
         if field_ and field_.map:
@@ -2318,10 +2314,13 @@ def _well_known(path: str) -> _ProtoFile:
     return _ProtoReader(text, path, _well_known).read()
 
 
+_Path = str | os.PathLike[str]
+
+
 class _ProtoLoader:
     """Find and read files and what they import, each once."""
 
-    def __init__(self, roots: Iterable[str | os.PathLike[str]]) -> None:
+    def __init__(self, roots: Iterable[_Path]) -> None:
         self._roots = [os.fspath(each) for each in roots]
         self._files: dict[str, _ProtoFile] = {}
         self._open: list[str] = []          # what is being read: imports must not lead back
@@ -2357,54 +2356,41 @@ class _ProtoLoader:
         return self._files[key]
 
 
-class _Names:
-    """A package: what a file can see in it, as attributes."""
+class _Namespace(SimpleNamespace):
+    """The top-level types of a file, as attributes; or a package, with all that is seen in it."""
 
-    __slots__ = ("_known", "_name")
+    __slots__ = ("__file__", "__services__", "__proto__")
 
-    def __init__(self, known: Mapping[str, Any], name: str) -> None:
-        self._known = known
-        self._name = name
+    def __init__(self, file: _ProtoFile, scope: str = "") -> None:
+        super().__init__(**({} if scope else file.types))
+        self.__file__ = file.label
+        self.__services__ = {name: tuple(methods) for name, methods in file.services.items()}
+        self.__proto__ = file, scope
 
     def __dir__(self) -> list[str]:
-        start = f"{self._name}."
-        return [each.removeprefix(start) for each, what in self._known.items()
-                if each.startswith(start) and (what is _PACKAGE or isinstance(what, type))]
+        file, scope = self.__proto__
+        inside = [full.removeprefix(f"{scope}.") for full, what in file.names.items()
+                  if full.startswith(f"{scope}.") and (what is _PACKAGE or isinstance(what, type))]
+        return [*super().__dir__(), *inside]
 
     def __getattr__(self, name: str) -> Any:
-        if name in _Names.__slots__ or name.startswith("__"):
+        if name.startswith("__"):
             raise AttributeError(name)      # while it is copied
-        full = f"{self._name}.{name}".lstrip(".")
-        found = self._known.get(full)
+        file, scope = self.__proto__
+        full = f"{scope}.{name}".lstrip(".")
+        found = file.names.get(full)
         if found is _PACKAGE:
-            return _Names(self._known, full)
+            return _Namespace(file, full)
         if isinstance(found, type):
             return found
         raise AttributeError(f"there is no type or package {full!r}"
-                             f"{_did_you_mean(full, self._known)}")
-
-
-class _Namespace(SimpleNamespace):
-    """The top-level types of a file, as attributes; imported ones by their full names."""
-
-    __slots__ = ("__file__", "__services__", "__names__")
-
-    def __init__(self, file: _ProtoFile) -> None:
-        super().__init__(**file.types)
-        self.__file__ = file.label
-        self.__services__ = {name: tuple(methods) for name, methods in file.services.items()}
-        self.__names__ = _Names(file.names, "")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__names__, name)        # what is not a top-level type of the file
+                             f"{_did_you_mean(full, file.names)}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SimpleNamespace, (), vars(self)
+        return _Namespace, self.__proto__
 
 
-def load_proto(path: str | os.PathLike[str],
-               include: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = (),
-               ) -> SimpleNamespace:
+def load_proto(path: _Path, include: _Path | Iterable[_Path] = ()) -> SimpleNamespace:
     """Return the classes that a proto3 file declares, as attributes; no protoc is needed.
 
     Imports are looked for in *include*, a folder or several, then beside the file;
@@ -2422,7 +2408,7 @@ def load_proto(path: str | os.PathLike[str],
     return _Namespace(_read_proto(path, include))
 
 
-def _read_proto(path: str | os.PathLike[str], include: Any) -> _ProtoFile:
+def _read_proto(path: _Path, include: Any) -> _ProtoFile:
     folders = [include] if isinstance(include, str | os.PathLike) else list(include)
     path = os.fspath(path)
     if not os.path.exists(path):        # as protoc's -I: the file itself may be in a folder too
@@ -2503,7 +2489,7 @@ class _ProtoWriter:
         """Return the lines that declare a class."""
         full, origin, comment = self._full_names[cls], _origin(cls), []
         lines = [f"reserved {each};" for each in origin.reserved]
-        if _is_message_class(cls):
+        if isinstance(cls, _MessageMeta):
             comment = [f"// {''.join(filter(str.isprintable, line)).strip()}".rstrip()
                        for line in (vars(cls).get("__doc__") or "").strip().splitlines()]
             for each in _nested_types(cls):
@@ -2511,7 +2497,7 @@ class _ProtoWriter:
             lines += self._fields(cls, full, origin.names)
         else:
             lines += self._values(cls, origin.names)
-        word = "message" if _is_message_class(cls) else "enum"
+        word = "message" if isinstance(cls, _MessageMeta) else "enum"
         return comment + _braces(f"{word} {full.rpartition('.')[2]}", lines)
 
     def _values(self, cls: Any, names: Mapping[str, str]) -> list[str]:
@@ -2552,7 +2538,7 @@ def _origin(cls: Any) -> _Origin:
 
 def _nested_types(cls: Any) -> list[Any]:
     """Return the messages and enums that are declared inside *cls*."""
-    return [each for each in vars(cls).values() if _is_message_class(cls) and _is_type(each)
+    return [each for each in vars(cls).values() if isinstance(cls, _MessageMeta) and _is_type(each)
             and each.__qualname__ == f"{cls.__qualname__}.{each.__name__}"]
 
 
@@ -2561,12 +2547,12 @@ def _outer(cls: Any) -> Any:
     if vars(cls).get("_proto"):
         return vars(cls).get("_outer")
     found = _scopes(cls)[-1]
-    return found if _is_message_class(found) else None
+    return found if isinstance(found, _MessageMeta) else None
 
 
 def _targets(cls: Any) -> Iterator[Any]:
     """Yield the types that the fields of *cls* have."""
-    for each in cls._prepare()._fields if _is_message_class(cls) else ():
+    for each in cls._prepare()._fields if isinstance(cls, _MessageMeta) else ():
         if each.map:
             yield from _targets(each.target)
         elif each.kind in ("message", "enum"):
@@ -2647,8 +2633,7 @@ message EventSubscribe { repeated string events = 1; }    // "CHAT", "PLAYER_MOV
 message LogMessage { string level = 1; string message = 2; }
 
 message EventResult {
-  string event_id = 1;
-  optional bool cancel = 2;
+  string event_id = 1; optional bool cancel = 2;
   oneof update { ChatMutation chat = 10; BlockBreakMutation block_break = 11; }
 }
 message ChatMutation { string message = 1; }
@@ -2713,9 +2698,7 @@ message ZoneExit { string object_id = 1; string object_type = 2; uint32 channel 
 message ClientRequest {
   string id = 1;                         // empty: no answer wanted
   string action = 2;                     // subscribe, unsubscribe, publish
-  string topic = 3;
-  bytes payload = 4;
-  bool critical = 5;
+  string topic = 3; bytes payload = 4; bool critical = 5;
   string packed = 6;                     // "f32" or "f64" when subscribing to movement
 }
 message Reply { string id = 1; bool ok = 2; string code = 3; string message = 4; bytes data = 5; }
