@@ -910,8 +910,7 @@ def field(number: int, type: Any = None, /, *, repeated: bool = False, packed: b
             19,000 to 19,999, or the options do not go together.
     """
     if number.__class__ is not int or not 1 <= number <= _MAX_FIELD or 19000 <= number < 20000:
-        raise SchemaError(f"field number {number!r}: use 1 to {_MAX_FIELD}, "
-                          "not 19000 to 19999")
+        raise SchemaError(f"field number {number!r}: use 1 to {_MAX_FIELD}, not 19000 to 19999")
     if (type is None) == (map is None):
         raise SchemaError(f"field {number}: give it either a type or map=(key, value)")
     if repeated + optional + bool(oneof) + bool(map) > 1:
@@ -1064,18 +1063,13 @@ class _Run:
     @property
     def size(self) -> str:
         """An expression for the bytes of the whole, where `size` is what the lead has."""
-        if not self.lead:
-            return str(self.width)
-        return f"size + {self.width + len(self.lead.tag) + 1}"
+        return f"size + {self.width + len(self.lead.tag) + 1}" if self.lead else str(self.width)
 
     def names(self, name: str = "") -> dict[str, Any]:
         """Return the functions that the text calls, for a run of this name."""
         name = name or str(self.fields[0].number)
-        if not self.lead:
-            return {f"pack_{name}": struct.Struct(self.writes).pack,
-                    f"unpack_{name}": struct.Struct(self.reads).unpack_from}
-        return {f"pack_{name}": _by_size(self.writes, "pack"),
-                f"unpack_{name}": _by_size(self.reads, "unpack_from")}
+        return {f"pack_{name}": _struct_calls(self.writes, "pack"),
+                f"unpack_{name}": _struct_calls(self.reads, "unpack_from")}
 
     def _packed(self, floats: str = "{}") -> str:
         """Return what struct packs: tags and values; a bool is known to be true."""
@@ -1156,8 +1150,13 @@ class _Run:
                 + "    except UnicodeDecodeError: pass     # the loop says where\n")
 
 
-def _by_size(form: str, name: str) -> list[Callable[..., Any]]:
-    """Return a method of struct for each size below 128; it is made at its first call."""
+def _struct_calls(form: str, name: str) -> Any:
+    """Return a method of struct; of a form with a size, a list for sizes below 128.
+
+    Those are made at their first call.
+    """
+    if "%" not in form:
+        return getattr(struct.Struct(form), name)
     calls: list[Callable[..., Any]] = []
 
     def first_call(size: int, *values: Any) -> Any:
@@ -1257,22 +1256,22 @@ def _clear_lines(fields: Iterable[_Field]) -> str:
 
 
 def _init_source(fields: Iterable[_Field]) -> str:
-    arguments, sets = "", ""
+    sets = ""
     members: dict[str, list[_Field]] = {}
     for each in fields:
-        name = each.name
-        arguments += f", {name}={'None' if each.repeated else each.blank}"
         if each.oneof:
             members.setdefault(each.oneof, []).append(each)
         else:
-            fresh = f"{each.blank} if {name} is None else " if each.repeated else ""
-            sets += f"self.{name} = {fresh}{name}\n"
+            fresh = f"{each.blank} if {each.name} is None else " if each.repeated else ""
+            sets += f"self.{each.name} = {fresh}{each.name}\n"
     for group, some in members.items():                 # the last one that is given wins
         sets += "el".join(
             f"if {each.name} is not None:\n    self._set_{group} = {each.name!r}\n"
             f"    self._value_{group} = {each.name}\n" for each in reversed(some))
         sets += f"else:\n    self._set_{group} = self._value_{group} = None\n"
-    return f"def __init__(self{arguments}):\n" + _indent(sets + "self._unknown = b''\n", 1)
+    arguments = ", ".join(["self", *(f"{each.name}={'None' if each.repeated else each.blank}"
+                                     for each in fields)])
+    return f"def __init__({arguments}):\n" + _indent(sets + "self._unknown = b''\n", 1)
 
 
 def _load_source(parts: list[_Part], clear: str, short: str) -> str:
