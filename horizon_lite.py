@@ -2074,8 +2074,8 @@ class _ProtoReader:
         closing: list[str] = []
         while token := self._peek():
             self._at += 1
-            if token in ("{", "[", "<"):
-                closing.append({"{": "}", "[": "]", "<": ">"}[token])
+            if end := {"{": "}", "[": "]", "<": ">"}.get(token):
+                closing.append(end)
             elif token in ("}", "]", ">") and token != closing.pop():
                 raise self._fail(f"unexpected {token!r}", self._at - 1)
             if not closing:
@@ -2184,8 +2184,15 @@ class _ProtoReader:
         for _ in self._block():
             if self._accept("reserved"):
                 self._reserved(body)
-            else:
-                self._enum_value(body, scope)
+                continue
+            # a value is named beside the enum, not in it: as C++ has it
+            key, key_at, number, number_at, _ = self._numbered(scope, "value")
+            if number and not body.fields:
+                raise self._fail("the first value of an enum must be 0", number_at)
+            if not -1 << 31 <= number < 1 << 31:
+                raise self._fail(f"{number} does not fit into 32 bits", number_at)
+            body.numbers.setdefault(number, key)
+            body.fields.append((key, number, key_at, None))
         if not body.fields:
             raise self._fail(f"enum {name!r} has no value", at)
         twice = [(number, at) for name, number, at, _ in body.fields
@@ -2194,16 +2201,6 @@ class _ProtoReader:
             raise self._fail(f"number {twice[0][0]} is used twice; for that, say "
                              "option allow_alias = true;", twice[0][1])
         return self._declare(body)
-
-    def _enum_value(self, body: _Body, scope: str) -> None:
-        # it is named beside the enum, not in it: as C++ has it
-        name, at, number, number_at, _ = self._numbered(scope, "value")
-        if number and not body.fields:
-            raise self._fail("the first value of an enum must be 0", number_at)
-        if not -1 << 31 <= number < 1 << 31:
-            raise self._fail(f"{number} does not fit into 32 bits", number_at)
-        body.numbers.setdefault(number, name)
-        body.fields.append((name, number, at, None))
 
     def _service(self, scope: str) -> None:
         name, full, _ = self._name(scope, "a service's name")
@@ -2606,18 +2603,16 @@ package horizon;
 message HostToPlugin {
   string plugin_id = 1;
   oneof payload {
-    HostHello hello = 10;                HostShutdown shutdown = 11;
-    EventEnvelope event = 20;            EventBatch events = 21;
-    CompressedEventBatch compressed_events = 22;
-    ActionResult action_result = 100;    PackedMovement packed_movement = 105;
+    HostHello hello = 10; HostShutdown shutdown = 11;
+    EventEnvelope event = 20; EventBatch events = 21; CompressedEventBatch compressed_events = 22;
+    ActionResult action_result = 100; PackedMovement packed_movement = 105;
   }
 }
 message PluginToHost {
   string plugin_id = 1;
   oneof payload {
-    PluginHello hello = 10;              EventSubscribe subscribe = 11;
-    ActionBatch actions = 20;            LogMessage log = 30;
-    EventResult event_result = 40;
+    PluginHello hello = 10; EventSubscribe subscribe = 11;
+    ActionBatch actions = 20; LogMessage log = 30; EventResult event_result = 40;
   }
 }
 
@@ -2662,13 +2657,11 @@ message EventEnvelope {
   string type = 2;                       // "PLAYER_MOVE", "CHAT", ...
   bool expects_response = 3;
   oneof payload {
-    PlayerJoinEvent player_join = 10;    PlayerQuitEvent player_quit = 11;
-    ChatEvent chat = 12;                 CommandEvent command = 13;
-    BlockBreakEvent block_break = 14;    WorldCloseEvent world_close = 15;
-    PlayerMoveEvent player_move = 16;    ClientEvent client_event = 101;
-    TopicMessage topic_message = 102;    ZoneEnter zone_enter = 103;
-    ZoneExit zone_exit = 104;            PackedMovement packed_movement = 105;
-    ClientRequest request = 106;         Reply reply = 107;
+    PlayerJoinEvent player_join = 10; PlayerQuitEvent player_quit = 11; ChatEvent chat = 12;
+    CommandEvent command = 13; BlockBreakEvent block_break = 14; WorldCloseEvent world_close = 15;
+    PlayerMoveEvent player_move = 16; ClientEvent client_event = 101;
+    TopicMessage topic_message = 102; ZoneEnter zone_enter = 103; ZoneExit zone_exit = 104;
+    PackedMovement packed_movement = 105; ClientRequest request = 106; Reply reply = 107;
   }
 }
 
@@ -2811,8 +2804,8 @@ def unpack_moves(data: _Bytes, *, wide: bool = False) -> dict[bytes, _Position]:
         other = ": it is a block of the other width" * (len(data) == 4 + count * (68 - size))
         raise WireError(f"{len(data)} bytes can't hold a count of {count} and so many players"
                         f"{other}", at=0)
-    row = struct.Struct("<16sddd" if wide else "<16sfff")
-    return {player: (x, y, z) for player, x, y, z in row.iter_unpack(data[4:])}
+    rows = _moves_struct(1, wide).iter_unpack(data[4:])
+    return {player: (x, y, z) for player, x, y, z in rows}
 
 
 # =============================================================================
