@@ -2436,10 +2436,10 @@ _NO_TYPES = {*_KINDS, *_STATEMENTS, "map", "oneof", "optional", "repeated", "res
 class _ProtoWriter:
     """Write classes as .proto text; ``outside`` are those that other files declare."""
 
-    def __init__(self, package: str, outside: Mapping[Any, _Origin]) -> None:
+    def __init__(self, package: str, outside: Iterable[Any]) -> None:
         self._package = package
-        self._outside = outside
-        self._names: dict[str, Any] = {each.full_name: cls for cls, each in outside.items()}
+        self._outside: dict[Any, _Origin] = {each: each._proto for each in outside}
+        self._names: dict[str, Any] = {each.full_name: cls for cls, each in self._outside.items()}
         self._full_names: dict[Any, str] = {}       # of what is written
         self._used: set[str] = set()                # files of what was referred to outside
 
@@ -2568,11 +2568,9 @@ def proto_text(*classes: type[Message] | type[enum.IntEnum]) -> str:
         raise UsageError(f"proto_text() takes Message and IntEnum classes, not {wrong[0]!r}")
     first = _origin(classes[0]).full_name if classes else ""
     package = first.removesuffix(classes[0].__qualname__).rstrip(".") if first else ""
-    well_known: Any = (each for name in _WELL_KNOWN
-                       for each in _well_known(f"google/protobuf/{name}.proto").types.values())
-    writer = _ProtoWriter(package, {
-        each: each._proto for each in well_known if each not in classes})
-    text = writer.write(classes)
+    well_known = [each for name in _WELL_KNOWN
+                  for each in _well_known(f"google/protobuf/{name}.proto").types.values()]
+    text = _ProtoWriter(package, set(well_known) - set(classes)).write(classes)
     try:
         parse_proto(text)
     except SchemaError as error:
@@ -2582,9 +2580,8 @@ def proto_text(*classes: type[Message] | type[enum.IntEnum]) -> str:
 
 def _file_text(file: _ProtoFile) -> str:
     """Return a file as the writer writes it, with its imports and services."""
-    seen: Iterable[Any] = (each for each in file.names.values() if isinstance(each, type))
-    writer = _ProtoWriter(file.package, {
-        each: each._proto for each in seen if each._proto.file != file.label})
+    seen = {each for each in file.names.values() if isinstance(each, type)}
+    writer = _ProtoWriter(file.package, (each for each in seen if _origin(each).file != file.label))
     imports = [f'import {how + " " if how else ""}"{path}";' for how, path in file.imports]
     return writer.write(file.types.values(), imports) + "".join(
         "\n".join([f"\nservice {name} {{", *(f"  rpc {key}{types};" for key, types in rpcs.items()),
