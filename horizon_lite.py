@@ -5005,7 +5005,6 @@ _FINISH_S = 2.0                     # how long a goodbye may take
 _HTTP_BACKLOG = 1 << 20             # pipelined requests wait while this much is unsent
 _MAX_ACCEPTS = 64                   # per pass, so that a flood of connects starves nobody
 _FIRST_FD = 3                       # of what systemd hands over (sd_listen_fds(3))
-_Networks = tuple[Any, ...]         # of ipaddress, or "unix"
 
 
 def _http_date(seconds: float) -> str:
@@ -5014,23 +5013,39 @@ def _http_date(seconds: float) -> str:
     return formatdate(seconds, usegmt=True)
 
 
-def _networks(texts: Iterable[str]) -> _Networks:
-    """Parse addresses and CIDR blocks; "unix" stands for Unix sockets. Raises ValueError."""
-    import ipaddress
-    return tuple(each if each == "unix" else ipaddress.ip_network(each, strict=False)
-                 for each in texts)
+class _Networks:
+    """A set of addresses and CIDR blocks; "unix" in it stands for Unix sockets.
 
+    Cost of ``in``: a look-up for each length of prefix. Raises ValueError for other texts.
+    """
 
-@functools.lru_cache(maxsize=4096)
-def _within(address: str, networks: _Networks) -> bool:
-    import ipaddress
-    if address == "unix":
-        return "unix" in networks
-    try:
+    __slots__ = ("_unix", "_blocks")
+
+    def __init__(self, texts: Iterable[str] = ()) -> None:
+        import ipaddress
+        texts = list(texts)
+        self._unix = "unix" in texts
+        self._blocks: dict[tuple[int, int], set[int]] = {}      # by version and bits of the host
+        for text in texts:
+            if text == "unix":
+                continue
+            block: Any = ipaddress.ip_network(text, strict=False)
+            mapped = block.version == 6 and block.prefixlen >= 96 and block[0].ipv4_mapped
+            if mapped:
+                block = ipaddress.ip_network((int(mapped), block.prefixlen - 96))
+            bits = block.max_prefixlen - block.prefixlen
+            self._blocks.setdefault((block.version, bits), set()).add(int(block[0]) >> bits)
+
+    def __bool__(self) -> bool:
+        return self._unix or bool(self._blocks)
+
+    def __contains__(self, address: str) -> bool:
+        import ipaddress
+        if address == "unix" or not self._blocks:
+            return address == "unix" and self._unix
         found = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    return any(found in each for each in networks if each != "unix")
+        return any(version == found.version and int(found) >> bits in numbers
+                   for (version, bits), numbers in self._blocks.items())
 
 
 def _plain_address(text: str) -> str:
@@ -5063,8 +5078,8 @@ class Limits(NamedTuple):
     max_messages_per_s: float = 120.0
     burst: float = 240.0
     outbox_bytes: int = 1 << 20
-    banned: _Networks = ()
-    trusted_proxies: _Networks = ()
+    banned: _Networks = _Networks()
+    trusted_proxies: _Networks = _Networks()
 
 
 class Application(Protocol):
@@ -5206,13 +5221,13 @@ class Loop:
 class _TLS:
     """One connection's TLS, from memory to memory: no handshake can stall the loop."""
 
-    __slots__ = ("_incoming", "_outgoing", "_object", "_ended")
+    __slots__ = ("_incoming", "_outgoing", "_object", "_ended", "closed_by_peer")
 
     def __init__(self, context: ssl.SSLContext) -> None:
         import ssl
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self._ended = False
+        self._ended = self.closed_by_peer = False
 
     def receive(self, data: bytes) -> bytes:
         """Return what the peer's bytes say; what they are to be answered with is in ``take``.
@@ -5226,6 +5241,7 @@ class _TLS:
         try:
             while piece := self._object.read(_RECV_BYTES):
                 plain.append(piece)
+            self.closed_by_peer = True          # its close_notify
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLError as error:
@@ -5329,12 +5345,16 @@ class Connection:
     # -- reading --
 
     def ready(self, mask: int) -> None:
-        """Do what the selector found possible; a bug here must not end the loop."""
+        """Do what the selector found possible."""
+        if mask & _WRITE:
+            self._guarded(self._writable)
+        if mask & _READ and self._state != "closed":
+            self._guarded(self._readable)
+
+    def _guarded(self, act: Callable[[], None]) -> None:
+        """A bug here must neither end the loop nor stop what it does for others."""
         try:
-            if mask & _WRITE:
-                self._writable()
-            if mask & _READ and self._state != "closed":
-                self._readable()
+            act()
         except Exception:
             _log.exception("connection from %s failed; it is closed", self.address)
             self.abort("bug")
@@ -5349,26 +5369,31 @@ class Connection:
         if not data:
             return self.abort("eof")
         self.server.bytes_received += len(data)
-        if self.tls is not None and not (data := self._decipher(self.tls, data)):
-            return
-        if self._state != "open":
-            return self._await_close(data)
-        self.heard_ns = self.server.loop.now_ns
-        self._pings = 0
-        self._advance(data)
+        if self.tls is not None:
+            data = self._decipher(self.tls, data)
+        if data and self._state != "open":
+            self._await_close(data)
+        elif data:
+            self.heard_ns = self.server.loop.now_ns
+            self._pings = 0
+            self._advance(data)
+        if self.tls is not None and self.tls.closed_by_peer and self._state == "open":
+            self._finish()
+            self._tell_end(1006, "eof")
 
     def _decipher(self, tls: _TLS, data: bytes) -> bytes:
         """Return what *data* says in plain, and send what TLS answers."""
         try:
             plain = tls.receive(data)
         except HandshakeError as error:
-            self.tls, plain = None, b""
+            # nothing that was meant for TLS may leave without it
+            self.tls, self._pieces, self._out, self._queued, plain = None, None, None, 0, b""
             self.server.refused[error.label] += 1
             _log.debug("%s: TLS: %s", self.address, error)
+            self._finish()
+            self._tell_end(1006, "tls")
             if error.reason == "HTTP_REQUEST":
                 self._queue(Response("this port speaks TLS; say https\n", 400).encode(close=True))
-            self._tell_end(1006, "tls")
-            self._finish()
         if answer := tls.take():
             self._write(answer)
         return plain
@@ -5538,6 +5563,9 @@ class Connection:
 
     def flush(self) -> None:
         """Write what waits, as far as the socket takes it."""
+        self._guarded(self._flush)
+
+    def _flush(self) -> None:
         if self.unsent or self._state == "closed":
             return
         out = self._out
@@ -5574,11 +5602,8 @@ class Connection:
 
     def _send_piece(self, pieces: Iterator[bytes]) -> None:
         """Send one more piece of a body; the next when the selector says so: others wait, too."""
-        try:
-            piece = next(pieces, None)
-        except Exception:
-            _log.exception("the body for %s failed", self.address)
-            return self.abort("bug")
+        piece = next(pieces, None)
+        self._since_ns = self.heard_ns = self.server.loop.now_ns    # the last one was taken
         if piece is None:
             self._pieces = None
         else:
@@ -5625,7 +5650,7 @@ class Connection:
         # an HTTP peer that does not take its answers is not read from either
         if self.http is not None and mask & _WRITE:
             mask = _WRITE
-        if mask != self._mask:
+        if mask != self._mask and self._state != "closed":
             self._mask = mask
             self.server.loop.selector.modify(self.sock, mask, self.ready)
 
@@ -5637,8 +5662,8 @@ class Connection:
             return
         if self.ws is not None:
             self._queue(self.ws.send_close(code, reason))
+        self._finish()                      # first, so that nothing follows the close frame
         self._tell_end(code, reason)
-        self._finish()
 
     def _finish(self) -> None:
         self._state = "finishing"
@@ -5673,7 +5698,7 @@ class Connection:
                 self.abort("finish_timeout")
         elif self.owner is not None:
             self._check_ping(quiet_s, limits)
-        elif self.backlog:
+        elif self.backlog or self._pieces is not None:
             if limits.idle_s and quiet_s > limits.idle_s:
                 self._time_out("write_timeout", 0)
         elif self.http is not None and self.http.started:
@@ -5687,12 +5712,14 @@ class Connection:
     def _check_ping(self, quiet_s: float, limits: Limits) -> None:
         """Ping a quiet peer; after two unanswered ones it is dead (DESIGN 4)."""
         ping_s = limits.ping_s
+        if self.ws is None and not self.unsent:         # who reads events says nothing
+            if ping_s and quiet_s >= ping_s:
+                self.heard_ns = self.server.loop.now_ns
+                self.send(b":\n\n")                    # a comment
+            return
         if not ping_s and limits.idle_s and quiet_s > limits.idle_s:
             self.server.refused["idle"] += 1
             return self.close(1001, "idle")
-        if self.ws is None and ping_s and quiet_s >= ping_s and not self.unsent:
-            self.heard_ns = self.server.loop.now_ns     # a comment; nobody answers these
-            return self.send(b":\n\n")
         if not ping_s or quiet_s < ping_s * (self._pings + 1):
             return
         if self._pings == 2:
@@ -5714,6 +5741,7 @@ def _tell_systemd(state: str) -> None:
     """Send a line to the service manager, if there is one (sd_notify(3))."""
     if path := os.environ.get("NOTIFY_SOCKET", ""):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
             sock.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
 
 
@@ -5733,7 +5761,7 @@ class Server:
 
     __slots__ = ("loop", "app", "limits", "connections", "draining", "refused", "websockets",
                  "accepted", "requests", "messages_received", "bytes_received", "bytes_sent",
-                 "writes", "tls", "_listeners", "_per_address", "_date", "_unix_path")
+                 "writes", "tls", "_listeners", "_per_address", "_date", "_unix_file")
 
     def __init__(self, loop: Loop, app: Application, limits: Limits) -> None:
         self.loop = loop
@@ -5748,7 +5776,7 @@ class Server:
         self._listeners: list[socket.socket] = []
         self._per_address: Counter[str] = Counter()
         self._date = (0, "")
-        self._unix_path = ""
+        self._unix_file = "", 0                     # path and inode
         loop.call_later(1.0, self._check_times)
 
     def listen(self, host: str, port: int, reuse_port: bool = False) -> int:
@@ -5775,20 +5803,30 @@ class Server:
         Raises:
             OSError: somebody listens there, or the path can't be used.
         """
+        import stat
         with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise OSError(errno.EEXIST, "there is a file that is no socket")
+            probe.setblocking(False)
             try:
                 probe.connect(path)
-                raise OSError(errno.EADDRINUSE, "somebody listens on this socket")
             except ConnectionRefusedError:
                 os.unlink(path)
+            except BlockingIOError:             # its backlog is full
+                pass
+            if os.path.lexists(path):
+                raise OSError(errno.EADDRINUSE, "somebody listens on this socket")
         self._listen(socket.socket(socket.AF_UNIX), path)
-        self._unix_path = path
+        self._unix_file = path, os.lstat(path).st_ino
 
     def listen_inherited(self) -> int:
         """Listen on what systemd opened for this process; return how many (sd_listen_fds(3))."""
-        count = int(os.environ.get("LISTEN_FDS", "0"))
-        if not count or os.environ.get("LISTEN_PID") != str(os.getpid()):
+        text = os.environ.get("LISTEN_FDS", "0")
+        if os.environ.get("LISTEN_PID") != str(os.getpid()):
             return 0
+        if not re.fullmatch(r"\d{1,4}", text):
+            raise ConfigError(f"LISTEN_FDS = {text!r} in the environment must be a number")
+        count = int(text)
         for name in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"):     # not for our children
             os.environ.pop(name, None)
         for number in range(_FIRST_FD, _FIRST_FD + count):
@@ -5828,7 +5866,7 @@ class Server:
         return self._date[1]
 
     def _accept(self, listener: socket.socket, _mask: int) -> None:
-        for _ in range(_MAX_ACCEPTS):
+        for _ in range(_MAX_ACCEPTS if listener in self._listeners else 0):
             try:
                 sock, address = listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -5849,11 +5887,11 @@ class Server:
     def _refusal(self, address: str) -> PeerError | None:
         """Return why *address* may not have one more connection, if it may not."""
         limits = self.limits
-        if limits.banned and _within(address, limits.banned):
+        if address in limits.banned:
             return HandshakeError("this address is banned", http_status=403, label="banned")
         most = limits.max_connections_per_address
-        if most and self._per_address[address] >= most and not is_loopback(address) and not (
-                _within(address, limits.trusted_proxies)):
+        if most and self._per_address[address] >= most and not (
+                is_loopback(address) or address in limits.trusted_proxies):
             return HandshakeError("too many connections", http_status=503,
                                   label="max_connections_per_address")
         return None
@@ -5875,8 +5913,8 @@ class Server:
             return sock.close()
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if hasattr(socket, "TCP_USER_TIMEOUT") and self.limits.ping_s:   # a pulled cable
-                timeout_ms = int(3000 * self.limits.ping_s)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):         # a pulled cable
+                timeout_ms = int(min(3000 * self.limits.ping_s, 0x7FFFFFFF))
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
         connection = Connection(self, sock, address)
         self.connections[sock.fileno()] = connection
@@ -5890,12 +5928,12 @@ class Server:
             HandshakeError: that address may not have one more connection.
         """
         address, trusted = connection.peer, self.limits.trusted_proxies
-        if trusted and _within(address, trusted):
+        if address in trusted:
             for hop in reversed(request.headers.get("x-forwarded-for", "").split(",")):
                 if not (hop := _plain_address(hop.strip())):
                     break
                 address = hop
-                if not _within(hop, trusted):
+                if hop not in trusted:
                     break
         if address != connection.address:
             if refusal := self._refusal(address):
@@ -5932,10 +5970,11 @@ class Server:
                 self.loop.selector.unregister(listener)
             listener.close()
         self._listeners.clear()
-        if self._unix_path:
-            with contextlib.suppress(OSError):
-                os.unlink(self._unix_path)
-            self._unix_path = ""
+        path, inode = self._unix_file
+        with contextlib.suppress(OSError):
+            if path and os.lstat(path).st_ino == inode:     # it may be somebody else's now
+                os.unlink(path)
+        self._unix_file = "", 0
 
     def _check(self) -> None:
         """Assert that every registry agrees (tests)."""
@@ -6028,8 +6067,10 @@ def _cpu_numbers(texts: Iterable[str]) -> set[int]:
     """Return the processors in texts like "2" and "4-7"."""
     numbers: set[int] = set()
     for text in texts:
-        first, _, last = text.partition("-")
-        numbers |= {*range(int(first), int(last or first) + 1)}
+        if not (match := re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", text)) or (
+                int(match[2] or match[1]) < int(match[1])):
+            raise ValueError(f"{text!r} must be a number, or two like 0-3")
+        numbers |= {*range(int(match[1]), int(match[2] or match[1]) + 1)}
     return numbers
 
 
@@ -6093,7 +6134,7 @@ class Config:
             if getattr(self, name) not in known:
                 raise ConfigError(
                     f"{name} = {getattr(self, name)!r} must be one of {', '.join(known)}")
-        for name, parse in (("banned", _networks), ("trusted_proxies", _networks),
+        for name, parse in (("banned", _Networks), ("trusted_proxies", _Networks),
                             ("cpus", _cpu_numbers)):
             try:
                 parse(getattr(self, name))
@@ -6667,20 +6708,17 @@ def verify_token(token: str, *secrets: str | bytes) -> dict[str, Any]:
     """
     import base64
     import hmac
-    signed, _, signature = token.rpartition(".")
-    head, _, body = signed.partition(".")
-    matches = [hmac.compare_digest(_hmac(secret, signed).encode(), signature.encode())
-               for secret in secrets]
-    try:
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        signed, _, signature = token.rpartition(".")
+        head, _, body = signed.partition(".")
+        matches = [hmac.compare_digest(_hmac(secret, signed).encode(), signature.encode())
+                   for secret in secrets]
         header, claims = (json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
                           for part in (head, body))
-        now = time.time()
         if any(matches) and header["alg"] == "HS256" and "crit" not in header and (
-                claims.get("nbf", 0) <= now < claims["exp"]):
+                claims.get("nbf", 0) <= time.time() < claims["exp"]):
             result: dict[str, Any] = claims
             return result
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
     raise HandshakeError("the token is not valid", http_status=401, label="unauthenticated")
 
 
@@ -6718,8 +6756,9 @@ def _serve_file(root: str, cache_control: str, request: Request, path: str) -> R
         if not stat.S_ISREG(info.st_mode):      # to open a pipe would wait for its writer
             return missing
         file = open(name, "rb")
-    except (OSError, ValueError):
-        return missing
+    except (OSError, ValueError) as error:
+        busy = getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE)
+        return Response("too many open files\n", 503) if busy else missing
     tag = f'"{info.st_mtime_ns:x}-{info.st_size:x}"'
     headers = {"ETag": tag, "Cache-Control": cache_control, "X-Content-Type-Options": "nosniff",
                "Last-Modified": _http_date(info.st_mtime)}
@@ -6735,6 +6774,15 @@ def _serve_file(root: str, cache_control: str, request: Request, path: str) -> R
                         length=info.st_size)
     with file:
         return Response(file.read(), 200, headers, kind)
+
+
+def _user_fault(user: object) -> str:
+    """Return why *user* can't be a user's name, or ""."""
+    if isinstance(user, str) and 0 < len(user) <= _MAX_USER:
+        with contextlib.suppress(UnicodeEncodeError):
+            user.encode()
+            return ""
+    return f"{reprlib.repr(user)}; a user is a text of 1 to {_MAX_USER} characters"
 
 
 class Session:
@@ -6778,8 +6826,8 @@ class Session:
     @user.setter
     def user(self, user: str) -> None:
         self.engine._on_loop("client.user")
-        if not isinstance(user, str) or not 0 < len(user) <= _MAX_USER:
-            raise UsageError(f"a user is a text of 1 to {_MAX_USER} characters, not {user!r}")
+        if fault := _user_fault(user):
+            raise UsageError(f"client.user = {fault}")
         if self.connection.is_open:
             self.engine._forget_user(self)
             self._user = user
@@ -6845,7 +6893,7 @@ class Session:
             raise UsageError(f"close code {code} can't be sent; use 1000 to 1014 or 3000 to 4999")
         self.engine.topics.flush()
         self.engine._flush([self])
-        if self.outbox is None or not self.outbox.items:
+        if not (self.connection.unsent or self.outbox is not None and self.outbox.items):
             self.connection.close(code, reason)
         elif self.goodbye is None:
             self.goodbye = (code, reason)       # said by Engine.on_drain
@@ -7120,8 +7168,8 @@ class Engine:
 
     def _limits(self) -> Limits:
         limits = Limits(**{name: getattr(self.config, name) for name in Limits._fields})
-        return limits._replace(banned=_networks(limits.banned),
-                               trusted_proxies=_networks(limits.trusted_proxies))
+        return limits._replace(banned=_Networks(self.config.banned),
+                               trusted_proxies=_Networks(self.config.trusted_proxies))
 
     def configure(self, **settings: Any) -> None:
         """Change settings before the engine runs; what is not named stays."""
@@ -7259,9 +7307,14 @@ class Engine:
 
     def _may(self, user: str, act: str, topic: str) -> bool:
         tokens = _check_topic(topic, wildcards=act == "subscribe")
-        return not self._rules or any(
-            _contains(rule.tokens, tokens) and _is_among(user, getattr(rule, act))
-            for rule in self._rules)
+        try:
+            return not self._rules or any(
+                _contains(rule.tokens, tokens) and _is_among(user, getattr(rule, act))
+                for rule in self._rules)
+        except Exception:
+            self.metrics.inc("horizon_route_errors_total")
+            _log.exception("a rule for %s failed; so nobody may", topic)
+            return False
 
     def _register(self, fn: Callable[..., _T], *args: Any, **options: Any) -> _T:
         """Run a registration where it is safe: on the loop, if that runs elsewhere."""
@@ -7358,14 +7411,18 @@ class Engine:
         if self._state != "new":
             return
         self.reload_tls()
-        self._listen()
-        if self._authenticator is None and not self.config.insecure and not all(
-                map(is_loopback, self.server.addresses)):
+        try:
+            self._listen()
+            self._local = all(map(is_loopback, self.server.addresses))
+            if not (self._local or self._authenticator or self.config.insecure):
+                raise ConfigError(
+                    f"host = {self.config.host!r} lets strangers in, and nothing asks who they "
+                    "are: decorate a function with @app.authenticate, bind to 127.0.0.1, or say "
+                    "insecure = true (--insecure)")
+        except (OSError, UsageError):           # it may be tried again
             self.server.stop_accepting()
-            raise ConfigError(f"host = {self.config.host!r} lets strangers in, and nothing asks "
-                              "who they are: decorate a function with @app.authenticate, bind to "
-                              "127.0.0.1, or say insecure = true (--insecure)")
-        self._local = all(map(is_loopback, self.server.addresses))
+            self.server.draining = False
+            raise
         self._state = "open"
         if self.config.tick_hz:
             self._ticker = Ticker(self.config.tick_hz, max_catchup=self.config.max_catchup_ticks)
@@ -7376,10 +7433,10 @@ class Engine:
     def _listen(self) -> None:
         """Listen on what systemd hands over, or a Unix socket, or a port, or two of them."""
         config = self.config
-        inherited = self.server.listen_inherited()
-        where = config.unix_socket
+        where = "LISTEN_FDS"
         try:
-            if where:
+            inherited = self.server.listen_inherited()
+            if where := config.unix_socket:
                 self.server.listen_unix(where)
             if inherited or where and not config.firm_port:
                 self._port = self.server.port
@@ -7521,6 +7578,8 @@ class Engine:
         returns when all is closed; from a handler at once.
         """
         grace_s = self.config.grace_s if grace_s is None else grace_s
+        if not 0 <= grace_s < 1e9:
+            raise UsageError(f"grace_s = {grace_s!r} must be a time in seconds")
         if self._state == "stopped":
             return
         if self._thread_id in (None, threading.get_ident()):
@@ -7544,7 +7603,8 @@ class Engine:
         self._state = "stopping"
         self._stop_at_ns = self.loop.clock() + int(grace_s * 1e9)
         _tell_systemd("STOPPING=1")
-        self.bus.emit("core:server_stopping", {"timestamp": time.time()})
+        with contextlib.suppress(SystemExit):       # it is what we are about
+            self.bus.emit("core:server_stopping", {"timestamp": time.time()})
         self.server.stop_accepting()
         code, what = (1012, "restarting") if restart else (1001, "shutting down")
         for session in list(self.sessions.values()):
@@ -7554,7 +7614,8 @@ class Engine:
         """Give everything back; only loop.wake and the mapping of metrics stay usable."""
         self._state = "stopped"
         for connection in list(self.server.connections.values()):
-            connection.abort("stopped")
+            with contextlib.suppress(SystemExit):
+                connection.abort("stopped")
         self.server.stop_accepting()
         self._gc.stop()
         self._worker.stop()
@@ -7732,6 +7793,9 @@ class Engine:
             self._check_origin(request)
         self._identify(request, route.public)
         if route.method in ("WEBSOCKET", "EVENTS"):
+            if self.server.draining:
+                raise HandshakeError("this server is about to end", http_status=503,
+                                     label="draining")
             return (self._upgrade if route.method == "WEBSOCKET" else self._stream)(
                 connection, request, route)
         if request.method == "POST":
@@ -7744,19 +7808,23 @@ class Engine:
             return
         try:
             found = self._authenticator(request)
-        except PeerError:
-            if not public:
+            user = found.get("sub") if isinstance(found, Mapping) else found
+            if user not in (None, False, "") and (fault := _user_fault(user)):
+                raise UsageError(f"authenticate returned {fault}")
+            request.user = user or ""
+        except (PeerError, PermissionError) as error:
+            if public:                      # as for a stranger
+                return
+            if isinstance(error, PeerError):
                 raise
-            found = None
-        except PermissionError as error:
             raise HandshakeError(str(error) or "forbidden", http_status=403,
                                  label="forbidden") from None
         except Exception:
             self.metrics.inc("horizon_route_errors_total")
             _log.exception("authenticate failed for %s", request)
-            raise HandshakeError("internal server error", http_status=500, label="bug") from None
-        user = found.get("sub") if isinstance(found, Mapping) else found
-        request.user = str(user)[:_MAX_USER] if user else ""
+            if not public:
+                raise HandshakeError("internal server error", http_status=500,
+                                     label="bug") from None
         if not request.user and not public:
             raise HandshakeError("who are you?", http_status=401, label="unauthenticated")
 
@@ -7920,7 +7988,7 @@ class Engine:
             except WireError as error:
                 error.label = "bad_protobuf"
                 raise
-            session.connection.charge(len(events) - 1)      # the frame was charged
+            session.connection.charge(max(0, len(events) - 1))      # the frame was charged
             for envelope in events:
                 if session.connection.is_open:              # one may have ended it
                     self._on_envelope(session, envelope)
@@ -8098,7 +8166,7 @@ class Engine:
         subscription = mine.pop(topic)
         if subscription is not None:
             subscription.remove()
-        else:
+        elif topic == _MOVES_TOPIC:
             self._movers.pop(session, None)
 
     def _publish_for(self, session: Session, topic: str, message: dict[str, Any]) -> None:
@@ -8136,7 +8204,7 @@ class Engine:
             payload = text
         critical = request.args.get("critical") in ("1", "true")
         try:
-            count = self._publish_as(request.user, topic, payload, critical)
+            count = self._publish_as(request.user or "guest-post", topic, payload, critical)
         except UsageError as error:
             raise _Refused("bad_topic", str(error)) from None
         return Response({"delivered": count}, 202)
