@@ -4055,6 +4055,7 @@ _HEADER_LINE = re.compile(rb"(" + _TOKEN_CHARS.encode() + rb"):([^\x00-\x08\x0a-
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-9]*)?")    # RFC 3986
 _MAX_TARGET = 8192                  # RFC 9112 3: at least 8000 should work
+_CHUNKED, _TRAILERS = -1, -2        # instead of a body's length
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE")
 _SINGLE_HEADERS = ("host", "content-length", "transfer-encoding", "sec-websocket-key",
                    "sec-websocket-version", "origin", "authorization", "content-type", "expect")
@@ -4090,7 +4091,7 @@ class Request:
     def tokens(self, name: str) -> list[str]:
         """Return a comma-separated header's members, lower case."""
         members = self.headers.get(name, "").lower().split(",")
-        return [each.strip() for each in members if each.strip()]
+        return [each.strip(" \t") for each in members if each.strip(" \t")]
 
     @property
     def args(self) -> dict[str, str]:
@@ -4166,28 +4167,45 @@ class Response:
         self.status = status
         self.body: bytes = body
         self.headers = dict(headers or {})
+        self.length = length if self.pieces else len(body)
+        if body or self.pieces or content_type:
+            self.headers.setdefault("Content-Type", content_type or guess)
+        self.check()
+
+    def check(self) -> None:
+        """Look whether the headers can be sent.
+
+        Raises:
+            UsageError: they can't.
+        """
         for name, value in self.headers.items():
             if not re.fullmatch(_TOKEN_CHARS, name) or re.search(r"[\0-\x08\n-\x1f\x7f]", value):
                 raise UsageError(f"header {name!r}: {value!r} can't be sent")
             if name.lower() in ("content-length", "transfer-encoding"):
                 raise UsageError(f"header {name!r} is set by the server itself")
-        self.length = length if self.pieces else len(body)
-        if body or self.pieces or content_type:
-            self.headers.setdefault("Content-Type", content_type or guess)
 
-    def encode(self, *, head_only: bool = False, close: bool = False, more: str = "") -> bytes:
+    @property
+    def bodiless(self) -> bool:
+        """Whether its status has no body (RFC 9112 6.3)."""
+        return self.status < 200 or self.status in (204, 304)
+
+    def encode(self, *, head_only: bool = False, close: bool = False, **more: str) -> bytes:
         """Return the bytes on the wire; *head_only* answers HEAD (RFC 9110 9.3.2).
 
-        *more* is header lines of the connection's; pieces are for the caller to send.
+        *more* is headers of the connection's, where the response has none of its own; pieces
+        are for the caller to send.
         """
+        if close:
+            more["Connection"] = "close"
+        own = {name.lower() for name in self.headers}
+        headers = self.headers | {key: text for key, text in more.items() if key.lower() not in own}
         lines = [f"HTTP/1.1 {self.status} {_reason_phrase(self.status)}"]
-        lines += [f"{name}: {value}" for name, value in self.headers.items()]
-        bodiless = self.status < 200 or self.status in (204, 304)       # RFC 9112 6.3
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        bodiless = self.bodiless
         if not bodiless and self.length >= 0:
             lines.append(f"Content-Length: {self.length}")
         elif not bodiless and not close:
             lines.append("Transfer-Encoding: chunked")
-        lines += [more] * bool(more) + ["Connection: close"] * close
         head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
         return head if head_only or bodiless else head + self.body
 
@@ -4201,17 +4219,19 @@ class HTTPConnection:
     """
 
     __slots__ = ("_buffer", "_max_header", "_max_body", "_request", "_left", "_chunks", "_stop",
-                 "_scanned", "expects_continue")
+                 "_scanned", "_fault", "head_only", "expects_continue")
 
     def __init__(self, max_header_bytes: int = 16384, max_body_bytes: int = 65536) -> None:
         self._buffer = bytearray()
         self._max_header = max_header_bytes or sys.maxsize
         self._max_body = max_body_bytes or sys.maxsize
         self._request: Request | None = None    # whose body is being read
-        self._left = 0                          # body bytes to come, or -1: chunked
+        self._left = 0                          # body bytes to come, or one of the two below 0
         self._chunks = bytearray()              # chunked body so far
         self._stop = False
-        self._scanned = 0                       # how far the head's end was looked for
+        self._scanned = 0                       # of the head, or the trailers
+        self._fault: PeerError | None = None
+        self.head_only = False                  # the last request was HEAD: its answer has no body
         self.expects_continue = False           # the peer waits for "100 Continue"
 
     @property
@@ -4235,16 +4255,25 @@ class HTTPConnection:
         Raises:
             FrameError, TooBig, HandshakeError: with the status to answer in ``http_status``.
         """
-        if self._stop:
-            return []
+        if self._fault is not None:
+            raise self._fault
+        try:
+            return [] if self._stop else self._take_request()
+        except PeerError as error:
+            self._fault = error
+            raise
+
+    def _take_request(self) -> list[Request]:
         if self._request is None and not self._take_head():
             return []
         request = self._request
         assert request is not None
-        if not (self._take_chunks(request) if self._left < 0 else self._take_body(request)):
+        take = {_CHUNKED: self._take_chunks, _TRAILERS: self._take_trailers}
+        if not take.get(self._left, self._take_body)(request):
             return []
         self._request = None
         self.expects_continue = False
+        self._scanned = 0
         self._stop = "upgrade" in request.tokens("connection") and "upgrade" in request.headers
         return [request]
 
@@ -4268,6 +4297,7 @@ class HTTPConnection:
         del buffer[:end + 4]
         self._scanned = 0
         self._request = request = _parse_head(head)
+        self.head_only = request.method == "HEAD"
         self._left = _body_length(request)
         if self._left > self._max_body:
             raise TooBig(f"body of {self._left} bytes", label="body_too_big")
@@ -4311,7 +4341,9 @@ class HTTPConnection:
             if len(self._chunks) + size > self._max_body:
                 raise TooBig("chunked body", label="body_too_big")
             if size == 0:
-                return self._take_trailers(request, end + 2)
+                del self._buffer[:end + 2]
+                self._left = _TRAILERS
+                return self._take_trailers(request)
             if len(self._buffer) < end + 2 + size + 2:
                 return False
             if self._buffer[end + 2 + size:end + 4 + size] != b"\r\n":
@@ -4319,21 +4351,22 @@ class HTTPConnection:
             self._chunks += self._buffer[end + 2:end + 2 + size]
             del self._buffer[:end + 4 + size]
 
-    def _take_trailers(self, request: Request, at: int) -> bool:
+    def _take_trailers(self, request: Request) -> bool:
         """Pass over trailer fields after the last chunk."""
-        end = self._buffer.find(b"\r\n", at)
-        while end > at:
-            if not _HEADER_LINE.fullmatch(self._buffer, at, end):
+        while (end := self._buffer.find(b"\r\n")) >= 0:
+            line = bytes(self._buffer[:end])
+            del self._buffer[:end + 2]
+            if not line:
+                request.body = bytes(self._chunks)
+                return True
+            self._scanned += end
+            if not _HEADER_LINE.fullmatch(line):
                 raise FrameError("malformed trailer", label="bad_chunk")
-            at = end + 2
-            end = self._buffer.find(b"\r\n", at)
-        if end < 0:
-            if len(self._buffer) > self._max_header:
-                raise TooBig("trailers", http_status=431, label="header_too_big")
-            return False
-        del self._buffer[:end + 2]
-        request.body = bytes(self._chunks)
-        return True
+            if self._scanned > self._max_header:
+                break
+        if self._scanned + len(self._buffer) > self._max_header:
+            raise TooBig("trailers", http_status=431, label="header_too_big")
+        return False
 
 
 def _parse_request_line(line: bytes) -> tuple[str, str, tuple[int, int]]:
@@ -4390,16 +4423,18 @@ def _origin_form(method: str, target: str, headers: dict[str, str]) -> str:
 
 
 def _body_length(request: Request) -> int:
-    """Return the body's length, or -1 for chunked (RFC 9112 6.3)."""
+    """Return the body's length, or that it is chunked (RFC 9112 6.3)."""
     coding = request.headers.get("transfer-encoding")
     length = request.headers.get("content-length")
     if coding is not None:
         if length is not None or request.version < (1, 1):      # smuggling: RFC 9112 6.1
             raise FrameError("Transfer-Encoding can't be here", label="bad_request")
-        if coding.strip().lower() != "chunked":
-            raise FrameError(f"transfer coding {coding[:20]!r}", http_status=501,
+        codings = request.tokens("transfer-encoding")
+        if codings != ["chunked"]:              # RFC 9112 6.1; 6.3: it must be the last
+            status = 400 if "chunked" in codings[:-1] else 501
+            raise FrameError(f"transfer coding {coding[:20]!r}", http_status=status,
                              label="bad_request")
-        return -1
+        return _CHUNKED
     if length is None:
         if request.method in ("POST", "PUT", "PATCH"):
             raise FrameError("say how long the body is: Content-Length, or chunked (curl -d '')",
@@ -4520,7 +4555,7 @@ class WebSocketConnection:
     """
 
     __slots__ = ("_client", "_max_bytes", "_deflate", "_deflater", "_inflater", "_buffer",
-                 "_incoming", "_fault", "frames", "closed_by_peer", "close_sent")
+                 "_incoming", "_inflated", "_fault", "frames", "closed_by_peer", "close_sent")
 
     def __init__(self, role: str = "server", max_message_bytes: int = 65536,
                  deflate: Deflate | None = None) -> None:
@@ -4533,6 +4568,7 @@ class WebSocketConnection:
         self._inflater: zlib._Decompress | None = None
         self._buffer = b""                  # an unfinished head, or control frame
         self._incoming: _Incoming | None = None
+        self._inflated = 0                  # bytes in the events to be returned
         self._fault: PeerError | None = None
         self.frames = 0                     # received, fragments and control frames included
         self.closed_by_peer = False
@@ -4547,7 +4583,7 @@ class WebSocketConnection:
             self._buffer = self._buffer + data if self._buffer else bytes(data)
 
     def take_events(self) -> list[Any]:
-        """Return what has arrived completely, in order.
+        """Return what has arrived completely, in order; call it until it returns nothing.
 
         Raises:
             FrameError, TooBig: the peer broke the protocol; nothing more comes.
@@ -4555,9 +4591,9 @@ class WebSocketConnection:
         if self._fault is not None:
             raise self._fault
         events: list[Any] = []
-        data, at = self._buffer, 0
-        try:
-            while at < len(data) and not self.closed_by_peer:
+        data, at, self._inflated = self._buffer, 0, 0
+        try:        # many small bombs are not one large one: the caller may look in between
+            while at < len(data) and not self.closed_by_peer and self._inflated <= self._max_bytes:
                 end = self._take_frame(data, at, events)
                 if end == at:
                     break
@@ -4614,11 +4650,12 @@ class WebSocketConnection:
 
     def _check_size(self, size: int, compressed: bool) -> None:
         """Refuse a frame whose message would pass the limit; what is inflated is counted then."""
-        incoming = self._incoming
-        most = self._max_bytes
+        incoming, most = self._incoming, self._max_bytes
         if compressed or incoming is not None and incoming.inflater is not None:
-            most += (most >> 6) + 64            # deflate may add some bytes, no more
-        if size + (incoming.size if incoming is not None else 0) > most:
+            most += (most >> 6) + 64            # deflate may add some bytes to a frame
+        elif incoming is not None:
+            size += incoming.size
+        if size > most:
             raise TooBig(f"message of more than {most} bytes", label="message_too_big")
 
     def _expect(self, first: int, size: int) -> _Incoming:
@@ -4678,6 +4715,7 @@ class WebSocketConnection:
                 raise TooBig(f"message inflates to more than {room - 1} bytes",
                              label="message_too_big")
             if not incoming.inflater.eof:
+                self._inflated += len(plain)
                 return plain
             # RFC 7692 7.2.3.4: a block may say that it is the last, and another follow
             self._inflater, data = None, incoming.inflater.unused_data
@@ -4810,7 +4848,7 @@ _EXTENSION = re.compile(rf'[ \t]*({_TOKEN_CHARS})[ \t]*(?:=[ \t]*("?)({_TOKEN_CH
 
 def _extensions(header: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Yield the names and options of Sec-WebSocket-Extensions (RFC 6455 9.1)."""
-    for offer in header.split(",") if header.strip() else ():
+    for offer in filter(str.strip, header.split(",")):
         parts = [_EXTENSION.fullmatch(part) for part in offer.split(";")]
         found = [(match[1], match[3] or "") for match in parts if match]
         if None in parts or found[0][1]:
@@ -5133,7 +5171,7 @@ class Loop:
         self._calls: deque[tuple[Callable[..., Any], tuple[Any, ...], Any]] = deque()
         self._timers: list[tuple[int, int, Callable[[], object]]] = []
         self._numbers = itertools.count()
-        self._dirty: list[Connection] = []
+        self._dirty: deque[Connection] = deque()
         self._waker, self._wakee = socket.socketpair()
         self._waker.setblocking(False)
         self._wakee.setblocking(False)
@@ -5200,9 +5238,7 @@ class Loop:
     def flush(self) -> None:
         """Write what this pass made, once per connection."""
         while self._dirty:
-            dirty, self._dirty = self._dirty, []
-            for connection in dirty:
-                connection.flush()
+            self._dirty.popleft().flush()
 
     def close(self) -> None:
         """Give the file descriptors back; calls still waiting are cancelled."""
@@ -5275,14 +5311,13 @@ _REFUSAL_HEADERS = {                # RFC 9110 7.8, 11.6.1, 15.5.22
 
 
 def _measured(pieces: Iterator[bytes], length: int) -> Iterator[bytes]:
-    """Yield *pieces*; another length than was announced would put the next answer out of step."""
-    for piece in pieces:
+    """Yield *length* bytes of *pieces*: others would put the next answer out of step."""
+    while length > 0:
+        piece = next(pieces, None)
+        if piece is None:
+            raise HorizonError(f"the body is {length} bytes shorter than was announced")
+        yield piece[:length]
         length -= len(piece)
-        if length < 0:
-            break
-        yield piece
-    if length:
-        raise HorizonError("the body has another length than was announced")
 
 
 def _chunks(pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -5406,7 +5441,7 @@ class Connection:
                 return
             if self.http is None:               # a stream of events: nothing is asked any more
                 return
-            if data and not (self._fresh or self.http.started):
+            if data.strip(b"\r\n") and not (self._fresh or self.http.started):
                 self._since_ns = self.server.loop.now_ns
             self.http.receive(data)
             self._serve_http()
@@ -5484,11 +5519,14 @@ class Connection:
     def _respond(self, request: Request, response: Response) -> None:
         old = request.version < (1, 1)
         endless = response.pieces is not None and response.length < 0
+        said = "".join(value for name, value in response.headers.items()
+                       if name.lower() == "connection")
         close = (not request.keep_alive or "upgrade" in request.headers or self.server.draining
-                 or endless and old)
-        more = f"Date: {self.server.date()}" + "\r\nConnection: keep-alive" * (old and not close)
-        self.send(response.encode(head_only=request.method == "HEAD", close=close, more=more))
-        if response.pieces is not None and request.method != "HEAD":
+                 or endless and old or "close" in said.lower())
+        more = {"Connection": "keep-alive"} if old and not close else {}
+        self.send(response.encode(head_only=request.method == "HEAD", close=close,
+                                  Date=self.server.date(), **more))
+        if response.pieces is not None and request.method != "HEAD" and not response.bodiless:
             self._pieces = (
                 _measured(response.pieces, response.length) if not endless else
                 response.pieces if close else _chunks(response.pieces))
@@ -5506,8 +5544,7 @@ class Connection:
 
     def stream(self, response: Response, owner: Any) -> None:
         """Send the head of *response*; its body is what *owner* sends until the end."""
-        more = f"Date: {self.server.date()}"
-        self.send(response.encode(head_only=True, close=True, more=more))
+        self.send(response.encode(head_only=True, close=True, Date=self.server.date()))
         self._belong(owner)
 
     def _belong(self, owner: Any) -> None:
@@ -5522,7 +5559,11 @@ class Connection:
         if self.ws is not None:
             return self.close(error.close_code, error.reason)
         headers = _REFUSAL_HEADERS.get(error.http_status, {"Connection": "close"})
-        self.send(Response(error.reason + "\n", error.http_status, headers).encode())
+        self._refuse(Response(error.reason + "\n", error.http_status, headers))
+
+    def _refuse(self, response: Response) -> None:
+        head_only = self.http is not None and self.http.head_only
+        self.send(response.encode(head_only=head_only, close=True, Date=self.server.date()))
         self._finish()
 
     # -- writing --
@@ -5690,15 +5731,16 @@ class Connection:
         limits = self.server.limits
         quiet_s = (now - self.heard_ns) / 1e9
         waited_s = (now - self._since_ns) / 1e9
+        busy = self.backlog or self._pieces is not None
         if self._state == "finishing":
-            if self.backlog:        # as long as it takes its bytes, it may have them
+            if busy:                # as long as it takes its bytes, it may have them
                 waited_s = min(quiet_s, waited_s)
-            patience_s = limits.idle_s if self.backlog and self.http is not None else _FINISH_S
+            patience_s = limits.idle_s if busy and self.http is not None else _FINISH_S
             if patience_s and waited_s > patience_s:
                 self.abort("finish_timeout")
         elif self.owner is not None:
             self._check_ping(quiet_s, limits)
-        elif self.backlog or self._pieces is not None:
+        elif busy:
             if limits.idle_s and quiet_s > limits.idle_s:
                 self._time_out("write_timeout", 0)
         elif self.http is not None and self.http.started:
@@ -5733,8 +5775,7 @@ class Connection:
         self.server.refused[label] += 1
         if not status:
             return self.abort(label)
-        self.send(Response("no complete request in time\n", status).encode(close=True))
-        self._finish()
+        self._refuse(Response("no complete request in time\n", status))
 
 
 def _tell_systemd(state: str) -> None:
@@ -5908,7 +5949,7 @@ class Server:
             with contextlib.suppress(OSError):
                 if self.tls is None:
                     answer = Response(refusal.reason + "\n", refusal.http_status)
-                    sock.send(answer.encode(close=True))
+                    sock.send(answer.encode(close=True, Date=self.date()))
                 sock.shutdown(socket.SHUT_WR)
             return sock.close()
         if sock.family != socket.AF_UNIX:
@@ -6749,7 +6790,8 @@ def _serve_file(root: str, cache_control: str, request: Request, path: str) -> R
     name = os.path.realpath(os.path.join(root, path)) if "\0" not in path else ""
     if os.path.isdir(name):
         name = os.path.realpath(os.path.join(name, "index.html"))
-    if not name.startswith(root + os.sep) or re.search(r"(?:^|[/\\])\.", path):
+    if not name.startswith(root + os.sep) or os.path.isabs(path) or (
+            re.search(r"(?:^|[/\\])\.", path)):
         return missing
     try:
         info = os.stat(name)
@@ -7031,6 +7073,7 @@ class _Endpoint(NamedTuple):
     pattern: re.Pattern[str]
     answer: Callable[..., Any]
     public: bool                    # needs no user
+    rank: int                       # the lower is tried first
 
 
 _SERVES = {"GET": ("GET", "HEAD"), "POST": ("POST",), "WEBSOCKET": ("GET",), "EVENTS": ("GET",)}
@@ -7275,10 +7318,16 @@ class Engine:
             pattern += f"(?P<{name}>{'.*' if rest else '[^/]+'}){re.escape(text)}"
 
         def decorate(fn: _F) -> _F:
-            route = _Endpoint(method, re.compile(pattern), _plain_function(fn), public)
-            self._register(self._routes.insert, 0, route)       # newest first
+            # what takes whole paths comes last, the longest first; of others the newest
+            rank = 10_000 - len(path) if ":path}" in path else 0
+            route = _Endpoint(method, re.compile(pattern), _plain_function(fn), public, rank)
+            self._register(self._add_route, route)
             return fn
         return decorate
+
+    def _add_route(self, route: _Endpoint) -> None:
+        self._routes.insert(0, route)
+        self._routes.sort(key=operator.attrgetter("rank"))
 
     def authenticate(self, fn: _F) -> _F:
         """Decorate the function that says who a request comes from.
@@ -7608,7 +7657,8 @@ class Engine:
         self.server.stop_accepting()
         code, what = (1012, "restarting") if restart else (1001, "shutting down")
         for session in list(self.sessions.values()):
-            session.leave(code, f"server is {what}", grace_s)
+            with contextlib.suppress(SystemExit):
+                session.leave(code, f"server is {what}", grace_s)
 
     def _closed(self) -> None:
         """Give everything back; only loop.wake and the mapping of metrics stay usable."""
@@ -7769,14 +7819,16 @@ class Engine:
     def on_request(self, connection: Connection, request: Request) -> Response | None:
         """Answer an HTTP request by the routes (the transport calls this)."""
         self._check_host(connection, request)
-        allowed: list[str] = []
-        for route in self._routes:
-            match = route.pattern.fullmatch(request.path)
-            if match is not None and request.method in _SERVES[route.method]:
+        upgrade = "websocket" in request.tokens("upgrade")
+        found = [(match, route) for route in self._routes
+                 if (match := route.pattern.fullmatch(request.path))]
+        for match, route in sorted(found, key=lambda each: (
+                each[1].rank, (each[1].method == "WEBSOCKET") != upgrade)):
+            if request.method in _SERVES[route.method]:
                 request.params = match.groupdict()
                 return self._enter(connection, request, route)
-            allowed += _SERVES[route.method] if match is not None else ()
-        if not allowed:
+        allowed = [method for _, route in found for method in _SERVES[route.method]]
+        if not allowed and request.path != "*":
             self.server.refused["not_found"] += 1
             return Response("not found\n", 404)
         allow = {"Allow": ", ".join(dict.fromkeys([*allowed, "OPTIONS"]))}
@@ -7831,7 +7883,11 @@ class Engine:
     def _answer(self, route: _Endpoint, request: Request) -> Response:
         try:
             result = route.answer(request, **request.params)
-            return result if isinstance(result, Response) else Response(result)
+            response = result if isinstance(result, Response) else Response(result)
+            response.check()                # its headers may have been changed
+            if response.status < 200:
+                raise UsageError(f"status {response.status} is no answer; use 200 to 599")
+            return response
         except PeerError:               # say, of a body that was decoded: the peer's fault
             raise
         except _Refused as refusal:
@@ -7860,7 +7916,7 @@ class Engine:
             if request.headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
                 return
         elif {"*", origin} & {*self.config.allowed_origins} or (
-                origin.partition("://")[2].lower() == request.headers.get("host", "").lower()):
+                origin.partition("://")[2].lower() == request.headers.get("host", "-").lower()):
             return
         raise HandshakeError("this origin may not connect", http_status=403, label="bad_origin")
 
@@ -8328,6 +8384,11 @@ class Engine:
 # Knows: PROTO, PROTOCOLS, its own socket.     Never: ENGINE.
 
 
+_FIRST_DELAY_S, _LAST_DELAY_S = 0.1, 5.0        # between two tries to connect again
+_FINAL_CODES = (1000, 1002, 1003, 1007, 1008, 1009)     # who is told this need not come again
+_END = object()                     # instead of a message: there are no more
+
+
 class _Options(NamedTuple):
     """How a client connects."""
 
@@ -8347,7 +8408,7 @@ class Client:
     """
 
     __slots__ = ("url", "protocol", "reconnects", "_options", "_sock", "_ws", "_waiting", "_ids",
-                 "_closed", "_topics")
+                 "_closed", "_topics", "_lost_at")
 
     def __init__(self, url: str, protocol: str, options: _Options) -> None:
         self.url = url
@@ -8357,12 +8418,12 @@ class Client:
         self._waiting: deque[Any] = deque()
         self._ids = itertools.count(1)
         self._topics: dict[str, dict[str, Any]] = {}    # subscribed to, with what options
+        self._lost_at = 0.0                 # when the connection was lost; 0: it is there
         self._connect()
 
     def _connect(self) -> None:
         host, port, path, secure = _split_url(self.url)
         options = self._options
-        self._closed: Close | None = None
         self._sock = socket.create_connection((host, port), timeout=options.timeout_s)
         try:
             if secure:
@@ -8374,31 +8435,42 @@ class Client:
             deflate, rest = _shake_hands(self._sock, name, path, f"horizon.{self.protocol}.v1",
                                          options)
             self._ws = WebSocketConnection("client", 1 << 26, deflate)
+            self._closed: Close | None = None
             self._ws.receive(rest)
             self._take_events()             # a welcome may have come along
         except BaseException:
             self._sock.close()
             raise
 
-    def _reconnect(self) -> bool:
-        """Connect again, later and later, if that was asked for; subscribe to what was."""
+    def _reconnect(self, deadline: float | None) -> bool:
+        """Connect again, later and later, if that was asked for; subscribe to what was.
+
+        Raises:
+            TimeoutError: *deadline* has passed before; the next call goes on.
+        """
         import random
-        deadline = time.monotonic() + self._options.reconnect_s
-        delay_s = _FIRST_DELAY_S
-        while time.monotonic() < deadline:
-            time.sleep(random.uniform(0.5, 1.0) * delay_s)      # not all at once
-            delay_s = min(2 * delay_s, _LAST_DELAY_S)
+        if self._closed is None or self._closed.code in _FINAL_CODES:
+            return False
+        self._lost_at = self._lost_at or time.monotonic()
+        while (waited_s := time.monotonic() - self._lost_at) < self._options.reconnect_s:
+            # as long again as it was waited already, but not all at once
+            pause_s = random.uniform(0.5, 1.0) * min(max(waited_s, _FIRST_DELAY_S), _LAST_DELAY_S)
+            if deadline is not None and time.monotonic() + pause_s > deadline:
+                time.sleep(max(0.0, deadline - time.monotonic()))
+                raise TimeoutError("no message in time; the connection is lost")
+            time.sleep(pause_s)
             try:
                 self._connect()
-                self.reconnects += 1
                 for topic, options in list(self._topics.items()):
                     self.subscribe(topic, **options)
+                self.reconnects += 1
+                self._lost_at = 0.0
                 return True
             except HandshakeError as error:
-                if error.http_status not in (429, 503):     # these may pass
+                if error.http_status not in (429, 500, 502, 503, 504):      # these may pass
                     raise
             except (OSError, StateError) as error:
-                self._closed = Close(1006, str(error))
+                self._lose(Close(1006, str(error)))
         return False
 
     # -- asking --
@@ -8450,17 +8522,18 @@ class Client:
             raise UsageError(f"{action} {topic}: {error}")
 
     def _is_answer(self, message: Any, request_id: str) -> bool:
-        if message is None:
+        if message is _END:
             raise StateError(f"the connection is closed: {self._closed}")
-        if self.protocol == "proto":
+        if hasattr(message, "which"):
             return bool(message.which("payload") == "reply" and message.reply.id == request_id)
         return isinstance(message, dict) and message.get("id") == request_id
 
     def _refusal(self, message: Any) -> str:
-        if self.protocol == "proto":
+        if hasattr(message, "reply"):
             return "" if message.reply.ok else f"{message.reply.code}: {message.reply.message}"
         error = message.get("error")
-        return f"{error['code']}: {error['message']}" if error else ""
+        return f"{error.get('code')}: {error.get('message')}" if isinstance(error, dict) else (
+            str(error or ""))
 
     def send(self, message: str | bytes | dict[str, Any] | list[Any]) -> None:
         """Send one message: text, binary, or JSON for dict and list."""
@@ -8477,7 +8550,11 @@ class Client:
     def _send(self, frame: Callable[[Any], bytes], message: str | bytes) -> None:
         if self._closed is not None:
             raise StateError(f"the connection is closed: {self._closed}")
-        self._write(frame(message))
+        try:
+            self._write(frame(message))
+        except OSError as error:            # perhaps in the middle of a frame
+            self._lose(Close(1006, str(error)))
+            raise
 
     def _write(self, data: bytes) -> None:
         self._sock.sendall(data)
@@ -8489,18 +8566,20 @@ class Client:
 
         Raises:
             TimeoutError: none came within *timeout* seconds.
+            HandshakeError: it wanted to reconnect, and the server refuses for good.
         """
-        while True:
-            message = self._take(None if timeout is None else time.monotonic() + timeout)
-            lost = message is None and self._closed is not None and (
-                self._closed.code not in _FINAL_CODES)
-            if not (lost and self._options.reconnect_s and self._reconnect()):
-                return message
+        return None if (message := self._next(timeout)) is _END else message
+
+    def _next(self, timeout: float | None) -> Any:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (message := self._take(deadline)) is _END and self._reconnect(deadline):
+            pass
+        return message
 
     def _take(self, deadline: float | None) -> Any:
         while not self._waiting:
             if self._closed is not None:
-                return None
+                return _END
             left = None if deadline is None else max(1e-6, deadline - time.monotonic())
             self._sock.settimeout(left)
             try:
@@ -8509,27 +8588,41 @@ class Client:
                 raise TimeoutError("no message in time") from None
             except OSError as error:
                 data = b""
-                self._closed = Close(1006, str(error))
-            finally:
+                self._lose(Close(1006, str(error)))
+            else:
                 self._sock.settimeout(self._options.timeout_s)
             if not data:
-                self._closed = self._closed or Close(1006, "the connection was lost")
+                self._lose(Close(1006, "the connection was lost"))
             self._ws.receive(data)
             self._take_events()
         return self._waiting.popleft()
 
+    def _lose(self, why: Close) -> None:
+        self._closed = self._closed or why
+        self._sock.close()
+
     def _take_events(self) -> None:
-        for event in self._ws.take_events():
+        try:
+            while events := self._ws.take_events():
+                self._take_each(events)
+        except PeerError as error:          # RFC 6455 7.1.7
+            with contextlib.suppress(OSError):
+                self._sock.sendall(self._ws.send_close(error.close_code, error.reason))
+            self._lose(Close(error.close_code, str(error)))
+
+    def _take_each(self, events: list[Any]) -> None:
+        for event in events:
             if isinstance(event, Ping):
-                self._send(self._ws.send_pong, event.data)
+                with contextlib.suppress(OSError, StateError):  # what came is worth more
+                    self._send(self._ws.send_pong, event.data)
             elif isinstance(event, Close):
-                self._closed = event
                 with contextlib.suppress(OSError):
                     self._sock.sendall(self._ws.send_close(event.code))
+                self._lose(event)
             elif isinstance(event, str):
                 try:
                     message = json.loads(event)
-                except ValueError:          # a route of somebody's own may send plain text
+                except (ValueError, RecursionError):    # a route of one's own may send plain text
                     message = event
                 # an array is several objects of one tick
                 self._waiting.extend(message if isinstance(message, list) else [message])
@@ -8538,7 +8631,7 @@ class Client:
                                      if self.protocol == "proto" else [event])
 
     def __iter__(self) -> Iterator[Any]:
-        while (message := self.recv()) is not None:
+        while (message := self._next(None)) is not _END:
             yield message
 
     @property
@@ -8560,10 +8653,6 @@ class Client:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-_FIRST_DELAY_S, _LAST_DELAY_S = 0.1, 5.0        # between two tries to connect again
-_FINAL_CODES = (1000, 1002, 1003, 1007, 1008, 1009)     # who is told this need not come again
 
 
 def _split_url(url: str) -> tuple[str, int, str, bool]:
@@ -8593,20 +8682,23 @@ def _shake_hands(sock: socket.socket, host: str, path: str, subprotocol: str,
         headers["Sec-WebSocket-Extensions"] = "permessage-deflate; client_max_window_bits"
     lines = [f"GET {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
     sock.sendall(("\r\n".join(lines) + "\r\n\r\n").encode())
-    answer = b""
-    while b"\r\n\r\n" not in answer and len(answer) < 65536:
+    answer, deadline, data = b"", time.monotonic() + options.timeout_s, b"more"
+    while data and b"\r\n\r\n" not in answer and len(answer) < 65536:
+        sock.settimeout(max(1e-3, deadline - time.monotonic()))
         data = sock.recv(4096)
-        if not data:
-            break
         answer += data
+    sock.settimeout(options.timeout_s)
     head, _, rest = answer.partition(b"\r\n\r\n")
     status, *fields = head.decode("latin-1").split("\r\n")
-    got = {name.strip().lower(): value.strip() for name, _, value in
-           (line.partition(":") for line in fields)}
-    if match := re.match(r"HTTP/1\.1 (?!101\b)(\d{3})", status):
+    got: dict[str, str] = {}
+    for name, _, value in (line.partition(":") for line in fields):
+        name, value = name.strip().lower(), value.strip()
+        got[name] = f"{got[name]}, {value}" if name in got else value
+    if not re.match(r"HTTP/1\.1 101(?: |$)", status):
+        match = re.match(r"HTTP/\d\.\d (\d{3})", status)
         raise HandshakeError(f"the server answered {status!r} "
                              f"{rest[:200].decode(errors='replace').strip()}",
-                             http_status=int(match[1]))
+                             http_status=int(match[1]) if match else 0)
     for name, right in (("upgrade", "websocket"), ("connection", "upgrade"),
                         ("sec-websocket-accept", _accept_key(key))):
         value = got.get(name, "")

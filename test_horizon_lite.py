@@ -40,6 +40,7 @@ import timeit
 import tracemalloc
 import urllib.request
 import uuid
+import zlib
 from pathlib import Path
 
 import pytest
@@ -2592,6 +2593,8 @@ H = b"GET / HTTP/1.1\r\nHost: h\r\n"
     (H + b"Content-Length: 1\r\nContent-Length: 1\r\n\r\n", 400), (H + b"Content-Length: +1\r\n\r\n", 400),
     (H + b"Content-Length: 1, 1\r\n\r\n", 400), (H + b"Content-Length: 99999999\r\n\r\n", 413),
     (H + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+    (H + b"Transfer-Encoding: chunked, gzip\r\n\r\n", 400), (H + b"Transfer-Encoding: chunked, chunked\r\n\r\n", 400),
+    (H + b"Transfer-Encoding: chunked\xa0\r\n\r\n", 501), (H + b"Transfer-Encoding: \x85chunked\r\n\r\n", 501),
     (H + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 501), (H + b"Transfer-Encoding: xchunked\r\n\r\n", 501),
     (H + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n", 400), (H + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n", 400),
     (H + b"Transfer-Encoding: chunked\r\n\r\n2\r\nabcd\r\n", 400),
@@ -2617,6 +2620,31 @@ def test_bad_requests_get_their_status(data, status):
     assert caught.value.http_status == status and caught.value.label
 
 
+def test_after_a_fault_nothing_more_is_read_from_a_connection():
+    connection = hl.HTTPConnection()
+    connection.receive(H + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + H + b"\r\n")
+    for _ in range(3):
+        with pytest.raises(hl.FrameError):
+            connection.take_events()
+
+
+def test_trailers_take_linear_time_and_are_bounded():
+    def cost(lines):
+        connection = hl.HTTPConnection(1 << 20)
+        connection.receive(H + b"Transfer-Encoding: chunked\r\n\r\n0\r\n")
+        connection.take_events()
+        began = time.process_time()
+        for byte in b"a:\r\n" * lines:
+            connection.receive(bytes((byte,)))
+            assert connection.take_events() == []
+        connection.receive(b"\r\n")
+        assert len(connection.take_events()) == 1
+        return time.process_time() - began
+    assert min(cost(4_000) for _ in range(3)) < 20 * min(cost(500) for _ in range(3))      # 64, if it were quadratic
+    with pytest.raises(hl.TooBig):
+        http_events(H + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"a: b\r\n" * 5_000)
+
+
 def test_a_request_is_easy_to_ask():
     ask, = http_events(b"GET http://Other:81/x?token=t&a=1&a=%20b&c HTTP/1.1\r\nHost: h\r\nCookie: a=1; b = \"two\" ; a=3\r\n\r\n")
     assert ask.args == {"token": "t", "a": " b", "c": ""} and ask.cookies == {"a": "1", "b": "two"}
@@ -2633,7 +2661,7 @@ def test_a_response_says_what_it_is():
     assert hl.Response({"a": 1}).encode() == (
         b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 7\r\n\r\n{"a":1}')
     assert hl.Response("<p>hi").headers["Content-Type"].startswith("text/html")
-    assert hl.Response("x").encode(head_only=True, close=True).endswith(b"Content-Length: 1\r\nConnection: close\r\n\r\n")
+    assert hl.Response("x").encode(head_only=True, close=True).endswith(b"Connection: close\r\nContent-Length: 1\r\n\r\n")
     assert hl.Response("ignored", status=204).encode().endswith(b"\r\n\r\n")
     assert b"Content-Length" not in hl.Response(status=204).encode()
     for wrong in (lambda: hl.Response(5), lambda: hl.Response("", headers={"a b": "c"}),
@@ -2784,6 +2812,7 @@ def test_a_bomb_costs_nothing():
     ("permessage-deflate; server_no_context_takeover; client_no_context_takeover", ""),
     ("permessage-deflate; server_max_window_bits=8, permessage-deflate", ""),       # zlib has no such window
     ("x-webkit-deflate-frame, Permessage-Deflate ; server_max_window_bits = \"9\"", "; server_max_window_bits=9"),
+    (", permessage-deflate", ""), (" , ,permessage-deflate,", ""),
     ("", None), ("permessage-bzip2", None), ("permessage-deflate; server_max_window_bits=16", None),
     ("permessage-deflate; server_max_window_bits", None), ("permessage-deflate; unknown", None),
     ("permessage-deflate; server_max_window_bits=010", None), ("permessage-deflate; client_max_window_bits=7", None),
@@ -2845,6 +2874,26 @@ def test_compressed_messages_survive_both_ways_in_any_fragmentation(bits, takeov
     assert len(hl.WebSocketConnection("server", 0, hl.Deflate()).send_text("abc" * 5_000)) < 100
     assert hl.WebSocketConnection("server", 0, hl.Deflate()).send_text("a" * 511)[:2] == b"\x81\x7e"
     assert hl.WebSocketConnection("server", 0, hl.Deflate()).send_text("a" * 512)[0] == 0xc1
+
+
+@pytest.mark.parametrize("size", [1, 7, 5000])
+def test_compressed_fragments_may_be_as_small_as_they_like(size):
+    data, deflater = os.urandom(20_000), zlib.compressobj(wbits=-15)
+    parts = [deflater.compress(data[at:at + size]) + deflater.flush(zlib.Z_SYNC_FLUSH) for at in range(0, len(data), size)]
+    ws = hl.WebSocketConnection("client", len(data), hl.Deflate())
+    for at, part in enumerate(parts):
+        first = (0x42 if at == 0 else 0) | (0x80 if at == len(parts) - 1 else 0)
+        ws.receive(hl._frame(0, part[:-4] if first & 0x80 else part).replace(b"\x80", bytes((first,)), 1))
+    assert ws.take_events() == [data]
+
+
+def test_many_small_bombs_are_not_one_large_one():
+    bomb = hl._frame(hl._BINARY | hl._COMPRESSED, hl._squeeze(hl._deflater(15), bytes(60_000)))
+    ws, got, most = hl.WebSocketConnection("client", 65_536, hl.Deflate()), 0, 0
+    ws.receive(bomb * 500)
+    while events := ws.take_events():
+        got, most = got + len(events), max(most, len(events))
+    assert got == 500 and most == 2
 
 
 def test_compression_agrees_with_another_library(rng):
@@ -4464,10 +4513,11 @@ def test_bodies_in_pieces_are_sent_as_they_are_taken(caplog):
         assert get(app, "/chunks")[2] == b"x" * 3_000_000
         old = request(app, b"GET /chunks HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
         assert old.endswith(b"\r\n\r\n" + b"x" * 3_000_000) and b"chunked" not in old and b"Connection: close" in old
-        for path in (b"/short", b"/long", b"/fails"):       # never the next answer behind a wrong length
+        for path in (b"/short", b"/fails"):                 # never the next answer behind a wrong length
             data = request(app, b"GET " + path + keep + last)
             assert data.count(b"HTTP/1.1 ") == 1 and b"ok\n" not in data
-        assert caplog.text.count("failed; it is closed") == 3
+        assert caplog.text.count("failed; it is closed") == 2
+        assert b"\r\n\r\nabcdeHTTP/1.1 200" in request(app, b"GET /long" + keep + last)
         with raw(app, b"GET /chunks" + keep, small=True):   # and one that nobody takes ends with its connection
             wait_until(lambda: any(each._pieces is not None for each in app.server.connections.values()))
         wait_until(lambda: not app.server.connections)
@@ -4740,6 +4790,254 @@ def test_the_loop_is_pinned_to_the_processors_asked_for():
     done = run_cli("serve", "--port", "0", "--cpus", "4000")
     assert done.returncode == 3 and "cpus = [4000]" in done.stderr and "Traceback" not in done.stderr
     assert hl._cpu_numbers(("0", "2-4")) == {0, 2, 3, 4} and hl.Config(cpus=[0, 1]).cpus == ("0", "1")
+
+
+def test_routes_of_all_kinds_live_side_by_side(tmp_path):
+    (tmp_path / "index.html").write_text("home")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "x.txt").write_text("x")
+    with running() as app:
+        app.static("/", tmp_path)
+        app.static("/deep", tmp_path / "below")
+        app.websocket("/chat")(lambda client, message: client.send(message))
+        app.get("/chat")(lambda request: "the chat's page")
+        assert get(app, "/chat")[2] == b"the chat's page" and status_of(app, "/ws/data") == 101 and get(app, "/healthz")[2] == b"ok\n"
+        assert get(app, "/deep/x.txt")[2] == b"x" and get(app, "/below/x.txt")[0] == 200
+        with hl.connect(app.url + "/chat") as client:
+            client.send("hi")
+            assert client.recv(5) == "hi"
+        assert get(app, f"/{tmp_path}/index.html")[0] == 404
+
+
+def test_answers_keep_to_the_rules_whatever_a_route_returns():
+    last = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    keep = b" HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with running() as app:
+        def split(request):
+            answer = hl.Response("x")
+            answer.headers["X-A"] = request.args["v"]
+            return answer
+        app.get("/split")(split)
+        app.get("/none")(lambda request: hl.Response(iter([b"abc"]), status=204))
+        app.get("/bye")(lambda request: hl.Response("bye", headers={"connection": "close", "Date": "today"}))
+        app.get("/interim")(lambda request: hl.Response("x", status=100))
+        app.get("/text")(lambda request: hl.Response(iter(["text"])))
+        assert get(app, "/split?v=a%0d%0aEvil:%201")[0] == 500 and get(app, "/interim")[0] == 500
+        assert b"abc" not in request(app, b"GET /none" + keep + last)
+        data = request(app, b"GET /bye" + keep + last)
+        assert data.endswith(b"bye") and data.count(b"close") == 1 and data.count(b"Date") == 1
+        for ask in (b"HEAD /x HTTP/1.1\r\nHost: evil\r\n\r\n", b"HEAD / HTTP/1.1\r\nHost: localhost\r\nExpect: tea\r\n\r\n"):
+            answer = request(app, ask)
+            assert answer.endswith(b"\r\n\r\n") and b"Date: " in answer and b" 4" in answer[:13]
+        assert request(app, b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 204")
+        assert request(app, b"POST /pub/x HTTP/1.0\r\nOrigin: null\r\nContent-Length: 1\r\n\r\n1").startswith(b"HTTP/1.1 403")
+
+
+def test_a_failing_body_or_a_vanished_reader_touches_nobody_else(caplog):
+    with running() as app, hl.connect(app.url) as other:
+        app.get("/text")(lambda request: hl.Response(iter(["text"]), length=4))
+        app.get("/big")(lambda request: hl.Response(iter([b"x" * 60_000] * 50)))
+        for number in range(60):
+            sock = raw(app, b"GET /%b HTTP/1.1\r\nHost: localhost\r\n\r\n" % (b"big", b"text")[number % 2])
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()
+            assert alive(other)
+        wait_until(lambda: len(app.server.connections) == 1)
+        assert "a pass of the loop failed" not in caplog.text and "file descriptor" not in caplog.text
+
+
+def test_a_body_that_makes_progress_is_neither_idle_nor_late():
+    def drip():
+        for _ in range(30):
+            time.sleep(0.05)
+            yield b"x" * 10
+    with running(idle_s=0.4, handshake_s=0.4) as app:
+        app.get("/drip")(lambda request: hl.Response(drip(), length=300))
+        app.get("/end")(lambda request: drip())
+        ask = b"GET /drip HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        data = request(app, ask + b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert b"x" * 300 + b"HTTP/1.1 200" in data and data.endswith(b"ok\n")
+        assert request(app, b"GET /end HTTP/1.0\r\n\r\n").endswith(b"x" * 300)
+
+
+def test_a_growing_file_is_sent_as_long_as_it_was(tmp_path):
+    path = tmp_path / "log"
+    path.write_bytes(b"a" * 5_000_000)
+    with running() as app:
+        app.static("/f", tmp_path)
+        with raw(app, b"GET /f/log HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", small=True) as sock:
+            start = sock.recv(1000)
+            with path.open("ab") as file:
+                file.write(b"more")
+            data = start + read_all(sock)
+        assert data.partition(b"\r\n\r\n")[2] == b"a" * 5_000_000
+
+
+@pytest.mark.parametrize("found, status", [
+    ("ann", 101), ({"sub": "ann"}, 101), (None, 401), ("", 401), (False, 401), ({}, 401), (True, 500), (b"bob", 500), (5, 500),
+    ((False, "no"), 500), ([None], 500), ({"sub": ["a"]}, 500), (hl.Response("no", 403), 500), ("a" * 129, 500), ("\ud800", 500),
+    (NotImplemented, 500), (ZeroDivisionError, 500), (PermissionError, 403), (hl.HandshakeError("x", http_status=401), 401)])
+def test_only_a_name_lets_somebody_in(found, status):
+    with running() as app:
+        @app.authenticate
+        def who(request):
+            if isinstance(found, (type, Exception)):
+                raise found
+            return found
+        assert status_of(app) == status and status_of(app, "/healthz") == 200
+
+
+def test_a_rule_that_fails_lets_nobody_in_and_ends_nothing(caplog):
+    with running() as app, hl.connect(app.url) as client:
+        seen = []
+        app.allow("boom", publish=lambda user: 1 / 0, subscribe=lambda user: 1 / 0)
+        app.allow("t", publish=lambda user: seen.append(user) or not user.startswith("guest-"))
+        for topic in ("boom", "t"):
+            with pytest.raises(hl.UsageError, match="forbidden"):
+                client.publish(topic, 1)
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(app.url + "/pub/t", b"1")
+        assert status_of(app, "/sub/boom") == 403 and alive(client) and len(seen) == 2 and "a rule for boom" in caplog.text
+
+
+def test_tls_never_falls_back_and_knows_its_end(certificate):
+    path, context = certificate
+    with running(tls_cert=path) as app:
+        last_words = []
+        app.on_core("player_disconnected")(lambda event: event.client.send({"secret": 1}) or last_words.append(1))
+
+        def upgraded():
+            tls = context.wrap_socket(raw(app), server_hostname="localhost")
+            tls.sendall(UPGRADE + b"\r\n")
+            assert b" 101 " in tls.recv(1000)
+            return tls
+        tls = upgraded()
+        session, = app.sessions.values()
+        sock = socket.socket(fileno=tls.detach())
+        sock.settimeout(5)
+
+        def both():
+            session.send({"secret": 2})
+            sock.sendall(b"\x17\x03\x03\x00\x20" + b"x" * 32)
+            time.sleep(0.05)
+        for _ in range(3):
+            app.call_soon(both)
+        assert b"secret" not in read_all(sock) and last_words == [1]
+        sock.close()
+        tls = upgraded()
+        plain = tls.unwrap()                                # sends close_notify and waits for the server's
+        assert plain.recv(100) == b"" and len(last_words) == 2
+        plain.close()
+        wait_until(lambda: not app.server.connections)
+
+
+def test_nothing_follows_the_goodbye_and_nobody_comes_in_after_it():
+    with running() as app:
+        app.on_core("player_disconnected")(lambda event: (event.client.send({"late": 1}), event.client.send("late"),
+                                                          app.send(event.client, {"late": 2})))
+        sock = raw_websocket(app)
+        on_loop(app, next(iter(app.sessions.values())).close, 4000, "bye")
+        assert sock.recv(1000) == b"\x88\x05\x0f\xa0bye"
+        sock.sendall(masked(0x88, b"\x0f\xa0"))
+        assert sock.recv(1000) == b""
+    app = hl.Engine(port=0).start()
+    half, held = raw(app, UPGRADE), raw_websocket(app)
+    threading.Thread(target=app.stop, args=(3,)).start()
+    held.recv(100)
+    half.sendall(b"\r\n")
+    assert read_all(half).startswith(b"HTTP/1.1 503")
+    held.close()
+    for wrong in (math.inf, math.nan, -1):
+        with pytest.raises(hl.UsageError, match="grace_s"):
+            hl.Engine(port=0).stop(wrong)
+
+
+def test_a_reader_that_pauses_has_the_time_it_was_promised():
+    app = hl.Engine(port=0, outbox_bytes=0, outbox_messages=0).start()
+    slow = raw_websocket(app, small=True)
+    session, = app.sessions.values()
+    on_loop(app, app.send, session, "x" * 8_000_000)
+    stopping = threading.Thread(target=app.stop, args=(9,))
+    stopping.start()
+    time.sleep(3.5)                                         # longer than a goodbye takes
+    data = b""
+    while b"\x88" not in data[-40:]:
+        piece = slow.recv(1 << 20)
+        assert piece, len(data)
+        data += piece
+    assert len(data) > 8_000_000
+    slow.sendall(masked(0x88, b"\x03\xe9"))
+    stopping.join(10)
+    slow.close()
+
+
+def test_small_things_an_attack_found(tmp_path, caplog):
+    with running(max_messages_per_s=5, burst=10) as app, raw_websocket(app) as sock:
+        with contextlib.suppress(OSError):
+            for _ in range(100):
+                sock.sendall(masked(0x82))                  # an empty batch is a message, too
+            assert b"\x88" in sock.recv(1000)[:1]
+        wait_until(lambda: app.metrics['horizon_refused_total{reason="rate"}'] == 1)
+    with running(ping_s=1e300) as app, hl.connect(app.url) as client:
+        assert alive(client)
+        for topic in ("presence", "world.moves"):
+            client.subscribe(topic)
+        client.unsubscribe("presence")
+        on_loop(app, app.movement.move, os.urandom(16), 1.0, 2.0, 3.0)
+        while client.recv(5).get("topic") != "world.moves":
+            pass
+    with running(ping_s=0, idle_s=0.3) as app:
+        events = Events(app, "t")
+        for number in range(8):
+            time.sleep(0.1)
+            on_loop(app, app.publish, "t", number)
+        assert [events.next()[1]["payload"] for _ in range(8)] == list(range(8))
+        events.sock.close()
+    networks = hl._Networks(["10.0.0.0/8", "192.0.2.7", "::ffff:198.51.100.0/120", "2001:db8::/32", "unix"])
+    for address, inside in (("10.255.0.1", True), ("11.0.0.0", False), ("192.0.2.7", True), ("192.0.2.8", False), ("unix", True),
+                            ("198.51.100.9", True), ("198.51.101.0", False), ("2001:db8:1::", True), ("2001:db9::", False)):
+        assert (address in networks) is inside, address
+    for wrong in ("3-1", "1-99999999999", "-1", "a"):
+        with pytest.raises(hl.ConfigError, match="cpus"):
+            hl.Config(cpus=[wrong])
+    for wrong in (None, "\ud800.a.b", 5):
+        with pytest.raises(hl.HandshakeError):
+            hl.verify_token(wrong, "key")
+    app = hl.Engine(host="0.0.0.0", port=0)
+    with pytest.raises(hl.ConfigError):
+        app.start()
+    app.authenticate(lambda request: "ann")
+    with app:
+        assert not app.server.draining
+    app = hl.Engine(port=0)
+    app.on_core("server_stopping")(lambda event: sys.exit())
+    app.on_core("player_disconnected")(lambda event: sys.exit())
+    app.start()
+    clients = [raw_websocket(app) for _ in range(3)]
+    app.stop(0.3)
+    assert app._done.is_set() and app.loop.closed and all(b"\x03\xe9" in read_all(sock) for sock in clients)
+
+
+def test_a_file_in_the_way_is_no_socket(tmp_path, monkeypatch):
+    path = tmp_path / "hl.sock"
+    path.write_text("data")
+    with pytest.raises(OSError, match="no socket.*hl.sock"):
+        hl.Engine(unix_socket=path).start()
+    assert path.read_text() == "data"
+    path.unlink()
+    with running() as taken, pytest.raises(OSError):
+        hl.Engine(unix_socket=path, port=int(taken.url.rpartition(":")[2])).start()
+    with hl.Engine(unix_socket=path) as one:                # nothing was left behind
+        path.unlink()
+        with hl.Engine(unix_socket=path):
+            one.stop()
+            assert path.exists()                            # it is the other's now
+    for fds, pid, error in (("abc", os.getpid(), hl.ConfigError), ("-1", os.getpid(), hl.ConfigError), ("abc", 1, None)):
+        monkeypatch.setenv("LISTEN_FDS", fds)
+        monkeypatch.setenv("LISTEN_PID", str(pid))
+        with pytest.raises(error) if error else contextlib.nullcontext():
+            with hl.Engine(port=0):
+                pass
 
 
 # -- backpressure and ends --
@@ -5134,6 +5432,100 @@ def test_a_client_says_what_is_wrong():
             hl.connect(app.url + "/nothing")
         with hl.connect(app.url) as client, pytest.raises(TimeoutError):
             client.recv(0.05)
+
+
+@contextlib.contextmanager
+def bad_server(*answers, upgrade=True):
+    """A server that upgrades and then sends what it should not, connection by connection."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    seen, socks = [], []
+
+    def serve():
+        for answer in answers:
+            sock, _ = listener.accept()
+            socks.append(sock)
+            sock.settimeout(5)
+            head = b""
+            while upgrade and b"\r\n\r\n" not in head:
+                head += sock.recv(4096)
+            if upgrade:
+                key = re.search(r"Sec-WebSocket-Key: (\S+)", head.decode())[1]
+                sock.sendall(b"HTTP/1.1 101 OK\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: "
+                             + hl._accept_key(key).encode() + b"\r\n\r\n")
+            if callable(answer):
+                answer(sock)
+                continue
+            with contextlib.suppress(OSError):
+                sock.sendall(answer)
+                while piece := sock.recv(4096):
+                    seen.append(piece)
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}", seen
+    listener.close()
+    for sock in socks:
+        sock.close()
+
+
+def test_a_client_is_strict_with_its_server():
+    with bad_server(b"\x81\x02\"\"" + b"\x81\x82\1\2\3\4\1\2") as (url, seen), hl.connect(url) as client:
+        assert client.recv(5) == "" and client.recv(5) is None and client.closed.code == 1002
+        wait_until(lambda: seen and take("server", b"".join(seen))[0].code == 1002)
+    with bad_server(b"\x81\x04null\x81\x0c" + b'{"id": "1"' + b" }" + b"\x81\x7f" + (200_000).to_bytes(8, "big") + b"[" * 200_000
+                    + b"\x88\x00") as (url, _), hl.connect(url) as client:
+        got = list(client)
+        assert got[:2] == [None, {"id": "1"}] and len(got[2]) == 200_000 and client.closed.code == 1005
+
+    def last_words(sock):
+        sock.sendall(b"\x89\x00\x89\x00\x81\x0blast words!")
+        sock.close()
+    with bad_server(last_words) as (url, _), hl.connect(url) as client:
+        time.sleep(0.3)
+        assert client.recv(5) == "last words!" and client.recv(5) is None and client.closed.code == 1006
+    with bad_server(lambda sock: time.sleep(2)) as (url, _), hl.connect(url, timeout_s=0.5) as client:
+        with pytest.raises(TimeoutError):
+            client.send("x" * 50_000_000)
+        with pytest.raises(hl.StateError):                  # in the middle of a frame there is no way on
+            client.send("small")
+
+
+@pytest.mark.parametrize("answer, status", [
+    (b"HTTP/1.0 503 busy\r\n\r\n", 503), (b"HTTP/1.1 302 Found\r\nLocation: /\r\n\r\n", 302), (b"FOO\r\n\r\n", 400),
+    (b"HTTP/1.0 200 OK\r\n\r\n", 200), (b"garbage", 400), (b"", 400)])
+def test_a_client_reads_the_status(answer, status):
+    def say(sock):
+        sock.recv(4096)
+        sock.sendall(answer)
+        sock.close()
+    with bad_server(say, upgrade=False) as (url, _), pytest.raises(hl.HandshakeError) as caught:
+        hl.connect(url)
+    assert caught.value.http_status == status
+
+
+def test_a_dripping_handshake_has_one_deadline():
+    def drip(sock):
+        with contextlib.suppress(OSError):
+            for byte in b"HTTP/1.1 101 OK" * 9:
+                sock.sendall(bytes((byte,)))
+                time.sleep(0.1)
+    began = time.monotonic()
+    with bad_server(drip, upgrade=False) as (url, _), pytest.raises(TimeoutError):
+        hl.connect(url, timeout_s=0.6)
+    assert time.monotonic() - began < 3
+
+
+def test_a_client_comes_back_and_keeps_to_its_timeout():
+    with bad_server(b"\x88\x02\x03\xf4", b"\x81\x01" + b"2") as (url, _), hl.connect(url, reconnect=5) as client:
+        assert client.recv(5) == 2 and client.reconnects == 1       # 1012: the server restarts
+    port = free_port()
+    with hl.Engine(port=port) as app:
+        client = hl.connect(app.url, reconnect=3)
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        client.recv(0.3)
+    assert time.monotonic() - began < 1
+    assert client.recv() is None and 2 < time.monotonic() - began < 6
+    client.close()
 
 
 # =============================================================================
