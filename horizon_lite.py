@@ -6654,36 +6654,27 @@ _FORMS = {"": _render_objects, "horizon.json.v1": _render_array, _PROTO: _render
 _SUBPROTOCOLS = ("horizon.json.v1", _PROTO)
 
 
-@functools.cache
-def _framer(deflate: Deflate | None) -> _Framer:
-    """Return what frames messages for every connection that agreed on the same."""
-    if deflate is None:
-        return _frame
-
-    def frame(opcode: int, payload: bytes) -> bytes:
-        if len(payload) < deflate.above_bytes:
-            return _frame(opcode, payload)
-        return _frame(opcode | _COMPRESSED, _squeeze(_deflater(deflate.send_bits), payload))
-    return frame
+def _frame_squeezed(deflate: Deflate, opcode: int, payload: bytes) -> bytes:
+    if len(payload) < deflate.above_bytes:
+        return _frame(opcode, payload)
+    return _frame(opcode | _COMPRESSED, _squeeze(_deflater(deflate.send_bits), payload))
 
 
 @functools.cache
 def _renderer(form: str, deflate: Deflate | None) -> Callable[[tuple[Any, ...], str], bytes]:
-    return functools.partial(_FORMS[form], _framer(deflate))
-
-
-def _parse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
+    """Return what renders outboxes for every connection that agreed on the same."""
+    return functools.partial(
+        _FORMS[form], functools.partial(_frame_squeezed, deflate) if deflate else _frame)
 
 
 def _finite(text: str) -> float:
     number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"{text} is out of range")
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not JSON, or out of range")
     return number
 
 
-_load_json = json.JSONDecoder(parse_constant=_parse_constant, parse_float=_finite).decode
+_load_json = json.JSONDecoder(parse_constant=_finite, parse_float=_finite).decode
 
 
 def _plain_function(fn: _F) -> _F:
