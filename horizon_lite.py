@@ -7004,10 +7004,9 @@ class _Refused(Exception):
 class _Worker:
     """Where ``async def`` and ``blocking=True`` handlers run: away from the loop."""
 
-    __slots__ = ("_bus", "_loop", "_asyncio", "_pool")
+    __slots__ = ("_loop", "_asyncio", "_pool")
 
-    def __init__(self, bus: Callable[[], Bus], loop: Loop) -> None:
-        self._bus = bus
+    def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self._pool: ThreadPoolExecutor | None = None
@@ -7017,7 +7016,11 @@ class _Worker:
         began_ns = time.monotonic_ns()
         if _is_async(handler.fn):
             import asyncio
-            future: Any = asyncio.run_coroutine_threadsafe(handler.fn(event), self._async_loop())
+            if self._asyncio is None:
+                self._asyncio = asyncio.new_event_loop()
+                threading.Thread(target=self._asyncio.run_forever, name="horizon_lite asyncio",
+                                 daemon=True).start()
+            future: Any = asyncio.run_coroutine_threadsafe(handler.fn(event), self._asyncio)
         else:
             if self._pool is None:
                 from concurrent.futures import ThreadPoolExecutor
@@ -7026,20 +7029,12 @@ class _Worker:
         future.add_done_callback(
             lambda done: self._loop.call_soon(self._done, handler, began_ns, done))
 
-    def _async_loop(self) -> asyncio.AbstractEventLoop:
-        if self._asyncio is None:
-            import asyncio
-            self._asyncio = asyncio.new_event_loop()
-            threading.Thread(target=self._asyncio.run_forever, name="horizon_lite asyncio",
-                             daemon=True).start()
-        return self._asyncio
-
     def _done(self, handler: Handler, began_ns: int, future: Any) -> None:
-        self._bus().timed(handler, time.monotonic_ns() - began_ns)
+        Bus.timed(handler, time.monotonic_ns() - began_ns)
         try:
             future.result()
         except BaseException:               # sys.exit() in a worker is a failure like others
-            self._bus().failed(handler)
+            handler._bus.failed(handler)
 
     def stop(self) -> None:
         """Let blocking handlers finish and coroutines go."""
@@ -7158,12 +7153,10 @@ class Engine:
         self.movement = Movement()
         self.sessions: dict[str, Session] = {}
         self.loop = Loop()
-        self._worker = _Worker(lambda: self.bus, self.loop)
+        self._worker = _Worker(self.loop)
         self.bus = Bus(
-            spawn=self._worker.spawn,
-            debug=self.config.log_level == "debug",
-            on_time=lambda spent_s: self.metrics.observe("event_processing_duration", spent_s),
-        )
+            spawn=self._worker.spawn, debug=self.config.log_level == "debug",
+            on_time=functools.partial(self.metrics.observe, "event_processing_duration"))
         self.server = Server(self.loop, self, self._limits())
         self.tick_count = self.overruns = self.coalesced = 0
         self.drops = Counter(latest=0, droppable=0)     # by class
