@@ -7065,36 +7065,36 @@ class _Endpoint(NamedTuple):
 _SERVES = {"GET": ("GET", "HEAD"), "POST": ("POST",), "WEBSOCKET": ("GET",), "EVENTS": ("GET",)}
 
 
-_WATCHED = (                        # name, kind, where in the engine it is counted, help
-    ("server_active_connections", "gauge", "server.websockets", "Open WebSockets."),
-    ("server_memory_usage_mb", "gauge", "_resident_mb", "Resident memory."),
-    ("memory_resident_mb", "gauge", "_resident_mb", "Resident memory."),
-    ("memory_virtual_mb", "gauge", "_virtual_mb", "Virtual memory."),
-    ("server_uptime_seconds", "gauge", "_uptime_s", "Time since the engine was made."),
-    ("event_handlers_registered", "gauge", "bus.handler_count", "Handlers on the bus."),
-    ("horizon_presence_users", "gauge", "presence.online", "Users with a connection."),
-    ("horizon_topics_known", "gauge", "topics.__len__", "Topics with a record."),
-    ("horizon_transport_connections", "gauge", "server.connections.__len__", "Open sockets."),
-    ("events_processed_total", "counter", "bus.emits", "Events emitted on the bus."),
-    ("horizon_bus_errors_total", "counter", "bus.errors", "Handler calls that raised."),
-    ("horizon_messages_received_total", "counter", "server.messages_received", "From WebSockets."),
-    ("horizon_bytes_received_total", "counter", "server.bytes_received", "Read from sockets."),
-    ("horizon_bytes_sent_total", "counter", "server.bytes_sent", "Written to sockets."),
-    ("horizon_writes_total", "counter", "server.writes", "Calls that wrote to a socket."),
-    ("horizon_http_requests_total", "counter", "server.requests", "Requests, upgrades included."),
-    ("horizon_accepts_total", "counter", "server.accepted", "Connections accepted."),
-    ("horizon_ticks_total", "counter", "tick_count", "Ticks run."),
-    ("horizon_tick_overruns_total", "counter", "overruns", "Ticks that outlasted their period."),
-    ("horizon_ticks_dropped_total", "counter", "_ticks_dropped", "Ticks forgiven after a stall."),
-    ("horizon_outbox_dropped_total", "counter", "drops", "Messages dropped, by class."),
-    ("horizon_outbox_coalesced_total", "counter", "_replaced", "States replaced unsent."),
-    ("horizon_moves_total", "counter", "movement.moves", "Positions accepted."),
-    ("horizon_topics_errors_total", "counter", "topics.errors", "Subscribers' calls that raised."),
-    ("horizon_topics_published_total", "counter", "topics.published", "Publications."),
-    ("horizon_topics_delivered_total", "counter", "topics.delivered", "Publications times sinks."),
-    ("horizon_events_sent_total", "counter", "events_sent", "Events sent, by type."),
-    ("horizon_refused_total", "counter", "server.refused", "Peers' faults and our limits."),
-    ("horizon_requests_refused_total", "counter", "refusals", "Requests answered with an error."),
+_WATCHED = (                        # name, by which label, where in the engine it is counted, help
+    ("server_active_connections", "server.websockets", "Open WebSockets."),
+    ("server_memory_usage_mb", "_resident_mb", "Resident memory."),
+    ("memory_resident_mb", "_resident_mb", "Resident memory."),
+    ("memory_virtual_mb", "_virtual_mb", "Virtual memory."),
+    ("server_uptime_seconds", "_uptime_s", "Time since the engine was made."),
+    ("event_handlers_registered", "bus.handler_count", "Handlers on the bus."),
+    ("horizon_presence_users", "presence.online", "Users with a connection."),
+    ("horizon_topics_known", "topics.__len__", "Topics with a record."),
+    ("horizon_transport_connections", "server.connections.__len__", "Open sockets."),
+    ("events_processed_total", "bus.emits", "Events emitted on the bus."),
+    ("horizon_bus_errors_total", "bus.errors", "Handler calls that raised."),
+    ("horizon_messages_received_total", "server.messages_received", "From WebSockets."),
+    ("horizon_bytes_received_total", "server.bytes_received", "Read from sockets."),
+    ("horizon_bytes_sent_total", "server.bytes_sent", "Written to sockets."),
+    ("horizon_writes_total", "server.writes", "Calls that wrote to a socket."),
+    ("horizon_http_requests_total", "server.requests", "Requests, upgrades included."),
+    ("horizon_accepts_total", "server.accepted", "Connections accepted."),
+    ("horizon_ticks_total", "tick_count", "Ticks run."),
+    ("horizon_tick_overruns_total", "overruns", "Ticks that outlasted their period."),
+    ("horizon_ticks_dropped_total", "_ticks_dropped", "Ticks forgiven after a stall."),
+    ("horizon_outbox_dropped_total by class", "drops", "Messages dropped, by class."),
+    ("horizon_outbox_coalesced_total", "_replaced", "States replaced unsent."),
+    ("horizon_moves_total", "movement.moves", "Positions accepted."),
+    ("horizon_topics_errors_total", "topics.errors", "Subscribers' calls that raised."),
+    ("horizon_topics_published_total", "topics.published", "Publications."),
+    ("horizon_topics_delivered_total", "topics.delivered", "Publications times sinks."),
+    ("horizon_events_sent_total by type", "events_sent", "Events sent, by type."),
+    ("horizon_refused_total by reason", "server.refused", "Peers' faults and our limits."),
+    ("horizon_requests_refused_total by code", "refusals", "Requests answered with an error."),
 )
 _TIMED = (                          # name, help, buckets
     ("event_processing_duration", "Seconds per emitted event; sampled.", BUCKETS_S),
@@ -7102,10 +7102,6 @@ _TIMED = (                          # name, help, buckets
     ("horizon_marshal_seconds", "Time to render one tick's messages.", BUCKETS_S),
     ("horizon_gc_pause_seconds", "Pauses by the garbage collector.", BUCKETS_S),
     ("horizon_batch_messages", "Messages per write.", (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)),
-)
-_ERRORS = (                         # name, help
-    ("horizon_route_errors_total", "Answers of routes that raised."),
-    ("horizon_repeat_errors_total", "Calls of repeated functions that raised."),
 )
 
 
@@ -8260,22 +8256,19 @@ class Engine:
 
     def _add_metrics(self) -> None:
         """Name what is counted elsewhere; the README's table lists these."""
-        def reader(path: str) -> Callable[[], Any]:
-            find = operator.attrgetter(path)
+        def read(path: str) -> Any:
+            value = operator.attrgetter(path)(self)
+            return value() if callable(value) else value
 
-            def read() -> Any:
-                value = find(self)
-                return value() if callable(value) else value
-            return read
-
-        for name, kind, path, text in _WATCHED:
-            label = {"events_sent": "type", "server.refused": "reason", "refusals": "code",
-                     "drops": "class"}
-            self.metrics.watch(name, reader(path), text, kind=kind, label=label.get(path, ""))
+        for name, path, text in _WATCHED:
+            name, _, label = name.partition(" by ")
+            self.metrics.watch(name, functools.partial(read, path), text, label=label,
+                               kind="counter" if name.endswith("_total") else "gauge")
         for name, text, buckets in _TIMED:
             self.metrics.describe(name, text, kind="histogram", buckets=buckets)
-        for name, text in _ERRORS:
-            self.metrics.describe(name, text)
+        self.metrics.describe("horizon_route_errors_total", "Answers of routes that raised.")
+        self.metrics.describe("horizon_repeat_errors_total",
+                              "Calls of repeated functions that raised.")
 
     def _resident_mb(self) -> float:
         return _memory_bytes()[0] / 1e6
