@@ -8055,46 +8055,41 @@ class Engine:
                         *args: Any) -> None:
         """Do what a client asked; answer if it gave an id, and always if it can't be done."""
         try:
-            data = act(session, *args)
+            act(session, *args)
         except _Refused as refusal:
             self.refusals[refusal.code] += 1
             if request_id is not None or refusal.code not in (_NO_HANDLER, "failed"):
-                self._reply(session, request_id, None, refusal)
+                self._reply(session, request_id, refusal)
         else:
             if request_id is not None:
-                self._reply(session, request_id, data, None)
+                self._reply(session, request_id, None)
 
-    def _reply(self, session: Session, request_id: Any, data: Any,
-               refusal: _Refused | None) -> None:
+    def _reply(self, session: Session, request_id: Any, refusal: _Refused | None) -> None:
         if session.form == _PROTO:
             reply = builtin_schema().Reply(
                 id=str(request_id or ""), ok=refusal is None,
-                code=refusal.code if refusal else "", message=str(refusal or ""),
-                data=b"" if data is None else _json_bytes(data))
+                code=refusal.code if refusal else "", message=str(refusal or ""))
             frame = _frame(_BINARY, _batch_of(type="REPLY", reply=reply))
         else:
-            answer: dict[str, Any] = {} if request_id is None else {"id": request_id}
-            if refusal:
-                answer["error"] = {"code": refusal.code, "message": str(refusal)}
-            else:
-                answer["ok"] = True
-                if data is not None:
-                    answer["data"] = data
+            answer = {} if request_id is None else {"id": request_id}
+            answer |= {"ok": True} if refusal is None else {
+                "error": {"code": refusal.code, "message": str(refusal)}}
             frame = _frame(_TEXT, _json_bytes(answer))
         self.events_sent["REPLY"] += 1
         session.say(frame)
 
-    def _do(self, session: Session, message: Any) -> Any:
-        """Do what one message asks; return what the answer carries."""
+    def _do(self, session: Session, message: Any) -> None:
+        """Do what one message asks."""
         if not isinstance(message, dict):
             raise _Refused("bad_request", "a message is a JSON object; its id, text or a number")
         if "namespace" in message:
-            return self._client_event(
+            self._client_event(
                 session, message["namespace"], message.get("event"), message.get("data"))
-        if "action" in message:
-            return self._act(message.get("action"), session, message.get("topic"), message)
-        raise _Refused("bad_request",
-                       'a message has "namespace" and "event", or "action" and "topic"')
+        elif "action" in message:
+            self._act(message["action"], session, message.get("topic"), message)
+        else:
+            raise _Refused("bad_request",
+                           'a message has "namespace" and "event", or "action" and "topic"')
 
     def _on_envelope(self, session: Session, envelope: Any) -> None:
         """Do what one protobuf envelope asks: the same as the JSON that means it."""
@@ -8122,7 +8117,7 @@ class Engine:
         except UsageError:
             raise _Refused("bad_position", "coordinates are finite numbers below 3e38") from None
 
-    def _client_event(self, session: Session, namespace: Any, event: Any, data: Any) -> Any:
+    def _client_event(self, session: Session, namespace: Any, event: Any, data: Any) -> None:
         for name in (namespace, event):
             if not (isinstance(name, str) and _NAME.fullmatch(name)):
                 raise _Refused("bad_name", f"namespace and event match {_NAME.pattern}")
@@ -8140,9 +8135,8 @@ class Engine:
             if not isinstance(data, dict):
                 raise _Refused("bad_position", 'data is {"x", "y", "z"}')
             self._move(session, data.get("x", 0), data.get("y", 0), data.get("z", 0))
-        return None
 
-    def _system_event(self, session: Session, event: str, data: Any) -> Any:
+    def _system_event(self, session: Session, event: str, data: Any) -> None:
         if event == "ping":
             session.send({"namespace": "system", "event": "pong", "data": data})
         elif event == "hello":
@@ -8151,7 +8145,6 @@ class Engine:
                 "version": __version__}})
         else:
             raise _Refused("unknown_event", "system has the events ping and hello")
-        return None
 
     def _act(self, action: Any, session: Session, topic: Any, message: dict[str, Any]) -> Any:
         acts: dict[Any, Callable[[Session, str, dict[str, Any]], Any]] = {
