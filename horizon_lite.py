@@ -6097,10 +6097,8 @@ def _cpu_s() -> float:
 # in TOML ([server], [network], ...) only group; a key means the same in any of them.
 
 _PRESETS: dict[str, dict[str, Any]] = {
-    "dev": {"log_level": "debug"},
-    "prod": {},
-    "high-scale": {"log_level": "warn", "max_connections": 50_000},
-}
+    "dev": {"log_level": "debug"}, "prod": {},
+    "high-scale": {"log_level": "warn", "max_connections": 50_000}}
 _LOG_LEVELS = ("debug", "info", "warn", "error")
 
 
@@ -6204,15 +6202,12 @@ class Config:
                     close := difflib.get_close_matches(key, _CONFIG_TYPES, 1, 0.7)):
                 raise ConfigError(f"{name} in the environment: did you mean "
                                   f"HORIZON_{close[0].upper()}?")
+        for key in said:
+            _must_be_setting(key)
         values.update(said)
         if "port" in values:
             values.setdefault("firm_port", True)
-        profile = str(values.get("profile", "prod"))
-        merged = {**_PRESETS.get(profile, {}), **values}
-        for key in merged:
-            if key not in _CONFIG_TYPES:
-                raise ConfigError(f"there is no setting {key!r}{_did_you_mean(key, _CONFIG_TYPES)}")
-        return cls(**merged)
+        return cls(**{**_PRESETS.get(str(values.get("profile")), {}), **values})
 
 
 _CONFIG_TYPES: dict[str, type] = {
@@ -6221,6 +6216,11 @@ _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", 
                tuple: "a list of texts"}
 _TRUTHS = {"true": True, "yes": True, "on": True, "1": True,
            "false": False, "no": False, "off": False, "0": False}
+
+
+def _must_be_setting(key: str, where: str = "") -> None:
+    if key not in _CONFIG_TYPES:
+        raise ConfigError(f"{where}there is no setting {key!r}{_did_you_mean(key, _CONFIG_TYPES)}")
 
 
 def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -6237,10 +6237,8 @@ def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
                 tables.append(value)
             elif key in values:
                 raise ConfigError(f"{os.fspath(path)}: {key} is given twice")
-            elif key not in _CONFIG_TYPES:
-                raise ConfigError(f"{os.fspath(path)}: there is no setting {key!r}"
-                                  f"{_did_you_mean(key, _CONFIG_TYPES)}")
             else:
+                _must_be_setting(key, f"{os.fspath(path)}: ")
                 values[key] = value
     return values
 
