@@ -7957,14 +7957,13 @@ class Engine:
         session: Session = connection.owner
         if session.goodbye is not None:
             return
-        if session.handler is not None:
-            try:
-                session.handler(session, message)
-            except Exception:
-                self.metrics.inc("horizon_route_errors_total")
-                _log.exception("handler of %s failed", session)
-            return
-        self._on_data(session, message)
+        if session.handler is None:
+            return self._on_data(session, message)
+        try:
+            session.handler(session, message)
+        except Exception:
+            self.metrics.inc("horizon_route_errors_total")
+            _log.exception("handler of %s failed", session)
 
     def on_close(self, connection: Connection, code: int, reason: str) -> None:
         """Drop every trace of a session (the transport calls this)."""
@@ -8015,7 +8014,11 @@ class Engine:
 
     def _on_data(self, session: Session, message: str | bytes) -> None:
         if isinstance(message, str):
-            self._on_json(session, self._parse(message))
+            asked = self._parse(message)
+            request_id = asked.get("id") if isinstance(asked, dict) else None
+            if isinstance(request_id, dict | list):
+                request_id, asked = None, None      # refused below: no id to answer with
+            self._answer_request(session, request_id, self._do, asked)
         else:
             try:
                 events = builtin_schema().EventBatch.decode(message).events
@@ -8043,11 +8046,6 @@ class Engine:
                 raise PeerError(f"JSON with {fault}", close_code=1008, label=label)
         return value
 
-    def _on_json(self, session: Session, message: Any) -> None:
-        request_id = message.get("id") if isinstance(message, dict) else None
-        if isinstance(request_id, dict | list):
-            request_id, message = None, None    # refused below: no id to answer with
-        self._answer_request(session, request_id, self._do, message)
 
     def _answer_request(self, session: Session, request_id: Any, act: Callable[..., Any],
                         *args: Any) -> None:
