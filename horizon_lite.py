@@ -6894,15 +6894,12 @@ class Session:
             direct = Publication("", message, 0, "", True, 0)
             self.say(self.render((direct,), ""))
             self.engine.events_sent["DIRECT"] += 1
-        elif not self.connection.is_open:
-            return
-        elif isinstance(message, str):
+        elif self.connection.is_open:
             try:
-                self.say(ws.send_text(message))
+                self.say(ws.send_text(message) if isinstance(message, str)
+                         else ws.send_binary(message))
             except UnicodeEncodeError as error:
                 raise UsageError(f"this text can't be sent: {error}") from None
-        else:
-            self.say(ws.send_binary(message))
 
     def say(self, data: bytes) -> None:
         """Send frames at the end of this pass, after what is critical and came before."""
