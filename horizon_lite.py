@@ -6636,17 +6636,10 @@ def _render_events(frame: _Framer, items: tuple[Any, ...], _packed: str) -> byte
 
 
 _PROTO, _EVENTS = "horizon.proto.v1", "events"
-# payloads of a client's envelope -> the JSON message that means the same
-_ENVELOPES: dict[str, Callable[[Any, Callable[[bytes], Any]], dict[str, Any]]] = {
-    "client_event": lambda asked, parse: {
-        "namespace": asked.namespace, "event": asked.event, "data": parse(asked.data)},
-    "request": lambda asked, parse: {
-        "action": asked.action, "topic": asked.topic, "payload": parse(asked.payload),
-        "packed": asked.packed, "critical": asked.critical},
-    "chat": lambda asked, _: {
-        "namespace": "chat", "event": "message", "data": {"text": asked.message}},
-    "command": lambda asked, _: {
-        "namespace": "command", "event": "message", "data": {"text": asked.raw}}}
+# payloads of a client's envelope: the members of the JSON message that means the same
+_ENVELOPES = {"client_event": ("namespace", "event", "data"),
+              "request": ("action", "topic", "payload", "packed", "critical")}
+_TEXTS = {"chat": "message", "command": "raw"}      # payloads that are a text, and where it stands
 _FORMS = {"": _render_objects, "horizon.json.v1": _render_array, _PROTO: _render_batch,
           _EVENTS: _render_events}
 _SUBPROTOCOLS = ("horizon.json.v1", _PROTO)
@@ -8090,12 +8083,14 @@ class Engine:
         asked = getattr(envelope, kind or "type")
         if kind == "player_move":
             return self._answer_request(session, None, self._move_event, asked)
-        translate = _ENVELOPES.get(kind)
-        message = translate(asked, self._parse_bytes) if translate else {}
+        if kind in _TEXTS:
+            text = getattr(asked, _TEXTS[kind])
+            message = {"namespace": kind, "event": "message", "data": {"text": text}}
+        else:
+            message = {name: getattr(asked, name) for name in _ENVELOPES.get(kind, ())}
+            for name in message.keys() & {"data", "payload"}:       # JSON, or nothing
+                message[name] = self._parse(_text(message[name])) if message[name] else None
         self._answer_request(session, getattr(asked, "id", None) or None, self._do, message)
-
-    def _parse_bytes(self, data: bytes) -> Any:
-        return self._parse(_text(data)) if data else None
 
     def _move_event(self, session: Session, move: Any) -> None:
         event = self.bus.emit("client:movement:position", move, session)
