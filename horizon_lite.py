@@ -6922,10 +6922,7 @@ class Session:
 
     def put(self, item: Sendable) -> None:
         """Queue a shared item for the tick, or for the end of this pass if it is critical."""
-        if item.key is None:
-            return self._add((item,), item.size or item.measure(), item.critical)
-        if (outbox := self._filling(item.critical)) is not None:
-            self._squeeze_in(outbox.put, item)
+        self._add((item,), item.size or item.measure(), item.critical)
 
     def put_many(self, batch: Batch) -> None:
         """Queue what was published on one topic; the sink of this session's subscriptions."""
@@ -6939,28 +6936,24 @@ class Session:
             self.engine._waiting[self] = None
 
     def _add(self, items: tuple[Any, ...], size: int, critical: bool) -> None:
-        outbox = self._filling(critical)
-        if outbox is None:
-            return
-        if not self.connection.unsent and outbox.overflows(len(items), size):
-            outbox.add(items, size)             # a peer that reads loses nothing
-            return self.engine._flush([self])
-        self._squeeze_in(outbox.put_many, items, size)
-
-    def _squeeze_in(self, put: Callable[..., None], *items: Any) -> None:
         """Put into the outbox; what is dropped for it is told, once a second at most."""
-        assert self.outbox is not None
-        before = self.outbox.dropped
+        if (outbox := self._filling(critical)) is None:
+            return
+        ahead, before, now = len(self.connection.unsent), outbox.dropped, self.engine.loop.now_ns
         try:
-            put(*items, len(self.connection.unsent))
+            if items[0].key is not None:        # Moves, alone
+                outbox.put(items[0], ahead)
+            elif ahead or not outbox.overflows(len(items), size):
+                outbox.put_many(items, size, ahead)
+            else:
+                outbox.add(items, size)         # a peer that reads loses nothing
+                self.engine._flush([self])
         except SlowPeer:
-            self.outbox.take()
-            self.connection.slow()
-        else:
-            now = self.engine.loop.now_ns
-            if self.outbox.dropped > before and now - self._told_ns >= 1_000_000_000:
-                self._told_ns = now
-                self.engine.loop.call_soon(self.engine._tell_slow, self, self.outbox.dropped)
+            outbox.take()
+            return self.connection.slow()
+        if outbox.dropped > before and now - self._told_ns >= 1_000_000_000:
+            self._told_ns = now
+            self.engine.loop.call_soon(self.engine._tell_slow, self, outbox.dropped)
 
     def _filling(self, urgent: bool) -> Outbox | None:
         """Return the outbox, listed to be emptied; None when the session has ended."""
