@@ -6937,9 +6937,17 @@ class Session:
 
     def _add(self, items: tuple[Any, ...], size: int, critical: bool) -> None:
         """Put into the outbox; what is dropped for it is told, once a second at most."""
-        if (outbox := self._filling(critical)) is None:
+        engine, outbox = self.engine, self.outbox
+        if not self.connection.is_open or self.goodbye is not None:
             return
-        ahead, before, now = len(self.connection.unsent), outbox.dropped, self.engine.loop.now_ns
+        if outbox is None:
+            outbox = self.outbox = Outbox(engine.config.outbox_messages, engine.config.outbox_bytes,
+                                          engine._count_drop)
+        engine._waiting[self] = None
+        if critical:
+            outbox.urgent = True
+            engine._urgent[self] = None
+        ahead, before, now = len(self.connection.unsent), outbox.dropped, engine.loop.now_ns
         try:
             if items[0].key is not None:        # Moves, alone
                 outbox.put(items[0], ahead)
@@ -6947,28 +6955,13 @@ class Session:
                 outbox.put_many(items, size, ahead)
             else:
                 outbox.add(items, size)         # a peer that reads loses nothing
-                self.engine._flush([self])
+                engine._flush([self])
         except SlowPeer:
             outbox.take()
             return self.connection.slow()
         if outbox.dropped > before and now - self._told_ns >= 1_000_000_000:
             self._told_ns = now
-            self.engine.loop.call_soon(self.engine._tell_slow, self, outbox.dropped)
-
-    def _filling(self, urgent: bool) -> Outbox | None:
-        """Return the outbox, listed to be emptied; None when the session has ended."""
-        outbox = self.outbox
-        if not self.connection.is_open or self.goodbye is not None:
-            return None
-        if outbox is None:
-            config = self.engine.config
-            outbox = self.outbox = Outbox(config.outbox_messages, config.outbox_bytes,
-                                          self.engine._count_drop)
-        self.engine._waiting[self] = None
-        if urgent:
-            outbox.urgent = True
-            self.engine._urgent[self] = None
-        return outbox
+            engine.loop.call_soon(engine._tell_slow, self, outbox.dropped)
 
     def __repr__(self) -> str:
         return f"Session({self.user!r} from {self.address})"
