@@ -7507,11 +7507,11 @@ class Engine:
 
     def _run_until_signal(self, ready: Callable[[], object]) -> None:
         """Serve; *ready* is called when the port is open and a signal would end it gracefully."""
-        signals = [signal.SIGINT, signal.SIGTERM]
+        signals: dict[int, Any] = dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._signalled)
         if self.config.tls_cert and hasattr(signal, "SIGHUP"):
-            signals.append(signal.SIGHUP)
+            signals[signal.SIGHUP] = lambda *_: self.loop.call_soon(self._reload)
         main = threading.current_thread() is threading.main_thread()
-        before = {each: signal.signal(each, self._signalled) for each in signals} if main else {}
+        before = {each: signal.signal(each, do) for each, do in signals.items()} if main else {}
         try:
             self._pin()
             self._open()
@@ -7525,9 +7525,6 @@ class Engine:
                 signal.signal(each, handler)
 
     def _signalled(self, number: int, _frame: Any) -> None:
-        if number not in (signal.SIGINT, signal.SIGTERM):
-            self.loop.call_soon(self._reload)
-            return
         self._signals += 1
         if self._signals > 1:
             os._exit(128 + number)          # asked twice: now
