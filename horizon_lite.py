@@ -4933,7 +4933,7 @@ class DelimitedReader(Generic[_M]):
     (None, 5)
     """
 
-    __slots__ = ("_cls", "_max_bytes", "_buffer", "_need", "_fault", "position", "pending")
+    __slots__ = ("_cls", "_max_bytes", "_buffer", "_fault", "position", "pending")
 
     def __init__(self, cls: type[_M], max_bytes: int = 1 << 20) -> None:
         if not (isinstance(cls, type) and issubclass(cls, Message)):
@@ -4941,7 +4941,6 @@ class DelimitedReader(Generic[_M]):
         self._cls = cls
         self._max_bytes = max_bytes
         self._buffer = bytearray()
-        self._need = 1                  # so many bytes are wanted in the buffer
         self._fault: tuple[type[PeerError], str] | None = None
         self.position = 0
         self.pending = 0                # bytes after position, kept or not
@@ -4957,11 +4956,8 @@ class DelimitedReader(Generic[_M]):
         with _view(data) as view:
             self.pending += len(view)
             if self._fault is None:
-                try:
-                    self._take(view, messages)
-                except PeerError as fault:
-                    self._fault = type(fault), str(fault)
-                    self._buffer = bytearray()
+                self._buffer += view
+                self._cut(messages)
         if not messages:
             self._raise_fault()
         return messages
@@ -4982,33 +4978,25 @@ class DelimitedReader(Generic[_M]):
             error, text = self._fault
             raise error(f"{text}, in the message at byte {self.position} of the stream")
 
-    def _take(self, view: memoryview, messages: list[_M]) -> None:
+    def _cut(self, messages: list[_M]) -> None:
+        """Decode the whole messages in the buffer and take them out of it."""
         at = 0
-        while self._buffer and at < len(view):      # finish what is under way
-            stop = at + self._need - len(self._buffer)
-            self._buffer += view[at:stop]
-            at = min(stop, len(view))
-            if len(self._buffer) >= self._need:
-                del self._buffer[:self._cut(memoryview(self._buffer), messages)]
-        if not self._buffer:
-            at += self._cut(view[at:], messages)
-            self._buffer += view[at:]
-
-    def _cut(self, view: memoryview, messages: list[_M]) -> int:
-        """Decode the whole messages in *view* and return where they end."""
-        at = 0
-        with view:
+        try:
             while True:
-                size, start = _delimiter(view[at:at + 5])
+                size, start = _delimiter(self._buffer[at:at + 5])
                 if size > self._max_bytes:
                     raise TooBig(f"a message of {size} bytes; the limit is {self._max_bytes}")
-                self._need = start + size if start else len(view) - at + 1
-                if at + self._need > len(view):
-                    return at
-                messages.append(self._cls.decode(bytes(view[at + start:at + self._need])))
-                at += self._need
-                self.position += self._need
-                self.pending -= self._need
+                end = at + start + size
+                if not start or end > len(self._buffer):
+                    break
+                messages.append(self._cls.decode(bytes(memoryview(self._buffer)[at + start:end])))
+                at = end
+        except PeerError as fault:
+            self._fault = type(fault), str(fault)
+            self._buffer.clear()
+        del self._buffer[:at]
+        self.position += at
+        self.pending -= at
 
 
 def _delimiter(head: _Bytes) -> tuple[int, int]:
