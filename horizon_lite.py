@@ -4588,8 +4588,6 @@ class WebSocketConnection:
         Raises:
             FrameError, TooBig: the peer broke the protocol; nothing more comes.
         """
-        if self._fault is not None:
-            raise self._fault
         events: list[Any] = []
         data, at, self._inflated = self._buffer, 0, 0
         try:        # many small bombs are not one large one: the caller may look in between
@@ -4599,11 +4597,11 @@ class WebSocketConnection:
                     break
                 at = end
         except PeerError as error:
-            self._fault = error
-            if not events:
-                raise
+            self._fault, at = error, len(data)
         if at:
             self._buffer = data[at:]
+        if self._fault is not None and not events:
+            raise self._fault
         return events
 
     def _take_frame(self, data: bytes, at: int, events: list[Any]) -> int:
@@ -4630,23 +4628,22 @@ class WebSocketConnection:
         key = b"" if self._client else data[start:start + 4]
         start += 0 if self._client else 4
         end = start + size
-        if len(data) >= end:
-            payload = _mask(data[start:end], key) if key else data[start:end]
-            self.frames += 1
-            if opcode >= 8:
-                events.append(self._control(opcode, payload))
-            elif first & 0xC0 == 0x80 and incoming is None:     # a plain message in one frame
-                events.append(payload if opcode == _BINARY else _text(payload))
-            else:
-                incoming = self._expect(first, size)
-                self._add(incoming, payload, incoming.final, events)
-            return end
-        if opcode >= 8 or len(data) < start:
+        if len(data) < (end if opcode >= 8 else start):
             return at
         self.frames += 1
-        incoming = self._expect(first, size)
-        incoming.left, incoming.key = size, key
-        return self._take_part(incoming, data, start, events)
+        if opcode < 8 and (len(data) < end or incoming is not None or first & 0xC0 != 0x80):
+            if incoming is None:
+                inflater = self._new_inflater() if first & _COMPRESSED else None
+                incoming = self._incoming = _Incoming(opcode == _TEXT, inflater)
+            incoming.size += size
+            incoming.left, incoming.key, incoming.final = size, key, first >= 0x80
+            return self._take_part(incoming, data, start, events)
+        payload = _mask(data[start:end], key) if key else data[start:end]
+        if opcode >= 8:
+            events.append(self._control(opcode, payload))
+        else:                               # a plain message in one frame
+            events.append(payload if opcode == _BINARY else _text(payload))
+        return end
 
     def _check_size(self, size: int, compressed: bool) -> None:
         """Refuse a frame whose message would pass the limit; what is inflated is counted then."""
@@ -4658,26 +4655,16 @@ class WebSocketConnection:
         if size > most:
             raise TooBig(f"message of more than {most} bytes", label="message_too_big")
 
-    def _expect(self, first: int, size: int) -> _Incoming:
-        """Return the message that a data frame belongs to."""
-        incoming = self._incoming
-        if incoming is None:
-            inflater = self._new_inflater() if first & _COMPRESSED else None
-            incoming = self._incoming = _Incoming(first & 0x0F == _TEXT, inflater)
-        incoming.size += size
-        incoming.final = bool(first & 0x80)
-        return incoming
-
     def _take_part(self, incoming: _Incoming, data: bytes, at: int, events: list[Any]) -> int:
         part = data[at:at + incoming.left]
-        end = at + len(part)
         incoming.left -= len(part)
-        if incoming.key:
-            turn = len(part) % 4
-            part = _mask(part, incoming.key)
-            incoming.key = incoming.key[turn:] + incoming.key[:turn]
+        at += len(part)
+        if key := incoming.key:
+            part = _mask(part, key)
+            if incoming.left:               # the next part goes on within the key
+                incoming.key = (key + key)[len(part) % 4:][:4]
         self._add(incoming, part, incoming.final and not incoming.left, events)
-        return end
+        return at
 
     def _add(self, incoming: _Incoming, part: bytes, last: bool, events: list[Any]) -> None:
         if incoming.inflater is not None:
@@ -4728,26 +4715,20 @@ class WebSocketConnection:
         if first & 0x70 and (
                 first & 0x70 != _COMPRESSED or self._deflate is None or opcode not in (1, 2)):
             raise FrameError("reserved bit is set", at=at, label="reserved_bit")
-        if second & 0x80 and self._client:      # RFC 6455 5.1
-            raise FrameError("a server must not mask", at=at, label="masked")
-        if not second & 0x80 and not self._client:
-            raise FrameError("a client must mask", at=at, label="unmasked")
-        if opcode >= 8:
-            if opcode > 10:
-                raise FrameError(f"reserved opcode {opcode}", at=at, label="reserved_opcode")
-            if not first & 0x80 or second & 0x7F > 125:  # RFC 6455 5.5
-                raise FrameError("control frame is fragmented or too long", at=at,
-                                 label="bad_control")
-        elif opcode > 2:
+        if (second >= 0x80) == self._client:    # RFC 6455 5.1
+            wrong, label = (("a server must not mask", "masked") if self._client else
+                            ("a client must mask", "unmasked"))
+            raise FrameError(wrong, at=at, label=label)
+        if opcode & 7 > 2:
             raise FrameError(f"reserved opcode {opcode}", at=at, label="reserved_opcode")
-        elif (opcode == _CONTINUATION) == (self._incoming is None):    # RFC 6455 5.4
+        if opcode >= 8 and (first < 0x80 or second & 0x7F > 125):       # RFC 6455 5.5
+            raise FrameError("control frame is fragmented or too long", at=at, label="bad_control")
+        if opcode < 8 and (opcode == _CONTINUATION) == (self._incoming is None):    # RFC 6455 5.4
             raise FrameError("fragments out of order", at=at, label="bad_fragment")
 
     def _control(self, opcode: int, payload: bytes) -> Ping | Pong | Close:
-        if opcode == _PING:
-            return Ping(payload)
-        if opcode == _PONG:
-            return Pong(payload)
+        if opcode != _CLOSE:
+            return Ping(payload) if opcode == _PING else Pong(payload)
         self.closed_by_peer = True
         if not payload:
             return Close(1005, "")
