@@ -5147,9 +5147,8 @@ class Loop:
         self.selector.register(self._wakee, _READ, self._drain_wakes)
 
     def _drain_wakes(self, _mask: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while len(self._wakee.recv(4096)) == 4096:
-                pass
+        with contextlib.suppress(BlockingIOError):      # what is left wakes the next pass, too
+            self._wakee.recv(4096)
 
     def wake(self) -> None:
         """Make a waiting pass return; any thread, also a signal handler."""
