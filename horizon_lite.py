@@ -5577,8 +5577,7 @@ class Connection:
     def _flush(self) -> None:
         if self.unsent or self._state == "closed":
             return
-        out = self._out
-        if out:
+        if out := self._out:
             data = out[0] if len(out) == 1 else b"".join(out)
             self._out, self._queued = None, 0
             self.server.writes += 1
@@ -5620,7 +5619,7 @@ class Connection:
             self.send_now(piece)
             self._watch(self._mask | _WRITE)
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: _Bytes) -> None:
         if self.unsent:                     # TLS has its own to say, in order
             self.unsent = memoryview(bytes(self.unsent) + data)
             return
@@ -5637,19 +5636,14 @@ class Connection:
             self._watch(self._mask | _WRITE)
 
     def _writable(self) -> None:
-        if self.unsent:
-            try:
-                sent = self.sock.send(self.unsent)
-            except (BlockingIOError, InterruptedError):
+        if waiting := self.unsent:
+            self.unsent = b""
+            self.server.bytes_sent += len(waiting)      # _write takes back what is not sent
+            self._write(waiting)
+            if len(self.unsent) < len(waiting):
+                self.heard_ns = self.server.loop.now_ns     # it reads, so it lives
+            if self.unsent or self._state == "closed":
                 return
-            except OSError:
-                return self.abort("reset")
-            self.server.bytes_sent += sent
-            self.unsent = self.unsent[sent:]
-            self.heard_ns = self.server.loop.now_ns     # it reads, so it lives
-            if self.unsent:
-                return
-        self.unsent = b""
         self._watch(_READ)
         self.flush()
         if self._state == "open" and self.owner is not None and not self.unsent:
