@@ -3877,23 +3877,19 @@ class Ticker:
     ``dropped`` counts ticks that were forgiven after stalls.
     """
 
-    __slots__ = ("hz", "dropped", "_clock", "_max_catchup", "_start_ns", "_done")
+    __slots__ = ("hz", "period_ns", "dropped", "_clock", "_max_catchup", "_start_ns", "_done")
 
     def __init__(self, hz: float, clock: Callable[[], int] = time.monotonic_ns, *,
                  max_catchup: int = 5) -> None:
         if not 1e-6 <= hz <= 10_000:
             raise UsageError(f"hz must be 0.000001 to 10000, got {hz!r}")
         self.hz = hz
+        self.period_ns = round(1_000_000_000 / hz)      # a tick's budget
         self.dropped = 0
         self._clock = clock
         self._max_catchup = max_catchup or sys.maxsize      # a limit of 0 means none
         self._start_ns = clock()
         self._done = 0              # ticks run or forgiven since the start
-
-    @property
-    def period_ns(self) -> int:
-        """A tick's budget."""
-        return round(1_000_000_000 / self.hz)
 
     def _next_ns(self) -> int:
         return self._start_ns + int((self._done + 1) * 1_000_000_000 / self.hz)
@@ -4072,10 +4068,11 @@ class Request:
                  "address", "user")
 
     def __init__(self, method: str, target: str, headers: dict[str, str], version: tuple[int, int]):
+        from urllib.parse import unquote
         self.method = method
         self.target = target
         path, _, self.query = target.partition("?")
-        self.path = _unquote(path)
+        self.path = unquote(path, errors="replace")
         self.headers = headers
         self.body = b""
         self.version = version
