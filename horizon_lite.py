@@ -4004,12 +4004,11 @@ class Outbox:
     def _make_room(self, ahead: int) -> None:
         self._sort()
         items = list(self.items)
-        while len(items) > self._max_items or self.size + ahead > self.max_bytes:
+        # where nothing is left, what is ahead fills the bound alone
+        while items and (len(items) > self._max_items or self.size + ahead > self.max_bytes):
             # droppable before latest: of state there is only one, and it is wanted
             at = next((n for n, each in enumerate(items) if not each.critical and each.key is None),
                       next((n for n, each in enumerate(items) if not each.critical), None))
-            if at is None and not items:
-                break                       # what is ahead fills the bound alone
             if at is None:
                 raise SlowPeer(f"{len(items)} critical messages, {self.size} bytes wait")
             gone = items.pop(at)
