@@ -4067,11 +4067,13 @@ class Request:
                  "address", "user")
 
     def __init__(self, method: str, target: str, headers: dict[str, str], version: tuple[int, int]):
-        from urllib.parse import unquote
         self.method = method
         self.target = target
         path, _, self.query = target.partition("?")
-        self.path = unquote(path, errors="replace")
+        if "%" in path:
+            from urllib.parse import unquote
+            path = unquote(path, errors="replace")
+        self.path = path
         self.headers = headers
         self.body = b""
         self.version = version
