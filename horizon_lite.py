@@ -4262,26 +4262,31 @@ class HTTPConnection:
             raise
 
     def _take_request(self) -> list[Request]:
-        if self._request is None and not self._take_head():
-            return []
-        request = self._request
-        assert request is not None
+        if self._request is None:
+            self._request = self._take_head()
         take = {_CHUNKED: self._take_chunks, _TRAILERS: self._take_trailers}
-        if not take.get(self._left, self._take_body)(request):
+        if self._request is None or (body := take.get(self._left, self._take_body)()) is None:
             return []
-        self._request = None
+        request, self._request = self._request, None
+        request.body = body
         self.expects_continue = False
         self._scanned = 0
         self._stop = "upgrade" in request.tokens("connection") and "upgrade" in request.headers
         return [request]
 
-    def _take_head(self) -> bool:
+    def _take(self, size: int, more: int = 0) -> bytes:
+        """Return so many bytes; drop them, and as many more."""
+        data = bytes(self._buffer[:size])
+        del self._buffer[:size + more]
+        return data
+
+    def _take_head(self) -> Request | None:
         buffer = self._buffer
         if not self._scanned:               # RFC 9112 2.2: ignore empty lines before a request
             while buffer[:2] == b"\r\n":
                 del buffer[:2]
             if bytes(buffer[:2]) in (b"", b"\r"):
-                return False
+                return None
         end = buffer.find(b"\r\n\r\n", max(0, self._scanned - 3))
         self._scanned = len(buffer)
         if max(end, 0 if end >= 0 else len(buffer)) > self._max_header:
@@ -4290,11 +4295,9 @@ class HTTPConnection:
                          label="header_too_big")
         if end < 0:
             self._check_early()
-            return False
-        head = bytes(buffer[:end])
-        del buffer[:end + 4]
+            return None
         self._scanned = 0
-        self._request = request = _parse_head(head)
+        request = _parse_head(self._take(end, 4))
         self.head_only = request.method == "HEAD"
         self._left = _body_length(request)
         if self._left > self._max_body:
@@ -4305,7 +4308,7 @@ class HTTPConnection:
         # RFC 9110 10.1.1: not to HTTP/1.0
         self.expects_continue = bool(expect) and request.version >= (1, 1)
         self._chunks = bytearray()
-        return True
+        return request
 
     def _check_early(self) -> None:
         """Refuse what can't become a request without waiting for its end."""
@@ -4317,46 +4320,37 @@ class HTTPConnection:
         if not found and re.search(rb"[^\t\r -~]", line):
             raise FrameError("that is not HTTP", label="bad_request")
 
-    def _take_body(self, request: Request) -> bool:
-        if len(self._buffer) < self._left:
-            return False
-        request.body = bytes(self._buffer[:self._left])
-        del self._buffer[:self._left]
-        return True
+    def _take_body(self) -> bytes | None:
+        return self._take(self._left) if len(self._buffer) >= self._left else None
 
-    def _take_chunks(self, request: Request) -> bool:
+    def _take_chunks(self) -> bytes | None:
         """Read chunks as far as they are here (RFC 9112 7.1); extensions are ignored."""
         while True:
             end = self._buffer.find(b"\r\n")
-            if end < 0:
-                if len(self._buffer) > 256:
-                    raise FrameError("chunk size line is too long", label="bad_chunk")
-                return False
-            match = _CHUNK_LINE.fullmatch(self._buffer, 0, end)
+            if end < 0 and len(self._buffer) <= 256:
+                return None
+            match = _CHUNK_LINE.fullmatch(self._buffer, 0, max(end, 0))
             if match is None:
-                raise FrameError("malformed chunk size", label="bad_chunk")
+                raise FrameError("chunk size is malformed, or too long", label="bad_chunk")
             size = int(match[1], 16)
             if len(self._chunks) + size > self._max_body:
                 raise TooBig("chunked body", label="body_too_big")
             if size == 0:
-                del self._buffer[:end + 2]
+                self._take(end, 2)
                 self._left = _TRAILERS
-                return self._take_trailers(request)
+                return self._take_trailers()
             if len(self._buffer) < end + 2 + size + 2:
-                return False
+                return None
             if self._buffer[end + 2 + size:end + 4 + size] != b"\r\n":
                 raise FrameError("chunk without CR LF behind it", label="bad_chunk")
-            self._chunks += self._buffer[end + 2:end + 2 + size]
-            del self._buffer[:end + 4 + size]
+            self._take(end, 2)
+            self._chunks += self._take(size, 2)
 
-    def _take_trailers(self, request: Request) -> bool:
+    def _take_trailers(self) -> bytes | None:
         """Pass over trailer fields after the last chunk."""
         while (end := self._buffer.find(b"\r\n")) >= 0:
-            line = bytes(self._buffer[:end])
-            del self._buffer[:end + 2]
-            if not line:
-                request.body = bytes(self._chunks)
-                return True
+            if not (line := self._take(end, 2)):
+                return bytes(self._chunks)
             self._scanned += end
             if not _HEADER_LINE.fullmatch(line):
                 raise FrameError("malformed trailer", label="bad_chunk")
@@ -4364,7 +4358,7 @@ class HTTPConnection:
                 break
         if self._scanned + len(self._buffer) > self._max_header:
             raise TooBig("trailers", http_status=431, label="header_too_big")
-        return False
+        return None
 
 
 def _parse_request_line(line: bytes) -> tuple[str, str, tuple[int, int]]:
