@@ -4812,21 +4812,20 @@ _NO_WINDOW = "8"                    # bits of one that zlib can't compress with
 _EXTENSION = re.compile(rf'[ \t]*({_TOKEN_CHARS})[ \t]*(?:=[ \t]*("?)({_TOKEN_CHARS})\2[ \t]*)?')
 
 
-def _extensions(header: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Yield the names and options of Sec-WebSocket-Extensions (RFC 6455 9.1)."""
+def _extensions(header: str) -> Iterator[dict[str, str] | None]:
+    """Yield each permessage-deflate's options in Sec-WebSocket-Extensions (RFC 6455 9.1).
+
+    Of another extension, and of options that can't be, None.
+    """
     for offer in filter(str.strip, header.split(",")):
         parts = [_EXTENSION.fullmatch(part) for part in offer.split(";")]
         found = [(match[1], match[3] or "") for match in parts if match]
         if None in parts or found[0][1]:
             raise HandshakeError("malformed Sec-WebSocket-Extensions", label="bad_handshake")
-        yield found[0][0].lower(), found[1:]
-
-
-def _deflate_options(name: str, options: list[tuple[str, str]]) -> dict[str, str] | None:
-    """Return the options of permessage-deflate, or None if it is not that or they can't be."""
-    right = name == "permessage-deflate" and len(dict(options)) == len(options) and all(
-        re.fullmatch(_DEFLATE_OPTIONS.get(key, "(?!)"), value) for key, value in options)
-    return dict(options) if right else None
+        options = dict(found[1:])
+        right = found[0][0].lower() == "permessage-deflate" and len(options) == len(found) - 1
+        yield options if right and all(re.fullmatch(_DEFLATE_OPTIONS.get(name, "(?!)"), value)
+                                       for name, value in options.items()) else None
 
 
 def _agree_deflate(request: Request, above_bytes: int) -> tuple[Deflate | None, str]:
@@ -4835,8 +4834,7 @@ def _agree_deflate(request: Request, above_bytes: int) -> tuple[Deflate | None, 
     Neither side remembers anything between messages: a window would take 300 KB a connection,
     and what goes to many is compressed once.
     """
-    for offer in _extensions(request.headers.get("sec-websocket-extensions", "")):
-        options = _deflate_options(*offer)
+    for options in _extensions(request.headers.get("sec-websocket-extensions", "")):
         bits = options.get("server_max_window_bits", "") if options is not None else _NO_WINDOW
         if bits != _NO_WINDOW:
             return Deflate(int(bits or 15), above_bytes=above_bytes), (
@@ -4852,8 +4850,7 @@ def _deflate_answer(header: str, offered: bool) -> Deflate | None:
         HandshakeError: it names what was not offered.
     """
     agreed: Deflate | None = None
-    for answer in _extensions(header):
-        options = _deflate_options(*answer)
+    for options in _extensions(header):
         if options is None or not offered or agreed is not None or (
                 options.get("client_max_window_bits") in ("", _NO_WINDOW)):
             raise HandshakeError("the server chose an extension that was not offered")
