@@ -4996,10 +4996,15 @@ _MAX_ACCEPTS = 64                   # per pass, so that a flood of connects star
 _FIRST_FD = 3                       # of what systemd hands over (sd_listen_fds(3))
 
 
+@functools.lru_cache(maxsize=64)
 def _http_date(seconds: float) -> str:
     """Return an IMF-fixdate (RFC 9110 5.6.7)."""
     from email.utils import formatdate
     return formatdate(seconds, usegmt=True)
+
+
+def _now_date() -> str:
+    return _http_date(int(time.time()))
 
 
 class _Networks:
@@ -5474,9 +5479,9 @@ class Connection:
         close = (not request.keep_alive or "upgrade" in request.headers or self.server.draining
                  or endless and old or "close" in said.lower())
         more = {"Connection": "keep-alive"} if old and not close else {}
-        self.send(response.encode(head_only=request.method == "HEAD", close=close,
-                                  Date=self.server.date(), **more))
-        if response.pieces is not None and request.method != "HEAD" and not response.bodiless:
+        head_only = request.method == "HEAD"
+        self.send(response.encode(head_only=head_only, close=close, Date=_now_date(), **more))
+        if response.pieces is not None and not head_only and not response.bodiless:
             self._pieces = (
                 _measured(response.pieces, response.length) if not endless else
                 response.pieces if close else _chunks(response.pieces))
@@ -5494,7 +5499,7 @@ class Connection:
 
     def stream(self, response: Response, owner: Any) -> None:
         """Send the head of *response*; its body is what *owner* sends until the end."""
-        self.send(response.encode(head_only=True, close=True, Date=self.server.date()))
+        self.send(response.encode(head_only=True, close=True, Date=_now_date()))
         self._belong(owner)
 
     def _belong(self, owner: Any) -> None:
@@ -5513,7 +5518,7 @@ class Connection:
 
     def _refuse(self, response: Response) -> None:
         head_only = self.http is not None and self.http.head_only
-        self.send(response.encode(head_only=head_only, close=True, Date=self.server.date()))
+        self.send(response.encode(head_only=head_only, close=True, Date=_now_date()))
         self._finish()
 
     # -- writing --
@@ -5746,7 +5751,7 @@ class Server:
 
     __slots__ = ("loop", "app", "limits", "connections", "draining", "refused", "websockets",
                  "accepted", "requests", "messages_received", "bytes_received", "bytes_sent",
-                 "writes", "tls", "_listeners", "_per_address", "_date", "_unix_file")
+                 "writes", "tls", "_listeners", "_per_address", "_unix_file")
 
     def __init__(self, loop: Loop, app: Application, limits: Limits) -> None:
         self.loop = loop
@@ -5760,7 +5765,6 @@ class Server:
         self.tls: ssl.SSLContext | None = None      # for connections to come
         self._listeners: list[socket.socket] = []
         self._per_address: Counter[str] = Counter()
-        self._date = (0, "")
         self._unix_file = "", 0                     # path and inode
         loop.call_later(1.0, self._check_times)
 
@@ -5843,13 +5847,6 @@ class Server:
         names = [each.getsockname() for each in self._listeners]
         return next((name[1] for name in names if isinstance(name, tuple)), 0)
 
-    def date(self) -> str:
-        """Return the time for a Date header, made once a second."""
-        now = int(time.time())
-        if now != self._date[0]:
-            self._date = (now, _http_date(now))
-        return self._date[1]
-
     def _accept(self, listener: socket.socket, _mask: int) -> None:
         for _ in range(_MAX_ACCEPTS if listener in self._listeners else 0):
             try:
@@ -5893,7 +5890,7 @@ class Server:
             with contextlib.suppress(OSError):
                 if self.tls is None:
                     answer = Response(refusal.reason + "\n", refusal.http_status)
-                    sock.send(answer.encode(close=True, Date=self.date()))
+                    sock.send(answer.encode(close=True, Date=_now_date()))
                 sock.shutdown(socket.SHUT_WR)
             return sock.close()
         if sock.family != socket.AF_UNIX:
