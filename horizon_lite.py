@@ -5046,11 +5046,10 @@ def _plain_address(text: str) -> str:
     """Return an IP address without a port, brackets, or the prefix of a mapped IPv4 one; or ""."""
     import ipaddress
     match = re.fullmatch(r"\[([^\]]+)\](?::\d+)?|(\d+\.\d+\.\d+\.\d+):\d+|(.*)", text)
-    try:
+    with contextlib.suppress(ValueError):
         found = ipaddress.ip_address(match[1] or match[2] or match[3] if match else "")
-    except ValueError:
-        return ""
-    return str(getattr(found, "ipv4_mapped", None) or found)
+        return str(getattr(found, "ipv4_mapped", None) or found)
+    return ""
 
 
 def is_loopback(address: str) -> bool:
@@ -5910,13 +5909,9 @@ class Server:
             HandshakeError: that address may not have one more connection.
         """
         address, trusted = connection.peer, self.limits.trusted_proxies
-        if address in trusted:
-            for hop in reversed(request.headers.get("x-forwarded-for", "").split(",")):
-                if not (hop := _plain_address(hop.strip())):
-                    break
-                address = hop
-                if hop not in trusted:
-                    break
+        hops = request.headers.get("x-forwarded-for", "").split(",") if trusted else []
+        while hops and address in trusted and (hop := _plain_address(hops.pop().strip())):
+            address = hop
         if address != connection.address:
             if refusal := self._refusal(address):
                 raise refusal
