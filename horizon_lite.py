@@ -5211,16 +5211,16 @@ class Loop:
 class _TLS:
     """One connection's TLS, from memory to memory: no handshake can stall the loop."""
 
-    __slots__ = ("_incoming", "_outgoing", "_object", "_ended", "closed_by_peer")
+    __slots__ = ("_incoming", "_outgoing", "_object", "closed_by_peer")
 
     def __init__(self, context: ssl.SSLContext) -> None:
         import ssl
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self._ended = self.closed_by_peer = False
+        self.closed_by_peer = False
 
     def receive(self, data: bytes) -> bytes:
-        """Return what the peer's bytes say; what they are to be answered with is in ``take``.
+        """Return what the peer's bytes say; their answer comes with what is sealed next.
 
         Raises:
             HandshakeError: they are not TLS, or not what was agreed.
@@ -5238,12 +5238,8 @@ class _TLS:
             raise HandshakeError(error.reason or "TLS failed", label="tls") from None
         return b"".join(plain)
 
-    def take(self) -> bytes:
-        """Return what TLS itself has to send."""
-        return self._outgoing.read()
-
     def seal(self, data: _Bytes) -> bytes:
-        """Return *data* as the peer's TLS reads it."""
+        """Return what TLS itself has to send, and *data* as the peer's TLS reads it."""
         view = memoryview(data)
         while view:                         # a record at a time
             view = view[self._object.write(view):]
@@ -5252,10 +5248,8 @@ class _TLS:
     def goodbye(self) -> bytes:
         """Return the close_notify, once (RFC 8446 6.1)."""
         import ssl
-        if not self._ended:
-            self._ended = True
-            with contextlib.suppress(ssl.SSLError):
-                self._object.unwrap()
+        with contextlib.suppress(ssl.SSLError):
+            self._object.unwrap()
         return self._outgoing.read()
 
 
@@ -5383,7 +5377,7 @@ class Connection:
             self._tell_end(1006, "tls")
             if error.reason == "HTTP_REQUEST":
                 self._queue(Response("this port speaks TLS; say https\n", 400).encode(close=True))
-        if answer := tls.take():
+        if answer := tls.seal(b""):
             self._write(answer)
         return plain
 
