@@ -5385,20 +5385,16 @@ class Connection:
         """Do what *data*, and what was left before it, asks; a peer's fault ends the connection."""
         try:
             if self.ws is not None:
-                self._feed_websocket(data)
-                return
-            if self.http is None:               # a stream of events: nothing is asked any more
-                return
-            if data.strip(b"\r\n") and not (self._fresh or self.http.started):
-                self._since_ns = self.server.loop.now_ns
-            self.http.receive(data)
-            self._serve_http()
+                self._feed_websocket(self.ws, data)
+            elif self.http is not None:         # of a stream of events nothing is asked any more
+                if data.strip(b"\r\n") and not (self._fresh or self.http.started):
+                    self._since_ns = self.server.loop.now_ns
+                self.http.receive(data)
+                self._serve_http(self.http)
         except PeerError as error:
             self._goodbye(error)
 
-    def _feed_websocket(self, data: bytes) -> None:
-        ws = self.ws
-        assert ws is not None
+    def _feed_websocket(self, ws: WebSocketConnection, data: bytes) -> None:
         ws.receive(data)
         before = ws.frames
         while events := ws.take_events():
@@ -5443,10 +5439,8 @@ class Connection:
         if self._tokens < 0:
             raise PeerError("too many messages", close_code=1008, http_status=429, label="rate")
 
-    def _serve_http(self) -> None:
+    def _serve_http(self, http: HTTPConnection) -> None:
         """Answer complete requests in order, as long as the peer takes the answers."""
-        http = self.http
-        assert http is not None
         while self._state == "open" and self.backlog < _HTTP_BACKLOG and self._pieces is None:
             requests = http.take_events()
             if not requests:
@@ -5460,7 +5454,7 @@ class Connection:
             response = self.server.app.on_request(self, request)
             if response is None:                # taken over; frames may have come along
                 if self.ws is not None and (trailing := http.trailing):
-                    self._feed_websocket(trailing)
+                    self._feed_websocket(self.ws, trailing)
                 return
             self._respond(request, response)
 
