@@ -5500,10 +5500,8 @@ class Connection:
         _log.debug("%s refused: %s", self.address, error)
         if self.ws is not None:
             return self.close(error.close_code, error.reason)
-        headers = _REFUSAL_HEADERS.get(error.http_status, {"Connection": "close"})
-        self._refuse(Response(error.reason + "\n", error.http_status, headers))
-
-    def _refuse(self, response: Response) -> None:
+        headers = _REFUSAL_HEADERS.get(error.http_status)
+        response = Response(error.reason + "\n", error.http_status, headers)
         head_only = self.http is not None and self.http.head_only
         self.send(response.encode(head_only=head_only, close=True, Date=_now_date()))
         self._finish()
@@ -5676,16 +5674,16 @@ class Connection:
                 self.abort("finish_timeout")
         elif self.owner is not None:
             self._check_ping(quiet_s, limits)
-        elif busy:
-            if limits.idle_s and quiet_s > limits.idle_s:
-                self._time_out("write_timeout", 0)
-        elif self.http is not None and self.http.started:
-            if limits.handshake_s and waited_s > limits.handshake_s:
-                self._time_out("handshake_timeout", 408)
-        else:
-            limit_s = limits.handshake_s if self._fresh else limits.idle_s
-            if limit_s and waited_s > limit_s:
-                self._time_out("handshake_timeout" if self._fresh else "idle", 0)
+        elif busy or self.http is None or not self.http.started:
+            label, limit_s = (("write_timeout", limits.idle_s) if busy else
+                              ("handshake_timeout", limits.handshake_s) if self._fresh else
+                              ("idle", limits.idle_s))
+            if limit_s and (quiet_s if busy else waited_s) > limit_s:
+                self.server.refused[label] += 1
+                self.abort(label)
+        elif limits.handshake_s and waited_s > limits.handshake_s:
+            self._goodbye(PeerError("no complete request in time", http_status=408,
+                                    label="handshake_timeout"))
 
     def _check_ping(self, quiet_s: float, limits: Limits) -> None:
         """Ping a quiet peer; after two unanswered ones it is dead (DESIGN 4)."""
@@ -5706,12 +5704,6 @@ class Connection:
         self._pings += 1
         if self.ws is not None:
             self.send(self.ws.send_ping())
-
-    def _time_out(self, label: str, status: int) -> None:
-        self.server.refused[label] += 1
-        if not status:
-            return self.abort(label)
-        self._refuse(Response("no complete request in time\n", status))
 
 
 def _tell_systemd(state: str) -> None:
