@@ -8265,7 +8265,7 @@ class Client:
     """
 
     __slots__ = ("url", "protocol", "reconnects", "_options", "_sock", "_ws", "_waiting", "_ids",
-                 "_closed", "_topics", "_lost_at")
+                 "closed", "_topics", "_lost_at")
 
     def __init__(self, url: str, protocol: str, options: _Options) -> None:
         self.url = url
@@ -8292,7 +8292,7 @@ class Client:
             deflate, rest = _shake_hands(self._sock, name, path, f"horizon.{self.protocol}.v1",
                                          options)
             self._ws = WebSocketConnection("client", 1 << 26, deflate)
-            self._closed: Close | None = None
+            self.closed: Close | None = None    # with what code and reason the server closed
             self._ws.receive(rest)
             self._take_events()             # a welcome may have come along
         except BaseException:
@@ -8306,7 +8306,7 @@ class Client:
             TimeoutError: *deadline* has passed before; the next call goes on.
         """
         import random
-        if self._closed is None or self._closed.code in _FINAL_CODES:
+        if self.closed is None or self.closed.code in _FINAL_CODES:
             return False
         self._lost_at = self._lost_at or time.monotonic()
         while (waited_s := time.monotonic() - self._lost_at) < self._options.reconnect_s:
@@ -8380,7 +8380,7 @@ class Client:
 
     def _is_answer(self, message: Any, request_id: str) -> bool:
         if message is _END:
-            raise StateError(f"the connection is closed: {self._closed}")
+            raise StateError(f"the connection is closed: {self.closed}")
         if hasattr(message, "which"):
             return bool(message.which("payload") == "reply" and message.reply.id == request_id)
         return isinstance(message, dict) and message.get("id") == request_id
@@ -8405,8 +8405,8 @@ class Client:
         self._send(self._ws.send_binary, _batch_of(**envelope))
 
     def _send(self, frame: Callable[[Any], bytes], message: str | bytes) -> None:
-        if self._closed is not None:
-            raise StateError(f"the connection is closed: {self._closed}")
+        if self.closed is not None:
+            raise StateError(f"the connection is closed: {self.closed}")
         try:
             self._write(frame(message))
         except OSError as error:            # perhaps in the middle of a frame
@@ -8435,7 +8435,7 @@ class Client:
 
     def _take(self, deadline: float | None) -> Any:
         while not self._waiting:
-            if self._closed is not None:
+            if self.closed is not None:
                 return _END
             left = None if deadline is None else max(1e-6, deadline - time.monotonic())
             self._sock.settimeout(left)
@@ -8455,7 +8455,7 @@ class Client:
         return self._waiting.popleft()
 
     def _lose(self, why: Close) -> None:
-        self._closed = self._closed or why
+        self.closed = self.closed or why
         self._sock.close()
 
     def _take_events(self) -> None:
@@ -8491,18 +8491,13 @@ class Client:
         while (message := self._next(None)) is not _END:
             yield message
 
-    @property
-    def closed(self) -> Close | None:
-        """With what code and reason the server closed, or None."""
-        return self._closed
-
     def close(self, code: int = 1000, reason: str = "") -> None:
         """Say goodbye and close; doing it twice is harmless."""
         self._options = self._options._replace(reconnect_s=0.0)
         with contextlib.suppress(OSError):
-            if self._closed is None:
+            if self.closed is None:
                 self._sock.sendall(self._ws.send_close(code, reason))
-                self._closed = Close(code, reason)
+                self.closed = Close(code, reason)
         self._sock.close()
 
     def __enter__(self) -> Self:
