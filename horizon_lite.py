@@ -8280,6 +8280,7 @@ class Client:
 
     def _connect(self) -> None:
         host, port, path, secure = _split_url(self.url)
+        name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         options = self._options
         self._sock = socket.create_connection((host, port), timeout=options.timeout_s)
         try:
@@ -8288,9 +8289,8 @@ class Client:
                 context = options.ssl_context or ssl.create_default_context()
                 self._sock = context.wrap_socket(self._sock, server_hostname=host)
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-            deflate, rest = _shake_hands(self._sock, name, path, f"horizon.{self.protocol}.v1",
-                                         options)
+            subprotocol = f"horizon.{self.protocol}.v1"
+            deflate, rest = _shake_hands(self._sock, name, path, subprotocol, options)
             self._ws = WebSocketConnection("client", 1 << 26, deflate)
             self.closed: Close | None = None    # with what code and reason the server closed
             self._ws.receive(rest)
@@ -8440,16 +8440,15 @@ class Client:
             left = None if deadline is None else max(1e-6, deadline - time.monotonic())
             self._sock.settimeout(left)
             try:
-                data = self._sock.recv(_RECV_BYTES)
+                data, why = self._sock.recv(_RECV_BYTES), "the connection was lost"
             except TimeoutError:
                 raise TimeoutError("no message in time") from None
             except OSError as error:
-                data = b""
-                self._lose(Close(1006, str(error)))
-            else:
+                data, why = b"", str(error)
+            finally:
                 self._sock.settimeout(self._options.timeout_s)
             if not data:
-                self._lose(Close(1006, "the connection was lost"))
+                self._lose(Close(1006, why))
             self._ws.receive(data)
             self._take_events()
         return self._waiting.popleft()
@@ -8477,10 +8476,9 @@ class Client:
                     self._sock.sendall(self._ws.send_close(event.code))
                 self._lose(event)
             elif isinstance(event, str):
-                try:
+                message: Any = event        # a route of one's own may send plain text
+                with contextlib.suppress(ValueError, RecursionError):
                     message = json.loads(event)
-                except (ValueError, RecursionError):    # a route of one's own may send plain text
-                    message = event
                 # an array is several objects of one tick
                 self._waiting.extend(message if isinstance(message, list) else [message])
             elif isinstance(event, bytes):
@@ -8488,8 +8486,7 @@ class Client:
                                      if self.protocol == "proto" else [event])
 
     def __iter__(self) -> Iterator[Any]:
-        while (message := self._next(None)) is not _END:
-            yield message
+        return iter(functools.partial(self._next, None), _END)
 
     def close(self, code: int = 1000, reason: str = "") -> None:
         """Say goodbye and close; doing it twice is harmless."""
