@@ -5847,22 +5847,20 @@ class Server:
 
     def _refusal(self, address: str) -> PeerError | None:
         """Return why *address* may not have one more connection, if it may not."""
-        limits = self.limits
+        limits, label = self.limits, "max_connections_per_address"
         if address in limits.banned:
             return HandshakeError("this address is banned", http_status=403, label="banned")
-        most = limits.max_connections_per_address
-        if most and self._per_address[address] >= most and not (
+        if 0 < limits.max_connections_per_address <= self._per_address[address] and not (
                 is_loopback(address) or address in limits.trusted_proxies):
-            return HandshakeError("too many connections", http_status=503,
-                                  label="max_connections_per_address")
+            return HandshakeError("too many connections", http_status=503, label=label)
         return None
 
     def _admit(self, sock: socket.socket, address: str) -> None:
         """Take a new connection in, or refuse it with 503, or 403."""
         refusal = self._refusal(address)
-        if self.limits.max_connections and len(self.connections) >= self.limits.max_connections:
-            refusal = HandshakeError("too many connections", http_status=503,
-                                     label="max_connections")
+        if 0 < self.limits.max_connections <= len(self.connections):
+            label = "max_connections"
+            refusal = HandshakeError("too many connections", http_status=503, label=label)
         sock.setblocking(False)
         if refusal is not None:
             self.refused[refusal.label] += 1
