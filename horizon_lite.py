@@ -4124,13 +4124,6 @@ class Request:
         return f"Request({self.method} {self.target})"
 
 
-def _unquote(text: str) -> str:
-    if "%" not in text:
-        return text
-    from urllib.parse import unquote
-    return unquote(text, errors="replace")
-
-
 @functools.cache
 def _reason_phrase(status: int) -> str:
     from http import HTTPStatus
@@ -4158,8 +4151,7 @@ class Response:
         elif isinstance(body, Iterator):
             self.pieces, body = body, b""
         elif not isinstance(body, bytes):
-            raise UsageError(f"a response's body is str, bytes, dict, list, or an iterator of "
-                             f"bytes, not {body!r}")
+            raise UsageError(f"a body is str, bytes, dict, list or iterator of bytes, not {body!r}")
         if not isinstance(status, int) or not 100 <= status <= 599:
             raise UsageError(f"status {status!r} must be a number from 100 to 599")
         self.status = status
@@ -4684,8 +4676,7 @@ class WebSocketConnection:
             except zlib.error as error:
                 raise FrameError(str(error), close_code=1007, label="bad_deflate") from None
             if len(plain) >= room:
-                raise TooBig(f"message inflates to more than {room - 1} bytes",
-                             label="message_too_big")
+                raise TooBig(f"message inflates to over {room - 1} bytes", label="message_too_big")
             if not incoming.inflater.eof:
                 self._inflated += len(plain)
                 return plain
@@ -4791,8 +4782,7 @@ def _check_upgrade(request: Request) -> None:
     if request.version < (1, 1):
         raise HandshakeError("upgrade with HTTP/1.1", label="bad_handshake")
     if not ("websocket" in request.tokens("upgrade") and "upgrade" in request.tokens("connection")):
-        raise HandshakeError("this address speaks WebSocket", http_status=426,
-                             label="not_websocket")
+        raise HandshakeError("WebSocket is spoken here", http_status=426, label="not_websocket")
     if request.headers.get("sec-websocket-version") != "13":
         raise HandshakeError("WebSocket version 13 is needed", http_status=426, label="ws_version")
     if not re.fullmatch(r"[A-Za-z0-9+/]{21}[AQgw]==", request.headers.get("sec-websocket-key", "")):
@@ -5054,8 +5044,7 @@ def _plain_address(text: str) -> str:
 
 def is_loopback(address: str) -> bool:
     """Whether a peer's or a bind address is this machine's own."""
-    return address in ("unix", "localhost", "::1") or bool(
-        re.fullmatch(r"127\.\d+\.\d+\.\d+", address))
+    return address in ("unix", "localhost", "::1") or bool(re.fullmatch(r"127(\.\d+){3}", address))
 
 
 class Limits(NamedTuple):
