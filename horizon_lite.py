@@ -4601,7 +4601,13 @@ class WebSocketConnection:
         if size < shortest or size >> 63:       # RFC 6455 5.2: minimal, below 2**63
             raise FrameError("length is not minimal", at=at, label="bad_length")
         if opcode < 8:
-            self._check_size(size, bool(first & _COMPRESSED))
+            most, whole = self._max_bytes, size     # what is inflated is counted then
+            if first & _COMPRESSED or incoming is not None and incoming.inflater is not None:
+                most += (most >> 6) + 64            # deflate may add some bytes to a frame
+            elif incoming is not None:
+                whole += incoming.size
+            if whole > most:
+                raise TooBig(f"message of more than {most} bytes", label="message_too_big")
         key = b"" if self._client else data[start:start + 4]
         start += 0 if self._client else 4
         end = start + size
@@ -4622,16 +4628,6 @@ class WebSocketConnection:
             events.append(payload if opcode == _BINARY else _text(payload))
         return end
 
-    def _check_size(self, size: int, compressed: bool) -> None:
-        """Refuse a frame whose message would pass the limit; what is inflated is counted then."""
-        incoming, most = self._incoming, self._max_bytes
-        if compressed or incoming is not None and incoming.inflater is not None:
-            most += (most >> 6) + 64            # deflate may add some bytes to a frame
-        elif incoming is not None:
-            size += incoming.size
-        if size > most:
-            raise TooBig(f"message of more than {most} bytes", label="message_too_big")
-
     def _take_part(self, incoming: _Incoming, data: bytes, at: int, events: list[Any]) -> int:
         part = data[at:at + incoming.left]
         incoming.left -= len(part)
@@ -4640,12 +4636,9 @@ class WebSocketConnection:
             part = _mask(part, key)
             if incoming.left:               # the next part goes on within the key
                 incoming.key = (key + key)[len(part) % 4:][:4]
-        self._add(incoming, part, incoming.final and not incoming.left, events)
-        return at
-
-    def _add(self, incoming: _Incoming, part: bytes, last: bool, events: list[Any]) -> None:
+        last = incoming.final and not incoming.left
         if incoming.inflater is not None:
-            part = self._inflate(incoming, part + _FLUSHED if last else part)
+            part = self._inflate(incoming, incoming.inflater, part + _FLUSHED if last else part)
         if incoming.decoder is not None:        # RFC 6455 8.1: fail as soon as it can't be UTF-8
             try:
                 incoming.decoder.decode(part, last)
@@ -4661,28 +4654,28 @@ class WebSocketConnection:
             self._incoming = None
             if self._deflate is not None and self._deflate.receive_takeover:
                 self._inflater = incoming.inflater or self._inflater
+        return at
 
     def _new_inflater(self) -> zlib._Decompress:
         assert self._deflate is not None
         return self._inflater or zlib.decompressobj(-self._deflate.receive_bits)
 
-    def _inflate(self, incoming: _Incoming, data: bytes) -> bytes:
+    def _inflate(self, incoming: _Incoming, inflater: zlib._Decompress, data: bytes) -> bytes:
         """Inflate a part of a message; what passes the limit is never made."""
         room, plain = self._max_bytes - len(incoming.data) + 1, b""
         for _ in range(8):
-            assert incoming.inflater is not None
             try:
-                plain += incoming.inflater.decompress(data, room - len(plain))
+                plain += inflater.decompress(data, room - len(plain))
             except zlib.error as error:
                 raise FrameError(str(error), close_code=1007, label="bad_deflate") from None
             if len(plain) >= room:
                 raise TooBig(f"message inflates to over {room - 1} bytes", label="message_too_big")
-            if not incoming.inflater.eof:
+            if not inflater.eof:
                 self._inflated += len(plain)
                 return plain
             # RFC 7692 7.2.3.4: a block may say that it is the last, and another follow
-            self._inflater, data = None, incoming.inflater.unused_data
-            incoming.inflater = self._new_inflater()
+            self._inflater, data = None, inflater.unused_data
+            inflater = incoming.inflater = self._new_inflater()
         raise FrameError("too many last blocks", close_code=1007, label="bad_deflate")
 
     def _check_head(self, first: int, second: int, at: int) -> None:
@@ -4750,14 +4743,10 @@ class WebSocketConnection:
         """
         if self.close_sent:
             return b""
-        if code == 1005:
-            payload = b""
-        elif not _sendable_code(code):
+        if code != 1005 and not _sendable_code(code):
             raise UsageError(f"close code {code} can't be sent; use 1000 to 1014 or 3000 to 4999")
-        else:
-            text = reason.encode()[:123].decode(errors="ignore").encode()
-            payload = code.to_bytes(2, "big") + text
-        frame = self._encode(_CLOSE, payload)
+        text = reason.encode()[:123].decode(errors="ignore").encode()
+        frame = self._encode(_CLOSE, code.to_bytes(2, "big") + text if code != 1005 else b"")
         self.close_sent = True
         return frame
 
