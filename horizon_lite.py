@@ -4702,7 +4702,7 @@ class WebSocketConnection:
         if not payload:
             return Close(1005, "")
         code = int.from_bytes(payload[:2], "big")
-        if len(payload) == 1 or not _sendable_code(code):
+        if not _sendable_code(code):            # of a single byte, neither
             raise FrameError("malformed close frame", label="bad_close")
         return Close(code, _text(payload[2:]))
 
@@ -5447,9 +5447,8 @@ class Connection:
         head_only = request.method == "HEAD"
         self.send(response.encode(head_only=head_only, close=close, Date=_now_date(), **more))
         if response.pieces is not None and not head_only and not response.bodiless:
-            self._pieces = (
-                _measured(response.pieces, response.length) if not endless else
-                response.pieces if close else _chunks(response.pieces))
+            self._pieces = (_measured(response.pieces, response.length) if not endless else
+                            response.pieces if close else _chunks(response.pieces))
         self._since_ns = self.server.loop.now_ns
         self._fresh = False
         if close:
@@ -5740,8 +5739,7 @@ class Server:
         if reuse_port:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self._listen(listener, address)
-        bound: int = listener.getsockname()[1]
-        return bound
+        return int(listener.getsockname()[1])
 
     def listen_unix(self, path: str) -> None:
         """Listen on a Unix socket; one that a dead process left behind is replaced.
