@@ -4069,11 +4069,10 @@ class Request:
     def __init__(self, method: str, target: str, headers: dict[str, str], version: tuple[int, int]):
         self.method = method
         self.target = target
-        path, _, self.query = target.partition("?")
-        if "%" in path:
+        self.path, _, self.query = target.partition("?")
+        if "%" in self.path:
             from urllib.parse import unquote
-            path = unquote(path, errors="replace")
-        self.path = path
+            self.path = unquote(self.path, errors="replace")
         self.headers = headers
         self.body = b""
         self.version = version
@@ -4191,13 +4190,11 @@ class Response:
         headers = self.headers | {key: text for key, text in more.items() if key.lower() not in own}
         lines = [f"HTTP/1.1 {self.status} {_reason_phrase(self.status)}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
-        bodiless = self.bodiless
-        if not bodiless and self.length >= 0:
-            lines.append(f"Content-Length: {self.length}")
-        elif not bodiless and not close:
-            lines.append("Transfer-Encoding: chunked")
+        if not self.bodiless and (self.length >= 0 or not close):
+            lines.append(f"Content-Length: {self.length}" if self.length >= 0 else
+                         "Transfer-Encoding: chunked")
         head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
-        return head if head_only or bodiless else head + self.body
+        return head if head_only or self.bodiless else head + self.body
 
 
 class HTTPConnection:
@@ -4569,8 +4566,7 @@ class WebSocketConnection:
         data, at, self._inflated = self._buffer, 0, 0
         try:        # many small bombs are not one large one: the caller may look in between
             while at < len(data) and not self.closed_by_peer and self._inflated <= self._max_bytes:
-                end = self._take_frame(data, at, events)
-                if end == at:
+                if (end := self._take_frame(data, at, events)) == at:
                     break
                 at = end
         except PeerError as error:
@@ -4999,9 +4995,7 @@ class _Networks:
         texts = list(texts)
         self._unix = "unix" in texts
         self._blocks: dict[tuple[int, int], set[int]] = {}      # by version and bits of the host
-        for text in texts:
-            if text == "unix":
-                continue
+        for text in (each for each in texts if each != "unix"):
             block: Any = ipaddress.ip_network(text, strict=False)
             mapped = block.version == 6 and block.prefixlen >= 96 and block[0].ipv4_mapped
             if mapped:
@@ -5143,9 +5137,7 @@ class Loop:
         """Return how long a pass may wait if no socket has anything to tell."""
         if self._calls or self._dirty:
             return 0.0
-        if not self._timers:
-            return 3600.0
-        return max(0.0, (self._timers[0][0] - self.clock()) / 1e9)
+        return max(0.0, (self._timers[0][0] - self.clock()) / 1e9) if self._timers else 3600.0
 
     def run_once(self, timeout_s: float) -> None:
         """Run one pass; wait at most *timeout_s* for something to happen."""
@@ -5248,9 +5240,8 @@ def _measured(pieces: Iterator[bytes], length: int) -> Iterator[bytes]:
 
 def _chunks(pieces: Iterator[bytes]) -> Iterator[bytes]:
     """Yield *pieces* in the chunked coding (RFC 9112 7.1)."""
-    for piece in pieces:
-        if piece:
-            yield b"%x\r\n%b\r\n" % (len(piece), piece)
+    for piece in filter(None, pieces):      # an empty one would be the last
+        yield b"%x\r\n%b\r\n" % (len(piece), piece)
     yield b"0\r\n\r\n"
 
 
@@ -5420,8 +5411,7 @@ class Connection:
     def _serve_http(self, http: HTTPConnection) -> None:
         """Answer complete requests in order, as long as the peer takes the answers."""
         while self._state == "open" and self.backlog < _HTTP_BACKLOG and self._pieces is None:
-            requests = http.take_events()
-            if not requests:
+            if not (requests := http.take_events()):
                 if http.expects_continue:
                     http.expects_continue = False
                     self.send(Response(status=100).encode())
@@ -5770,13 +5760,12 @@ class Server:
             return 0
         if not re.fullmatch(r"\d{1,4}", text):
             raise ConfigError(f"LISTEN_FDS = {text!r} in the environment must be a number")
-        count = int(text)
         for name in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"):     # not for our children
             os.environ.pop(name, None)
-        for number in range(_FIRST_FD, _FIRST_FD + count):
+        for number in range(_FIRST_FD, _FIRST_FD + int(text)):
             os.set_inheritable(number, False)
             self._listen(socket.socket(fileno=number), None)
-        return count
+        return int(text)
 
     def _listen(self, listener: socket.socket, address: Any) -> None:
         try:
