@@ -8416,7 +8416,9 @@ class Client:
             self._take_events()
         return self._waiting.popleft()
 
-    def _lose(self, why: Close) -> None:
+    def _lose(self, why: Close, goodbye: bytes = b"") -> None:
+        with contextlib.suppress(OSError):
+            self._sock.sendall(goodbye)
         self.closed = self.closed or why
         self._sock.close()
 
@@ -8425,9 +8427,8 @@ class Client:
             while events := self._ws.take_events():
                 self._take_each(events)
         except PeerError as error:          # RFC 6455 7.1.7
-            with contextlib.suppress(OSError):
-                self._sock.sendall(self._ws.send_close(error.close_code, error.reason))
-            self._lose(Close(error.close_code, str(error)))
+            self._lose(Close(error.close_code, str(error)),
+                       self._ws.send_close(error.close_code, error.reason))
 
     def _take_each(self, events: list[Any]) -> None:
         for event in events:
@@ -8435,9 +8436,7 @@ class Client:
                 with contextlib.suppress(OSError, StateError):  # what came is worth more
                     self._send(self._ws.send_pong, event.data)
             elif isinstance(event, Close):
-                with contextlib.suppress(OSError):
-                    self._sock.sendall(self._ws.send_close(event.code))
-                self._lose(event)
+                self._lose(event, self._ws.send_close(event.code))
             elif isinstance(event, str):
                 message: Any = event        # a route of one's own may send plain text
                 with contextlib.suppress(ValueError, RecursionError):
@@ -8454,11 +8453,7 @@ class Client:
     def close(self, code: int = 1000, reason: str = "") -> None:
         """Say goodbye and close; doing it twice is harmless."""
         self._options = self._options._replace(reconnect_s=0.0)
-        with contextlib.suppress(OSError):
-            if self.closed is None:
-                self._sock.sendall(self._ws.send_close(code, reason))
-                self.closed = Close(code, reason)
-        self._sock.close()
+        self._lose(Close(code, reason), self._ws.send_close(code, reason))
 
     def __enter__(self) -> Self:
         return self
