@@ -4336,14 +4336,12 @@ class HTTPConnection:
 
     def _take_trailers(self) -> bytes | None:
         """Pass over trailer fields after the last chunk."""
-        while (end := self._buffer.find(b"\r\n")) >= 0:
+        while self._scanned <= self._max_header and (end := self._buffer.find(b"\r\n")) >= 0:
             if not (line := self._take(end, 2)):
                 return bytes(self._chunks)
             self._scanned += end
             if not _HEADER_LINE.fullmatch(line):
                 raise FrameError("malformed trailer", label="bad_chunk")
-            if self._scanned > self._max_header:
-                break
         if self._scanned + len(self._buffer) > self._max_header:
             raise TooBig("trailers", http_status=431, label="header_too_big")
         return None
@@ -8357,11 +8355,10 @@ class Client:
 
     def send(self, message: str | bytes | dict[str, Any] | list[Any]) -> None:
         """Send one message: text, binary, or JSON for dict and list."""
-        if isinstance(message, bytes):
-            self._send(self._ws.send_binary, message)
-        else:
-            self._send(self._ws.send_text, message if isinstance(message, str) else
-                       _json_bytes(message).decode())
+        if not isinstance(message, str | bytes):
+            message = _json_bytes(message).decode()
+        frame = self._ws.send_binary if isinstance(message, bytes) else self._ws.send_text
+        self._send(frame, message)
 
     def send_envelope(self, **envelope: Any) -> None:
         """Send one EventEnvelope, given by its fields, as an EventBatch."""
