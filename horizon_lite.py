@@ -6625,14 +6625,6 @@ def verify_token(token: str, *secrets: str | bytes) -> dict[str, Any]:
 _Who = bool | str | Iterable[str] | Callable[[str], bool]
 
 
-class _Rule(NamedTuple):
-    """Who may do what with the topics of a pattern."""
-
-    tokens: list[str]
-    publish: _Who
-    subscribe: _Who
-
-
 def _is_among(user: str, who: _Who) -> bool:
     if isinstance(who, bool | str):
         return who is True or user == who
@@ -7009,7 +7001,7 @@ class Engine:
         self.drops = Counter(latest=0, droppable=0)     # by class
         self._dropped_topics: Counter[str] = Counter()
         self._authenticator: Callable[[Request], Any] | None = None
-        self._rules: list[_Rule] = []
+        self._rules: list[tuple[list[str], dict[str, _Who]]] = []   # patterns, and who may do what
         self.events_sent: Counter[str] = Counter()      # by type
         self.refusals: Counter[str] = Counter()         # requests answered with an error, by code
         self._users: dict[str, list[Session]] = {}
@@ -7182,15 +7174,15 @@ class Engine:
         for who in (publish, subscribe):
             if not isinstance(who, bool | str | Iterable) and not callable(who):
                 raise UsageError(f"{who!r}: write True, a name, several, or a function of one")
-        rule = _Rule(_check_topic(pattern, wildcards=True), publish, subscribe)
-        self._register(self._rules.append, rule)
+        who_may = {"publish": publish, "subscribe": subscribe}
+        self._register(self._rules.append, (_check_topic(pattern, wildcards=True), who_may))
 
     def _may(self, user: str, act: str, topic: str) -> bool:
         tokens = _check_topic(topic, wildcards=act == "subscribe")
         try:
             return not self._rules or any(
-                _contains(rule.tokens, tokens) and _is_among(user, getattr(rule, act))
-                for rule in self._rules)
+                _contains(pattern, tokens) and _is_among(user, who_may[act])
+                for pattern, who_may in self._rules)
         except Exception:
             self.metrics.inc("horizon_route_errors_total")
             _log.exception("a rule for %s failed; so nobody may", topic)
