@@ -6636,22 +6636,20 @@ def _is_among(user: str, who: _Who) -> bool:
 def _serve_file(root: str, cache_control: str, request: Request, path: str) -> Response:
     """Answer with the file *path* under *root*: nothing hidden, nothing beyond it."""
     import mimetypes
-    import stat
     missing = Response("not found\n", 404)
     name = os.path.realpath(os.path.join(root, path)) if "\0" not in path else ""
     if os.path.isdir(name):
         name = os.path.realpath(os.path.join(name, "index.html"))
-    if not name.startswith(root + os.sep) or os.path.isabs(path) or (
-            re.search(r"(?:^|[/\\])\.", path)):
+    if (not name.startswith(root + os.sep) or os.path.isabs(path)
+            or re.search(r"(?:^|[/\\])\.", path)
+            or not os.path.isfile(name)):       # to open a pipe would wait for its writer
         return missing
     try:
-        info = os.stat(name)
-        if not stat.S_ISREG(info.st_mode):      # to open a pipe would wait for its writer
-            return missing
         file = open(name, "rb")
-    except (OSError, ValueError) as error:
-        busy = getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE)
+    except OSError as error:
+        busy = error.errno in (errno.EMFILE, errno.ENFILE)
         return Response("too many open files\n", 503) if busy else missing
+    info = os.fstat(file.fileno())
     tag = f'"{info.st_mtime_ns:x}-{info.st_size:x}"'
     headers = {"ETag": tag, "Cache-Control": cache_control, "X-Content-Type-Options": "nosniff",
                "Last-Modified": _http_date(info.st_mtime)}
