@@ -6767,15 +6767,11 @@ class Session:
             self.engine._flush([self])
         self.connection.send(data)
 
-    def close(self, code: int = 1000, reason: str = "") -> None:
+    def close(self, code: int = 1000, reason: str = "", patience_s: float = 5.0) -> None:
         """Say goodbye with a close code (1000 to 1014, or 3000 to 4999) and a short reason.
 
-        What was sent before goes before; a client that reads slowly has five seconds for it.
+        What was sent before goes before; a client that reads slowly has *patience_s* for it.
         """
-        self.leave(code, reason, 5.0)
-
-    def leave(self, code: int, reason: str, patience_s: float) -> None:
-        """Close, when what waits is sent or *patience_s* is over."""
         self.engine._on_loop("client.close")
         if not _sendable_code(code):
             raise UsageError(f"close code {code} can't be sent; use 1000 to 1014 or 3000 to 4999")
@@ -7476,7 +7472,7 @@ class Engine:
         code, what = (1012, "restarting") if restart else (1001, "shutting down")
         for session in list(self.sessions.values()):
             with contextlib.suppress(SystemExit):
-                session.leave(code, f"server is {what}", grace_s)
+                session.close(code, f"server is {what}", grace_s)
 
     def _closed(self) -> None:
         """Give everything back; only loop.wake and the mapping of metrics stay usable."""
