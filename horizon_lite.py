@@ -7050,26 +7050,29 @@ class Engine:
 
     def on(self, key: str, fn: Callable[[Event], Any] | None = None, **options: Any) -> Any:
         """Register a handler for any bus key, wildcards included; see ``Bus.on``."""
+        if fn is None:
+            return self._decorator(lambda fn: self.bus.on(key, fn, **options))
         return self._register(self.bus.on, key, fn, **options)
 
-    def _decorator(self, key: str, options: dict[str, Any]) -> Callable[[_F], _F]:
+    def _decorator(self, register: Callable[[Any], object]) -> Callable[[_F], _F]:
+        """Return a decorator that registers a function, where it is safe, and returns it."""
         def decorate(fn: _F) -> _F:
-            self.on(key, fn, **options)
+            self._register(register, fn)
             return fn
         return decorate
 
     def on_core(self, name: str, **options: Any) -> Callable[[_F], _F]:
         """Decorate a handler of the engine's own events: player_connected, player_disconnected,
         server_tick, server_started, server_stopping, and what ``emit_core`` emits."""
-        return self._decorator(f"core:{name}", options)
+        return self._decorator(lambda fn: self.bus.on(f"core:{name}", fn, **options))
 
     def on_client(self, namespace: str, event: str, **options: Any) -> Callable[[_F], _F]:
         """Decorate a handler of what clients send; ``event.client`` is the session."""
-        return self._decorator(f"client:{namespace}:{event}", options)
+        return self._decorator(lambda fn: self.bus.on(f"client:{namespace}:{event}", fn, **options))
 
     def on_plugin(self, plugin: str, event: str, **options: Any) -> Callable[[_F], _F]:
         """Decorate a handler of events one plugin emits to others."""
-        return self._decorator(f"plugin:{plugin}:{event}", options)
+        return self._decorator(lambda fn: self.bus.on(f"plugin:{plugin}:{event}", fn, **options))
 
     def every(self, seconds: float | None = None, *, hz: float | None = None) -> Callable[[_F], _F]:
         """Decorate a function that the loop calls at its own rate, without drift."""
@@ -7078,20 +7081,15 @@ class Engine:
             raise UsageError("write @app.every(hz=5) or @app.every(seconds=0.2)")
         rate = hz if hz is not None else 1 / seconds if seconds else 0.0
 
-        def decorate(fn: _F) -> _F:
-            self._register(self._repeats.append, (Ticker(rate, max_catchup=1), _plain_function(fn)))
-            return fn
-        return decorate
+        return self._decorator(lambda fn: self._repeats.append(
+            (Ticker(rate, max_catchup=1), _plain_function(fn))))
 
     def subscribe(self, pattern: str) -> Callable[[_F], _F]:
         """Decorate a function that gets every Publication *pattern* covers, in process."""
-        def decorate(fn: _F) -> _F:
-            if pattern in (_MOVES_TOPIC, _PRESENCE_TOPIC):
-                raise UsageError(f"{pattern} is for clients; here are app.presence, app.movement "
-                                 "and the events client:movement:position, core:player_connected")
-            self._register(self.topics.subscribe, pattern, _plain_function(fn))
-            return fn
-        return decorate
+        if pattern in (_MOVES_TOPIC, _PRESENCE_TOPIC):
+            raise UsageError(f"{pattern} is for clients; here are app.presence, app.movement "
+                             "and the events client:movement:position, core:player_connected")
+        return self._decorator(lambda fn: self.topics.subscribe(pattern, _plain_function(fn)))
 
     def get(self, path: str, *, public: bool = False) -> Callable[[_F], _F]:
         """Decorate the answer to GET *path*, which may hold ``{names}``, or ``{rest:path}``.
@@ -7134,17 +7132,14 @@ class Engine:
         for name, rest, text in zip(parts[1::3], parts[2::3], parts[3::3]):
             pattern += f"(?P<{name}>{'.*' if rest else '[^/]+'}){re.escape(text)}"
 
-        def decorate(fn: _F) -> _F:
-            # what takes whole paths comes last, the longest first; of others the newest
-            rank = 10_000 - len(path) if ":path}" in path else 0
-            route = _Endpoint(method, re.compile(pattern), _plain_function(fn), public, rank)
-            self._register(self._add_route, route)
-            return fn
-        return decorate
+        # what takes whole paths comes last, the longest first; of others the newest
+        rank = 10_000 - len(path) if ":path}" in path else 0
 
-    def _add_route(self, route: _Endpoint) -> None:
-        self._routes.insert(0, route)
-        self._routes.sort(key=operator.attrgetter("rank"))
+        def add(fn: _F) -> None:
+            route = _Endpoint(method, re.compile(pattern), _plain_function(fn), public, rank)
+            self._routes.insert(0, route)
+            self._routes.sort(key=operator.attrgetter("rank"))
+        return self._decorator(add)
 
     def authenticate(self, fn: _F) -> _F:
         """Decorate the function that says who a request comes from.
