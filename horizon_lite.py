@@ -7027,9 +7027,8 @@ class Engine:
         self._add_metrics()
 
     def _limits(self) -> Limits:
-        limits = Limits(**{name: getattr(self.config, name) for name in Limits._fields})
-        return limits._replace(banned=_Networks(self.config.banned),
-                               trusted_proxies=_Networks(self.config.trusted_proxies))
+        said = (getattr(self.config, name) for name in Limits._fields)
+        return Limits._make(_Networks(each) if isinstance(each, tuple) else each for each in said)
 
     def configure(self, **settings: Any) -> None:
         """Change settings before the engine runs; what is not named stays."""
@@ -7037,8 +7036,7 @@ class Engine:
             raise StateError("the engine runs already; configure it before")
         if "port" in settings:
             settings.setdefault("firm_port", True)
-        self.config = dataclasses.replace(
-            self.config, **{key: _config_value(key, value) for key, value in settings.items()})
+        self.config = dataclasses.replace(self.config, **settings)
         self.server.limits = self._limits()
 
     # -- handlers --
@@ -7289,7 +7287,8 @@ class Engine:
             self._ticker = Ticker(self.config.tick_hz, max_catchup=self.config.max_catchup_ticks)
         self._gc.start()
         self.loop.call_later(1.0, self._each_second)
-        self.loop.call_soon(self._emit_started)
+        self.loop.call_soon(lambda: self.emit_core(
+            "server_started", {"url": self.url, "timestamp": time.time()}))
 
     def _listen(self) -> None:
         """Listen on what systemd hands over, or a Unix socket, or a port, or two of them."""
@@ -7331,8 +7330,6 @@ class Engine:
             raise ConfigError(f"tls_cert = {self.config.tls_cert!r}, tls_key = "
                               f"{self.config.tls_key!r}: {error.strerror or error}") from None
 
-    def _emit_started(self) -> None:
-        self.bus.emit("core:server_started", {"url": self.url, "timestamp": time.time()})
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM, which end it gracefully; a second one at once.
@@ -7360,8 +7357,7 @@ class Engine:
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
             _log.addHandler(handler)
         if _log.level == logging.NOTSET:
-            level = self.config.log_level.upper()
-            _log.setLevel("WARNING" if level == "WARN" else level)
+            _log.setLevel(self.config.log_level.upper())
 
     def _run_until_signal(self, ready: Callable[[], object]) -> None:
         """Serve; *ready* is called when the port is open and a signal would end it gracefully."""
@@ -7485,8 +7481,7 @@ class Engine:
     def fileno(self) -> int:
         """Return a descriptor that is readable when ``step`` has work (not on Windows)."""
         self._open()
-        number: int = self.loop.selector.fileno()   
-        return number
+        return int(self.loop.selector.fileno())
 
     def wait_s(self) -> float:
         """Return how long ``step`` may be put off if ``fileno`` stays unreadable, in seconds."""
@@ -7732,9 +7727,8 @@ class Engine:
     def _upgrade(self, connection: Connection, request: Request, route: _Endpoint) -> None:
         ours = route.answer == self._on_data
         subprotocol = _choose_subprotocol(request, _SUBPROTOCOLS) if ours else ""
-        deflate, extensions = (None, "")
-        if self.config.compress:
-            deflate, extensions = _agree_deflate(request, self.config.compress_above_bytes)
+        deflate, extensions = _agree_deflate(
+            request, self.config.compress_above_bytes) if self.config.compress else (None, "")
         session = Session(self, connection, request.user, subprotocol, deflate,
                           None if ours else route.answer)
         self.topics.flush()            # what was broadcast before is not for it
@@ -7990,9 +7984,7 @@ class Engine:
             raise _Refused("bad_topic", str(error)) from None
 
     def _subscribe(self, session: Session, topic: str, message: dict[str, Any]) -> None:
-        mine = session.subscriptions
-        if mine is None:
-            mine = session.subscriptions = {}
+        mine = session.subscriptions = session.subscriptions or {}
         if topic in mine:
             return                              # asking twice is harmless
         if not self._may(session.user, "subscribe", topic):
@@ -8009,13 +8001,10 @@ class Engine:
             session.packed = packed
             self._movers[session] = None
             session.put(self.movement.snapshot())
-            mine[topic] = None
-            return
-        if topic == _PRESENCE_TOPIC:
+        elif topic == _PRESENCE_TOPIC:
             self._watchers[session] = None
-            mine[topic] = None
-            return
-        mine[topic] = self.topics.subscribe(topic, session.put_many, batched=True)
+        mine[topic] = None if topic in (_MOVES_TOPIC, _PRESENCE_TOPIC) else self.topics.subscribe(
+            topic, session.put_many, batched=True)
 
     def _unsubscribe(self, session: Session, topic: str, _message: dict[str, Any]) -> None:
         mine = session.subscriptions or {}
