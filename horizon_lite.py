@@ -6699,7 +6699,7 @@ class Session:
         self.outbox: Outbox | None = None       # no container until its first use
         self.engine = engine
         self.handler = handler                  # of a route of the user's own
-        self.subscriptions: dict[str, Subscription | None] | None = None
+        self.subscriptions: dict[str, Callable[[], object]] | None = None   # and what ends each
         self.goodbye: tuple[int, str] | None = None     # to be said when it has read the rest
         self._metadata: dict[str, Any] | None = None
         self._told_ns = 0                       # when it was last said that this one is slow
@@ -7793,16 +7793,13 @@ class Engine:
     def on_close(self, connection: Connection, code: int, reason: str) -> None:
         """Drop every trace of a session (the transport calls this)."""
         session: Session = connection.owner
-        for subscription in (session.subscriptions or {}).values():
-            if subscription is not None:
-                subscription.remove()
+        while session.subscriptions:
+            session.subscriptions.popitem()[1]()
         dropped = 0
         if session.outbox is not None:
             self.coalesced += session.outbox.coalesced
             dropped, session.outbox = session.outbox.dropped, None
-        self._movers.pop(session, None)
         self._waiting.pop(session, None)
-        self._watchers.pop(session, None)
         self.movement.remove(session.player)
         del self.sessions[session.id]
         self._listeners -= session.listens
@@ -8000,21 +7997,19 @@ class Engine:
                 raise _Refused("bad_request", '"packed" needs the subprotocol horizon.proto.v1')
             session.packed = packed
             self._movers[session] = None
+            mine[topic] = functools.partial(self._movers.pop, session, None)
             session.put(self.movement.snapshot())
         elif topic == _PRESENCE_TOPIC:
             self._watchers[session] = None
-        mine[topic] = None if topic in (_MOVES_TOPIC, _PRESENCE_TOPIC) else self.topics.subscribe(
-            topic, session.put_many, batched=True)
+            mine[topic] = functools.partial(self._watchers.pop, session, None)
+        else:
+            mine[topic] = self.topics.subscribe(topic, session.put_many, batched=True).remove
 
     def _unsubscribe(self, session: Session, topic: str, _message: dict[str, Any]) -> None:
         mine = session.subscriptions or {}
         if topic not in mine:
             raise _Refused("not_subscribed", f"there is no subscription to {topic[:80]!r}")
-        subscription = mine.pop(topic)
-        if subscription is not None:
-            subscription.remove()
-        elif topic == _MOVES_TOPIC:
-            self._movers.pop(session, None)
+        mine.pop(topic)()
 
     def _publish_for(self, session: Session, topic: str, message: dict[str, Any]) -> None:
         self._publish_as(session.user, topic, message.get("payload"),
