@@ -7966,8 +7966,9 @@ class Engine:
         else:
             raise _Refused("unknown_event", "system has the events ping and hello")
 
-    def _act(self, action: Any, session: Session, topic: Any, message: dict[str, Any]) -> Any:
-        acts: dict[Any, Callable[[Session, str, dict[str, Any]], Any]] = {
+    def _act(self, action: Any, who: Session | Request, topic: Any, message: dict[str, Any]) -> Any:
+        """Do what a client asks of a topic; how many a publication went to is for HTTP."""
+        acts: dict[Any, Callable[[Any, str, dict[str, Any]], Any]] = {
             "subscribe": self._subscribe, "unsubscribe": self._unsubscribe,
             "publish": self._publish_for}
         act = acts.get(action if isinstance(action, str) else "")
@@ -7976,7 +7977,7 @@ class Engine:
         if not isinstance(topic, str):
             raise _Refused("bad_topic", '"topic" must be text')
         try:
-            return act(session, topic, message)
+            return act(who, topic, message)
         except UsageError as error:
             raise _Refused("bad_topic", str(error)) from None
 
@@ -8011,16 +8012,13 @@ class Engine:
             raise _Refused("not_subscribed", f"there is no subscription to {topic[:80]!r}")
         mine.pop(topic)()
 
-    def _publish_for(self, session: Session, topic: str, message: dict[str, Any]) -> None:
-        self._publish_as(session.user, topic, message.get("payload"),
-                         message.get("critical") is True)
-
-    def _publish_as(self, user: str, topic: str, payload: Any, critical: bool) -> int:
+    def _publish_for(self, who: Session | Request, topic: str, message: dict[str, Any]) -> int:
         if topic.partition(".")[0] in _RESERVED_TOPICS:
             raise _Refused("forbidden", f"clients don't publish under {topic.partition('.')[0]}")
-        if not self._may(user, "publish", topic):
+        if not self._may(who.user or "guest-post", "publish", topic):
             raise _Refused("forbidden", f"no rule lets you publish to {topic[:80]!r}")
-        return self.topics.publish(topic, payload, critical=critical)
+        return self.topics.publish(topic, message.get("payload"),
+                                   critical=message.get("critical") is True)
 
     # -- looking --
 
@@ -8044,12 +8042,8 @@ class Engine:
             if error.label != "bad_json" or "json" in request.headers.get("content-type", ""):
                 raise
             payload = text
-        critical = request.args.get("critical") in ("1", "true")
-        try:
-            count = self._publish_as(request.user or "guest-post", topic, payload, critical)
-        except UsageError as error:
-            raise _Refused("bad_topic", str(error)) from None
-        return Response({"delivered": count}, 202)
+        message = {"payload": payload, "critical": request.args.get("critical") in ("1", "true")}
+        return Response({"delivered": self._act("publish", request, topic, message)}, 202)
 
     def _serve_metrics(self, request: Request) -> Response:
         if not self.config.metrics:
