@@ -6481,7 +6481,6 @@ _RESERVED_TOPICS = ("system", "presence", "gorc", "world")
 _MOVES_TOPIC = Moves.topic
 _NO_HANDLER = "no_handler"          # told only to who wants an answer
 _PRESENCE_TOPIC = "presence"
-_STATS_TOPIC = "system.stats"
 _PORTS_TO_TRY = 100
 _MAX_USER = 128                     # characters of a user's name
 _MAX_DROPPED_TOPICS = 1_000         # counted by name; more only by class
@@ -7272,6 +7271,7 @@ class Engine:
         self.reload_tls()
         try:
             self._listen()
+            self._port = self.server.port
             self._local = all(map(is_loopback, self.server.addresses))
             if not (self._local or self._authenticator or self.config.insecure):
                 raise ConfigError(
@@ -7299,7 +7299,6 @@ class Engine:
             if where := config.unix_socket:
                 self.server.listen_unix(where)
             if inherited or where and not config.firm_port:
-                self._port = self.server.port
                 return
             first = config.port
             tries = 1 if config.firm_port or not first else _PORTS_TO_TRY
@@ -7307,7 +7306,7 @@ class Engine:
             for port in range(first, last + 1):
                 where = f"{config.host} port {port}"
                 try:
-                    self._port = self.server.listen(config.host, port, config.reuse_port)
+                    self.server.listen(config.host, port, config.reuse_port)
                     self._moved = port != first
                     return
                 except OSError as error:
@@ -7519,7 +7518,11 @@ class Engine:
         self.loop.run_once(min(timeout_s, self._wait_s()))
         for ticker, fn in self._repeats:
             if ticker.take_due():
-                self._repeat(fn)
+                try:
+                    fn()
+                except Exception:
+                    self.metrics.inc("horizon_repeat_errors_total")
+                    _log.exception("%s failed", getattr(fn, "__qualname__", fn))
         if self._ticker is None:
             self._tick_once()
         elif due := self._ticker.take_due():
@@ -7528,13 +7531,6 @@ class Engine:
             urgent, self._urgent = self._urgent, {}
             self._flush(urgent)
         self.loop.flush()
-
-    def _repeat(self, fn: Callable[[], object]) -> None:
-        try:
-            fn()
-        except Exception:
-            self.metrics.inc("horizon_repeat_errors_total")
-            _log.exception("%s failed", getattr(fn, "__qualname__", fn))
 
     # -- ticks --
 
@@ -8049,10 +8045,10 @@ class Engine:
         if not self.config.metrics:
             return Response("metrics are switched off\n", 404)
         wants_open = "application/openmetrics-text" in request.headers.get("accept", "")
-        return Response(
-            self.metrics.exposition(openmetrics=wants_open),
-            content_type="application/openmetrics-text; version=1.0.0; charset=utf-8" if wants_open
-            else "text/plain; version=0.0.4; charset=utf-8")
+        kind = "application/openmetrics-text; version=1.0.0" if wants_open else (
+            "text/plain; version=0.0.4")
+        return Response(self.metrics.exposition(openmetrics=wants_open),
+                        content_type=f"{kind}; charset=utf-8")
 
     def _add_metrics(self) -> None:
         """Name what is counted elsewhere; the README's table lists these."""
@@ -8098,21 +8094,18 @@ class Engine:
         self._rates = {name: round((new - old) / spent_s, 1)
                        for name, new, old in zip(names, marks, self._rate_marks)}
         self._rate_marks = marks
-        if self.topics.matching(_STATS_TOPIC):
-            self.publish(_STATS_TOPIC, self._live_figures())
+        if self.topics.matching("system.stats"):
+            self.publish("system.stats", self._live_figures())
 
     def _live_figures(self) -> dict[str, Any]:
-        ticks = sorted(self._tick_ns)
+        ticks = sorted(self._tick_ns) or [0]
         return {
-            **self._rates,
-            "connections": self.server.websockets,
+            **self._rates, "connections": self.server.websockets,
             "players": len(self.movement.positions),
-            "tick_ms": round(ticks[len(ticks) // 2] / 1e6, 3) if ticks else 0.0,
-            "tick_p99_ms": round(ticks[len(ticks) * 99 // 100] / 1e6, 3) if ticks else 0.0,
+            "tick_ms": round(ticks[len(ticks) // 2] / 1e6, 3),
+            "tick_p99_ms": round(ticks[len(ticks) * 99 // 100] / 1e6, 3),
             "budget_ms": round(1000 / self.config.tick_hz, 3) if self.config.tick_hz else 0.0,
-            "overruns": self.overruns,
-            "drops": self.drops.total(),
-        }
+            "overruns": self.overruns, "drops": self.drops.total()}
 
     def report(self) -> dict[str, Any]:
         """Return what an operator asks first: health, throughput, ticks, memory, drops."""
@@ -8143,8 +8136,7 @@ class Engine:
                 "by_class": dict(self.drops),
                 "by_topic": dict(self._dropped_topics.most_common(10))},
             "refused": dict(server.refused), "requests_refused": dict(self.refusals),
-            "handler_errors": self.bus.errors,
-        }
+            "handler_errors": self.bus.errors}
 
     def _check(self) -> None:
         """Assert that every index agrees with the sessions there are (tests)."""
