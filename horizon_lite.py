@@ -6616,8 +6616,7 @@ def verify_token(token: str, *secrets: str | bytes) -> dict[str, Any]:
                           for part in (head, body))
         if any(matches) and header["alg"] == "HS256" and "crit" not in header and (
                 claims.get("nbf", 0) <= time.time() < claims["exp"]):
-            result: dict[str, Any] = claims
-            return result
+            return dict(claims)
     raise HandshakeError("the token is not valid", http_status=401, label="unauthenticated")
 
 
@@ -7174,12 +7173,11 @@ class Engine:
             _log.exception("a rule for %s failed; so nobody may", topic)
             return False
 
-    def _register(self, fn: Callable[..., _T], *args: Any, **options: Any) -> _T:
+    def _register(self, fn: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Run a registration where it is safe: on the loop, if that runs elsewhere."""
         if self._thread_id in (None, threading.get_ident()) or self._state == "stopped":
             return fn(*args, **options)
-        result: _T = self.loop.call_soon(lambda: fn(*args, **options)).result()
-        return result
+        return self.loop.call_soon(lambda: fn(*args, **options)).result()
 
     # -- sending --
 
@@ -7433,8 +7431,6 @@ class Engine:
         grace_s = self.config.grace_s if grace_s is None else grace_s
         if not 0 <= grace_s < 1e9:
             raise UsageError(f"grace_s = {grace_s!r} must be a time in seconds")
-        if self._state == "stopped":
-            return
         if self._thread_id in (None, threading.get_ident()):
             self._begin_stop(grace_s, restart)
             while self._state != "stopped" and not self._stepping:      # nobody else drives it
@@ -8109,32 +8105,25 @@ class Engine:
 
     def report(self) -> dict[str, Any]:
         """Return what an operator asks first: health, throughput, ticks, memory, drops."""
-        resident, virtual = _memory_bytes()
-        figures = self._live_figures()
-        slow = self.server.refused["slow"]
-        server = self.server
+        (resident, virtual), server = _memory_bytes(), self.server
+        figures, slow = self._live_figures(), server.refused["slow"]
         return {
             "version": __version__, "uptime_s": round(self._uptime_s(), 3), "state": self._state,
             "healthy": self._state == "open" and not figures["drops"] and not slow,
-            "connections": {
-                "websockets": server.websockets, "sockets": len(server.connections),
-                "users": self.presence.online(), "accepted": server.accepted},
-            "throughput": {
-                **self._rates, "messages_received": server.messages_received,
-                "events_sent": sum(self.events_sent.values()), "writes": server.writes,
-                "bytes_sent": server.bytes_sent, "events_processed": self.bus.emits},
-            "tick": {
-                "hz": self.config.tick_hz, "count": self.tick_count, "overruns": self.overruns,
-                "dropped": self._ticks_dropped(),
-                **{key: figures[key] for key in ("tick_ms", "tick_p99_ms", "budget_ms")}},
-            "memory": {
-                "rss_mb": round(resident / 1e6, 3), "virtual_mb": round(virtual / 1e6, 3),
-                "gc_pauses": self._gc.pauses, "gc_slowest_ms": self._gc.slowest_ns / 1e6},
+            "connections": {"websockets": server.websockets, "sockets": len(server.connections),
+                            "users": self.presence.online(), "accepted": server.accepted},
+            "throughput": {**self._rates, "messages_received": server.messages_received,
+                           "events_sent": sum(self.events_sent.values()), "writes": server.writes,
+                           "bytes_sent": server.bytes_sent, "events_processed": self.bus.emits},
+            "tick": {"hz": self.config.tick_hz, "count": self.tick_count,
+                     "overruns": self.overruns, "dropped": self._ticks_dropped(),
+                     **{key: figures[key] for key in ("tick_ms", "tick_p99_ms", "budget_ms")}},
+            "memory": {"rss_mb": round(resident / 1e6, 3), "virtual_mb": round(virtual / 1e6, 3),
+                       "gc_pauses": self._gc.pauses, "gc_slowest_ms": self._gc.slowest_ns / 1e6},
             "cpu_s": round(_cpu_s(), 4),
-            "drops": {
-                "dropped": figures["drops"], "slow_closed": slow, "coalesced": self._replaced(),
-                "by_class": dict(self.drops),
-                "by_topic": dict(self._dropped_topics.most_common(10))},
+            "drops": {"dropped": figures["drops"], "slow_closed": slow,
+                      "coalesced": self._replaced(), "by_class": dict(self.drops),
+                      "by_topic": dict(self._dropped_topics.most_common(10))},
             "refused": dict(server.refused), "requests_refused": dict(self.refusals),
             "handler_errors": self.bus.errors}
 
