@@ -7008,12 +7008,10 @@ class Engine:
         self._ticker: Ticker | None = None
         self._thread_id: int | None = None
         self._stepping = False                          # inside a pass
-        self._signals = 0
         self._thread: threading.Thread | None = None
         self._done = threading.Event()                  # everything is given back
         self._state = "new"                             # "open", "stopping", "stopped"
-        self._stop_at_ns = 0
-        self._port = 0
+        self._signals = self._stop_at_ns = self._port = 0
         self._moved = False                             # to another port than was wanted
         self._local = True                              # listens for this machine only
         self._started_ns = time.monotonic_ns()
@@ -7075,8 +7073,7 @@ class Engine:
         given = seconds if hz is None else hz
         if (hz is None) == (seconds is None) or not isinstance(given, int | float) or given <= 0:
             raise UsageError("write @app.every(hz=5) or @app.every(seconds=0.2)")
-        rate = hz if hz is not None else 1 / seconds if seconds else 0.0
-
+        rate = given if seconds is None else 1 / given
         return self._decorator(lambda fn: self._repeats.append(
             (Ticker(rate, max_catchup=1), _plain_function(fn))))
 
@@ -7522,7 +7519,7 @@ class Engine:
         if self._ticker is None:
             self._tick_once()
         elif due := self._ticker.take_due():
-            self._tick(due)
+            self._tick(due, self._ticker.period_ns)
         if self._urgent:
             urgent, self._urgent = self._urgent, {}
             self._flush(urgent)
@@ -7530,9 +7527,8 @@ class Engine:
 
     # -- ticks --
 
-    def _tick(self, due: int) -> None:
+    def _tick(self, due: int, budget_ns: int) -> None:
         """Run the ticks that are due; all they made leaves in one write per client."""
-        assert self._ticker is not None
         began = self.loop.clock()
         for _ in range(due):
             self.tick_count += 1
@@ -7541,7 +7537,7 @@ class Engine:
         spent = self.loop.clock() - began
         self._tick_ns.append(spent)
         self.metrics.observe("horizon_tick_seconds", spent / 1e9)
-        self.overruns += spent > self._ticker.period_ns
+        self.overruns += spent > budget_ns
 
     def _tick_once(self) -> None:
         moves = self.movement.take()
