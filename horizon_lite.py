@@ -6478,7 +6478,6 @@ requestAnimationFrame(draw);
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")        # namespaces and events that clients may give
 _RESERVED_TOPICS = ("system", "presence", "gorc", "world")
-_MOVES_TOPIC = Moves.topic
 _NO_HANDLER = "no_handler"          # told only to who wants an answer
 _PRESENCE_TOPIC = "presence"
 _PORTS_TO_TRY = 100
@@ -6518,7 +6517,6 @@ _ENVELOPES = {"client_event": ("namespace", "event", "data"),
 _TEXTS = {"chat": "message", "command": "raw"}      # payloads that are a text, and where it stands
 _FORMS = {"": _render_objects, "horizon.json.v1": _render_array, _PROTO: _render_batch,
           _EVENTS: _render_events}
-_SUBPROTOCOLS = ("horizon.json.v1", _PROTO)
 
 
 def _frame_squeezed(deflate: Deflate, opcode: int, payload: bytes) -> bytes:
@@ -6651,8 +6649,7 @@ def _serve_file(root: str, cache_control: str, request: Request, path: str) -> R
     tag = f'"{info.st_mtime_ns:x}-{info.st_size:x}"'
     headers = {"ETag": tag, "Cache-Control": cache_control, "X-Content-Type-Options": "nosniff",
                "Last-Modified": _http_date(info.st_mtime)}
-    known = [each.removeprefix("w/") for each in request.tokens("if-none-match")]
-    if tag in known or "*" in known:
+    if {tag, "*"} & {each.removeprefix("w/") for each in request.tokens("if-none-match")}:
         file.close()
         return Response(status=304, headers=headers)
     kind, packed = mimetypes.guess_type(name)
@@ -7079,7 +7076,7 @@ class Engine:
 
     def subscribe(self, pattern: str) -> Callable[[_F], _F]:
         """Decorate a function that gets every Publication *pattern* covers, in process."""
-        if pattern in (_MOVES_TOPIC, _PRESENCE_TOPIC):
+        if pattern in (Moves.topic, _PRESENCE_TOPIC):
             raise UsageError(f"{pattern} is for clients; here are app.presence, app.movement "
                              "and the events client:movement:position, core:player_connected")
         return self._decorator(lambda fn: self.topics.subscribe(pattern, _plain_function(fn)))
@@ -7481,13 +7478,12 @@ class Engine:
 
     def _wait_s(self) -> float:
         """The same, the loop's own timers and calls left out."""
-        waits = [3600.0, *[ticker.wait_s() for ticker, _ in self._repeats]]
         if self._urgent or self._ticker is None and (self._waiting or self.topics.pending):
             return 0.0
+        waits = [ticker.wait_s() for ticker, _ in self._repeats]
+        waits.append(0.05 if self._state == "stopping" else 3600.0)
         if self._ticker is not None:
             waits.append(self._ticker.wait_s())
-        if self._state == "stopping":
-            waits.append(0.05)
         return min(waits)
 
     def step(self, timeout_s: float = 0.0) -> None:
@@ -7714,7 +7710,7 @@ class Engine:
 
     def _upgrade(self, connection: Connection, request: Request, route: _Endpoint) -> None:
         ours = route.answer == self._on_data
-        subprotocol = _choose_subprotocol(request, _SUBPROTOCOLS) if ours else ""
+        subprotocol = _choose_subprotocol(request, ("horizon.json.v1", _PROTO)) if ours else ""
         deflate, extensions = _agree_deflate(
             request, self.config.compress_above_bytes) if self.config.compress else (None, "")
         session = Session(self, connection, request.user, subprotocol, deflate,
@@ -7975,10 +7971,9 @@ class Engine:
             return                              # asking twice is harmless
         if not self._may(session.user, "subscribe", topic):
             raise _Refused("forbidden", f"no rule lets you subscribe to {topic[:80]!r}")
-        limit = self.config.max_subscriptions
-        if limit and len(mine) >= limit:
-            raise _Refused("too_many_subscriptions", f"at most {limit}")
-        if topic == _MOVES_TOPIC:
+        if 0 < self.config.max_subscriptions <= len(mine):
+            raise _Refused("too_many_subscriptions", f"at most {self.config.max_subscriptions}")
+        if topic == Moves.topic:
             packed = message.get("packed") or ""
             if packed not in ("", "f32", "f64"):
                 raise _Refused("bad_request", '"packed" is "f32" or "f64"')
