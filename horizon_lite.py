@@ -7292,17 +7292,16 @@ class Engine:
                 self.server.listen_unix(where)
             if inherited or where and not config.firm_port:
                 return
-            first = config.port
-            tries = 1 if config.firm_port or not first else _PORTS_TO_TRY
-            last = min(first + tries - 1, 65535)
-            for port in range(first, last + 1):
+            tries = 1 if config.firm_port or not config.port else _PORTS_TO_TRY
+            ports = range(config.port, min(config.port + tries, 65536))
+            for port in ports:
                 where = f"{config.host} port {port}"
                 try:
                     self.server.listen(config.host, port, config.reuse_port)
-                    self._moved = port != first
+                    self._moved = port != config.port
                     return
                 except OSError as error:
-                    if error.errno != errno.EADDRINUSE or port == last:
+                    if error.errno != errno.EADDRINUSE or port == ports[-1]:
                         raise
         except OSError as error:
             raise OSError(error.errno, f"{error.strerror or error}: {where}") from None
@@ -7320,7 +7319,6 @@ class Engine:
         except OSError as error:            # ssl.SSLError, too
             raise ConfigError(f"tls_cert = {self.config.tls_cert!r}, tls_key = "
                               f"{self.config.tls_key!r}: {error.strerror or error}") from None
-
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM, which end it gracefully; a second one at once.
@@ -7851,7 +7849,6 @@ class Engine:
             if label:
                 raise PeerError(f"JSON with {fault}", close_code=1008, label=label)
         return value
-
 
     def _answer_request(self, session: Session, request_id: Any, act: Callable[..., Any],
                         *args: Any) -> None:
