@@ -7777,17 +7777,15 @@ class Engine:
         session: Session = connection.owner
         while session.subscriptions:
             session.subscriptions.popitem()[1]()
-        dropped = 0
-        if session.outbox is not None:
-            self.coalesced += session.outbox.coalesced
-            dropped, session.outbox = session.outbox.dropped, None
+        outbox, session.outbox = session.outbox, None
+        self.coalesced += outbox.coalesced if outbox else 0
         self._waiting.pop(session, None)
         self.movement.remove(session.player)
         del self.sessions[session.id]
         self._listeners -= session.listens
         self._forget_user(session)
         if code == SlowPeer.close_code and reason == "too slow":
-            self._tell_slow(session, dropped)
+            self._tell_slow(session, outbox.dropped if outbox else 0)
         if session.form != _EVENTS:
             self.bus.emit("core:player_disconnected", {
                 **self._about(session), "reason": reason, "code": code}, session)
