@@ -7534,8 +7534,7 @@ class Engine:
         self.overruns += spent > budget_ns
 
     def _tick_once(self) -> None:
-        moves = self.movement.take()
-        if moves is not None:
+        if (moves := self.movement.take()) is not None:
             for session in list(self._movers):
                 session.put(moves)
         self._tell_presence()
@@ -7571,11 +7570,9 @@ class Engine:
             else:                               # the common case, in line
                 items, outbox.items, outbox.size = outbox.items, (), 0
             key = (session.render, session.packed, id(items))
-            entry = known.get(key)
-            if entry is None:
+            if (entry := known.get(key)) is None:
                 whole = (session.render, session.packed, *items)
-                entry = rendered.get(whole)
-                if entry is None:
+                if (entry := rendered.get(whole)) is None:
                     entry = rendered[whole] = [self._render(session, items), items, 0]
                 known[key] = entry
                 kept.append(items)
@@ -7904,8 +7901,7 @@ class Engine:
         self._answer_request(session, getattr(asked, "id", None) or None, self._do, message)
 
     def _move_event(self, session: Session, move: Any) -> None:
-        event = self.bus.emit("client:movement:position", move, session)
-        if not event.cancelled:
+        if not self.bus.emit("client:movement:position", move, session).cancelled:
             self._move(session, move.x, move.y, move.z)
 
     def _move(self, session: Session, x: Any, y: Any, z: Any) -> None:
@@ -7950,8 +7946,7 @@ class Engine:
         acts: dict[Any, Callable[[Any, str, dict[str, Any]], Any]] = {
             "subscribe": self._subscribe, "unsubscribe": self._unsubscribe,
             "publish": self._publish_for}
-        act = acts.get(action if isinstance(action, str) else "")
-        if act is None:
+        if (act := acts.get(action if isinstance(action, str) else "")) is None:
             raise _Refused("unknown_action", "actions are subscribe, unsubscribe and publish")
         if not isinstance(topic, str):
             raise _Refused("bad_topic", '"topic" must be text')
