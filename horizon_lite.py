@@ -6070,12 +6070,12 @@ class Config:
         """
         environ = os.environ if environ is None else environ
         values = _read_toml(path) if path is not None else {}
-        for key in _CONFIG_TYPES:
-            if (text := environ.get(f"HORIZON_{key.upper()}")) is not None:
-                values[key] = text
-        for name in environ:                    # a slip of the pen; others may be somebody else's
+        for name, text in environ.items():
             key = name.removeprefix("HORIZON_").lower()
-            if key != name.lower() and key not in _CONFIG_TYPES and (
+            if name == f"HORIZON_{key.upper()}" and key in _CONFIG_TYPES:
+                values[key] = text
+            # a slip of the pen; others may be somebody else's
+            elif key != name.lower() and key not in _CONFIG_TYPES and (
                     close := difflib.get_close_matches(key, _CONFIG_TYPES, 1, 0.7)):
                 raise ConfigError(f"{name} in the environment: did you mean "
                                   f"HORIZON_{close[0].upper()}?")
@@ -6926,15 +6926,13 @@ _WATCHED = (                        # name, by which label, where in the engine 
     ("horizon_topics_delivered_total", "topics.delivered", "Publications times sinks."),
     ("horizon_events_sent_total by type", "events_sent", "Events sent, by type."),
     ("horizon_refused_total by reason", "server.refused", "Peers' faults and our limits."),
-    ("horizon_requests_refused_total by code", "refusals", "Requests answered with an error."),
-)
+    ("horizon_requests_refused_total by code", "refusals", "Requests answered with an error."))
 _TIMED = (                          # name, help, buckets
     ("event_processing_duration", "Seconds per emitted event; sampled.", BUCKETS_S),
     ("horizon_tick_seconds", "Time a tick takes.", BUCKETS_S),
     ("horizon_marshal_seconds", "Time to render one tick's messages.", BUCKETS_S),
     ("horizon_gc_pause_seconds", "Pauses by the garbage collector.", BUCKETS_S),
-    ("horizon_batch_messages", "Messages per write.", (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)),
-)
+    ("horizon_batch_messages", "Messages per write.", (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)))
 
 
 _CSP = ("default-src 'none'; script-src '{script}'; style-src '{style}'; connect-src 'self'; "
@@ -6982,9 +6980,8 @@ class Engine:
         self.sessions: dict[str, Session] = {}
         self.loop = Loop()
         self._worker = _Worker(self.loop)
-        self.bus = Bus(
-            spawn=self._worker.spawn, debug=self.config.log_level == "debug",
-            on_time=functools.partial(self.metrics.observe, "event_processing_duration"))
+        self.bus = Bus(spawn=self._worker.spawn, debug=self.config.log_level == "debug",
+                       on_time=functools.partial(self.metrics.observe, "event_processing_duration"))
         self.server = Server(self.loop, self, self._limits())
         self.tick_count = self.overruns = self.coalesced = 0
         self.drops = Counter(latest=0, droppable=0)     # by class
