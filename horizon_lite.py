@@ -6997,7 +6997,7 @@ class Engine:
         self._waiting: dict[Session, None] = {}         # whose outbox is not empty
         self._urgent: dict[Session, None] = {}          # whose outbox leaves with this pass
         self._repeats: list[tuple[Ticker, Callable[[], object]]] = []
-        self._routes: list[_Endpoint] = []
+        self._routes: list[_Endpoint] = []              # newest first
         self._gc = GCWatch()
         self._ticker: Ticker | None = None
         self._thread_id: int | None = None
@@ -7121,12 +7121,8 @@ class Engine:
 
         # what takes whole paths comes last, the longest first; of others the newest
         rank = 10_000 - len(path) if ":path}" in path else 0
-
-        def add(fn: _F) -> None:
-            route = _Endpoint(method, re.compile(pattern), _plain_function(fn), public, rank)
-            self._routes.insert(0, route)
-            self._routes.sort(key=operator.attrgetter("rank"))
-        return self._decorator(add)
+        return self._decorator(lambda fn: self._routes.insert(0, _Endpoint(
+            method, re.compile(pattern), _plain_function(fn), public, rank)))
 
     def authenticate(self, fn: _F) -> _F:
         """Decorate the function that says who a request comes from.
@@ -7485,8 +7481,7 @@ class Engine:
         """Run one pass of the loop, from whatever loop you have; wait at most *timeout_s*."""
         if self._state == "stopped" or self._stepping:
             raise StateError("step() within a step" if self._stepping else "the engine is stopped")
-        if self._thread_id is None:
-            self._thread_id = threading.get_ident()
+        self._thread_id = self._thread_id or threading.get_ident()
         self._on_loop("step")
         self._open()
         self._stepping = True
@@ -7847,13 +7842,12 @@ class Engine:
         """Do what a client asked; answer if it gave an id, and always if it can't be done."""
         try:
             act(session, *args)
+            if request_id is not None:
+                self._reply(session, request_id, None)
         except _Refused as refusal:
             self.refusals[refusal.code] += 1
             if request_id is not None or refusal.code not in (_NO_HANDLER, "failed"):
                 self._reply(session, request_id, refusal)
-        else:
-            if request_id is not None:
-                self._reply(session, request_id, None)
 
     def _reply(self, session: Session, request_id: Any, refusal: _Refused | None) -> None:
         if session.form == _PROTO:
