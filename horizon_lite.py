@@ -4059,12 +4059,12 @@ _SINGLE_HEADERS = ("host", "content-length", "transfer-encoding", "sec-websocket
 class Request:
     """An HTTP request: method, path, query, headers (lower-case names), body.
 
-    ``address`` is the client's, ``user`` who ``authenticate`` says it is, ``params`` what
-    the ``{names}`` of the route matched.
+    ``address`` is the client's, ``user`` who ``authenticate`` says it is and ``claims`` what
+    else its token says, ``params`` what the ``{names}`` of the route matched.
     """
 
     __slots__ = ("method", "target", "path", "query", "headers", "body", "version", "params",
-                 "address", "user")
+                 "address", "user", "claims")
 
     def __init__(self, method: str, target: str, headers: dict[str, str], version: tuple[int, int]):
         self.method = method
@@ -4078,6 +4078,7 @@ class Request:
         self.version = version
         self.params: dict[str, str] = {}
         self.address = self.user = ""
+        self.claims: dict[str, Any] = {}
 
     @property
     def keep_alive(self) -> bool:
@@ -4129,16 +4130,24 @@ def _reason_phrase(status: int) -> str:
     return next((each.phrase for each in HTTPStatus if each == status), "Unknown")
 
 
+def _header_lines(headers: Mapping[str, str | list[str]]) -> Iterator[tuple[str, str]]:
+    for name, value in headers.items():
+        for each in value if isinstance(value, list) else [value]:
+            yield name, each
+
+
 class Response:
     """An HTTP response. *body* is str, bytes, or a dict or list that is sent as JSON.
 
-    A *body* of pieces, any iterator of bytes, is sent as the client takes it; ``length`` says
-    how long it will be, or -1 to send until it ends (chunked, or to the end of the connection).
+    A header's value may be a list, for one that is repeated, like Set-Cookie. A *body* of
+    pieces, any iterator of bytes, is sent as the client takes it; ``length`` says how long it
+    will be, or -1 to send until it ends (chunked, or to the end of the connection).
     """
 
     __slots__ = ("status", "body", "headers", "pieces", "length")
 
-    def __init__(self, body: Any = b"", status: int = 200, headers: Mapping[str, str] | None = None,
+    def __init__(self, body: Any = b"", status: int = 200,
+                 headers: Mapping[str, str | list[str]] | None = None,
                  content_type: str = "", length: int = -1) -> None:
         guess = "text/plain; charset=utf-8"
         self.pieces: Iterator[bytes] | None = None
@@ -4151,23 +4160,25 @@ class Response:
             self.pieces, body = body, b""
         elif not isinstance(body, bytes):
             raise UsageError(f"a body is str, bytes, dict, list or iterator of bytes, not {body!r}")
-        if not isinstance(status, int) or not 100 <= status <= 599:
-            raise UsageError(f"status {status!r} must be a number from 100 to 599")
         self.status = status
         self.body: bytes = body
-        self.headers = dict(headers or {})
-        self.length = length if self.pieces else len(body)
+        self.headers: dict[str, str | list[str]] = dict(headers or {})
+        self.length = length                # of the pieces
         if body or self.pieces or content_type:
             self.headers.setdefault("Content-Type", content_type or guess)
         self.check()
 
     def check(self) -> None:
-        """Look whether the headers can be sent.
+        """Look whether it can be sent.
 
         Raises:
-            UsageError: they can't.
+            UsageError: it can't.
         """
-        for name, value in self.headers.items():
+        if not isinstance(self.status, int) or not 100 <= self.status <= 599:
+            raise UsageError(f"status {self.status!r} must be a number from 100 to 599")
+        if not isinstance(self.body, bytes):
+            raise UsageError(f"a body that is set must be bytes, not {self.body!r}")
+        for name, value in _header_lines(self.headers):
             if not re.fullmatch(_TOKEN_CHARS, name) or re.search(r"[\0-\x08\n-\x1f\x7f]", value):
                 raise UsageError(f"header {name!r}: {value!r} can't be sent")
             if name.lower() in ("content-length", "transfer-encoding"):
@@ -4189,10 +4200,10 @@ class Response:
         own = {name.lower() for name in self.headers}
         headers = self.headers | {key: text for key, text in more.items() if key.lower() not in own}
         lines = [f"HTTP/1.1 {self.status} {_reason_phrase(self.status)}"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        if not self.bodiless and (self.length >= 0 or not close):
-            lines.append(f"Content-Length: {self.length}" if self.length >= 0 else
-                         "Transfer-Encoding: chunked")
+        lines += [f"{name}: {value}" for name, value in _header_lines(headers)]
+        length = len(self.body) if self.pieces is None else self.length
+        if not self.bodiless and length >= 0:
+            lines.append(f"Content-Length: {length}")
         head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
         return head if head_only or self.bodiless else head + self.body
 
@@ -4252,6 +4263,7 @@ class HTTPConnection:
 
     def _take_request(self) -> list[Request]:
         if self._request is None:
+            self.head_only = False
             self._request = self._take_head()
         take = {_CHUNKED: self._take_chunks, _TRAILERS: self._take_trailers}
         if self._request is None or (body := take.get(self._left, self._take_body)()) is None:
@@ -4278,7 +4290,7 @@ class HTTPConnection:
                 return None
         end = buffer.find(b"\r\n\r\n", max(0, self._scanned - 3))
         self._scanned = len(buffer)
-        if (end if end >= 0 else len(buffer)) > self._max_header:
+        if (end if end >= 0 else len(buffer) - 3) > self._max_header:
             status = 414 if b"\r\n" not in buffer[:_MAX_TARGET] else 431
             raise TooBig("the header block is too big", http_status=status, label="header_too_big")
         if end < 0:
@@ -4289,7 +4301,8 @@ class HTTPConnection:
         self.head_only = request.method == "HEAD"
         self._left = _body_length(request)
         if self._left > self._max_body:
-            raise TooBig(f"body of {self._left} bytes", label="body_too_big")
+            raise TooBig(f"body of {self._left} bytes; the limit is {self._max_body}",
+                         label="body_too_big")
         expect = request.headers.get("expect", "").lower()
         if expect not in ("", "100-continue"):
             raise FrameError("unknown Expect", http_status=417, label="bad_request")
@@ -4318,7 +4331,7 @@ class HTTPConnection:
             if end < 0 and len(self._buffer) <= 256:
                 return None
             match = _CHUNK_LINE.fullmatch(self._buffer, 0, max(end, 0))
-            if match is None:
+            if match is None or end > 255:
                 raise FrameError("chunk size is malformed, or too long", label="bad_chunk")
             size = int(match[1], 16)
             if len(self._chunks) + size > self._max_body:
@@ -4342,7 +4355,7 @@ class HTTPConnection:
             self._scanned += end
             if not _HEADER_LINE.fullmatch(line):
                 raise FrameError("malformed trailer", label="bad_chunk")
-        if self._scanned + len(self._buffer) > self._max_header:
+        if self._scanned + len(self._buffer) - 1 > self._max_header:
             raise TooBig("trailers", http_status=431, label="header_too_big")
         return None
 
@@ -4597,7 +4610,7 @@ class WebSocketConnection:
         if opcode < 8:
             most, whole = self._max_bytes, size     # what is inflated is counted then
             if first & _COMPRESSED or incoming is not None and incoming.inflater is not None:
-                most += (most >> 6) + 64            # deflate may add some bytes to a frame
+                most += (most >> 3) + 64            # deflate may add some bytes to a frame
             elif incoming is not None:
                 whole += incoming.size
             if whole > most:
@@ -4663,7 +4676,8 @@ class WebSocketConnection:
             except zlib.error as error:
                 raise FrameError(str(error), close_code=1007, label="bad_deflate") from None
             if len(plain) >= room:
-                raise TooBig(f"message inflates to over {room - 1} bytes", label="message_too_big")
+                raise TooBig(f"message inflates to over {self._max_bytes} bytes",
+                             label="message_too_big")
             if not inflater.eof:
                 self._inflated += len(plain)
                 return plain
@@ -5327,7 +5341,12 @@ class Connection:
             self.heard_ns = self.server.loop.now_ns
             self._pings = 0
             self._advance(data)
-        if self.tls is not None and self.tls.closed_by_peer and self._state == "open":
+        self._heed_end()
+
+    def _heed_end(self) -> None:
+        """Close when the peer's TLS has ended and what it asked before is answered."""
+        if self.tls is not None and self.tls.closed_by_peer and self._state == "open" and not (
+                self.backlog or self._pieces is not None):
             self._finish()
             self._tell_end(1006, "eof")
 
@@ -5427,16 +5446,18 @@ class Connection:
     def _respond(self, request: Request, response: Response) -> None:
         old = request.version < (1, 1)
         endless = response.pieces is not None and response.length < 0
-        said = "".join(value for name, value in response.headers.items()
-                       if name.lower() == "connection")
+        said = [value for name, value in _header_lines(response.headers)
+                if name.lower() == "connection"]
         close = (not request.keep_alive or "upgrade" in request.headers or self.server.draining
-                 or endless and old or "close" in said.lower())
+                 or endless and old or "close" in "".join(said).lower())
         more = {"Connection": "keep-alive"} if old and not close else {}
+        if endless and not (old or response.bodiless):
+            more["Transfer-Encoding"] = "chunked"       # so that a cut can be seen
         head_only = request.method == "HEAD"
         self.send(response.encode(head_only=head_only, close=close, Date=_now_date(), **more))
         if response.pieces is not None and not head_only and not response.bodiless:
             self._pieces = (_measured(response.pieces, response.length) if not endless else
-                            response.pieces if close else _chunks(response.pieces))
+                            response.pieces if old else _chunks(response.pieces))
         self._since_ns = self.server.loop.now_ns
         self._fresh = False
         if close:
@@ -5534,6 +5555,7 @@ class Connection:
                 self.sock.shutdown(socket.SHUT_WR)
         elif self._state == "open" and self.http is not None and self.http.started:
             self._advance(b"")                  # requests that waited for room
+        self._heed_end()
 
     def send_now(self, data: bytes) -> None:
         """Write *data* in one call; the caller counts it, what the socket does not take waits."""
@@ -5615,6 +5637,8 @@ class Connection:
         if self._state == "closed":
             return
         self._state = "closed"
+        if self._pieces is not None:        # a reset: an end would look like the body's
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.unsent, self._out, self._queued, self._pieces = b"", None, 0, None
         self.server.forget(self)
         self._tell_end(1006, reason)
@@ -6282,7 +6306,7 @@ const emit = (namespace, event, data) =>
   send(101, [...part(1, namespace), ...part(2, event), ...part(3, JSON.stringify(data))]);
 function connect() {
   const scheme = location.protocol === "https:" ? "wss://" : "ws://";
-  socket = new WebSocket(scheme + location.host + "/ws/data", "horizon.proto.v1");
+  socket = new WebSocket(scheme + location.host + "/ws/data" + location.search, "horizon.proto.v1");
   socket.binaryType = "arraybuffer";
   socket.onopen = () => {
     wait = 500;
@@ -6577,8 +6601,9 @@ def _base64(data: bytes) -> str:
 def _hmac(secret: str | bytes, signed: str) -> str:
     import hmac
     key = secret.encode() if isinstance(secret, str) else secret
-    if not key:
-        raise UsageError("a secret can't be empty")
+    if not key or not isinstance(key, bytes):
+        raise UsageError(f"a secret is a str or bytes and not empty, not a {type(key).__name__}; "
+                         "several are given as verify_token(token, *secrets)")
     return _base64(hmac.digest(key, signed.encode(), "sha256"))
 
 
@@ -6588,6 +6613,8 @@ def sign_token(user: str | Mapping[str, Any], secret: str | bytes, *,
 
     Use 32 random bytes or more as *secret* (RFC 7518 3.2).
     """
+    if not isinstance(user, str | Mapping):
+        raise UsageError(f"a token is for a user's name or a mapping of claims, not {user!r}")
     claims = {"sub": user} if isinstance(user, str) else dict(user)
     claims = {"iat": int(time.time()), "exp": int(time.time() + expires_s), **claims}
     signed = f'{_base64(b"""{"alg":"HS256","typ":"JWT"}""")}.{_base64(_json_bytes(claims))}'
@@ -6605,17 +6632,23 @@ def verify_token(token: str, *secrets: str | bytes) -> dict[str, Any]:
     """
     import base64
     import hmac
+    for secret in secrets or ("",):
+        _hmac(secret, "")                   # a mistake here is not the stranger's
+    why = "the token is not valid"
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        if not token:
+            why = "no token: send Authorization: Bearer, or ?token="
         signed, _, signature = token.rpartition(".")
         head, _, body = signed.partition(".")
         matches = [hmac.compare_digest(_hmac(secret, signed).encode(), signature.encode())
                    for secret in secrets]
         header, claims = (json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
                           for part in (head, body))
-        if any(matches) and header["alg"] == "HS256" and "crit" not in header and (
-                claims.get("nbf", 0) <= time.time() < claims["exp"]):
-            return dict(claims)
-    raise HandshakeError("the token is not valid", http_status=401, label="unauthenticated")
+        if any(matches) and header["alg"] == "HS256" and "crit" not in header:
+            if claims.get("nbf", 0) <= time.time() < claims["exp"]:
+                return dict(claims)
+            why = "the token has expired"
+    raise HandshakeError(why, http_status=401, label="unauthenticated")
 
 
 _Who = bool | str | Iterable[str] | Callable[[str], bool]
@@ -6635,6 +6668,9 @@ def _serve_file(root: str, cache_control: str, request: Request, path: str) -> R
     missing = Response("not found\n", 404)
     name = os.path.realpath(os.path.join(root, path)) if "\0" not in path else ""
     if os.path.isdir(name):
+        if path and not path.endswith("/"):     # else relative links would miss
+            from urllib.parse import quote
+            return Response(status=301, headers={"Location": quote(os.path.basename(path)) + "/"})
         name = os.path.realpath(os.path.join(name, "index.html"))
     if (not name.startswith(root + os.sep) or os.path.isabs(path)
             or re.search(r"(?:^|[/\\])\.", path)
@@ -6812,8 +6848,9 @@ class Session:
             elif ahead or not outbox.overflows(len(items), size):
                 outbox.put_many(items, size, ahead)
             else:
-                outbox.add(items, size)         # a peer that reads loses nothing
-                engine._flush([self])
+                outbox.add(items, size)         # a peer that reads loses nothing: it leaves
+                outbox.urgent = True            # with this pass, when all is here to be sorted
+                engine._urgent[self] = None
         except SlowPeer:
             outbox.take()
             return self.connection.slow()
@@ -7110,8 +7147,8 @@ class Engine:
             functools.partial(_serve_file, root, cache_control))
 
     def _endpoint(self, method: str, path: str, public: bool) -> Callable[[_F], _F]:
-        if not path.startswith("/"):
-            raise UsageError(f"path {path!r} must start with '/'")
+        if not isinstance(path, str) or not path.startswith("/"):
+            raise UsageError(f"{path!r}: write a path that starts with '/', like @app.get('/me')")
         if path == "/ws/data" and self._routes:
             raise UsageError("/ws/data is the engine's own; take another path, like /ws/game")
         parts = re.split(r"\{(\w+)(:path)?\}", path)
@@ -7297,7 +7334,8 @@ class Engine:
                     if error.errno != errno.EADDRINUSE or port == ports[-1]:
                         raise
         except OSError as error:
-            raise OSError(error.errno, f"{error.strerror or error}: {where}") from None
+            raise OSError(error.errno or errno.EINVAL,
+                          f"{error.strerror or error}: {where}") from None
 
     def reload_tls(self) -> None:
         """Read certificate and key anew, for connections to come; open ones go on.
@@ -7639,6 +7677,7 @@ class Engine:
             if user not in (None, False, "") and (fault := _user_fault(user)):
                 raise UsageError(f"authenticate returned {fault}")
             request.user = user or ""
+            request.claims = dict(found) if isinstance(found, Mapping) else {}
         except (PeerError, PermissionError) as error:
             if public:                      # as for a stranger
                 return
@@ -7991,6 +8030,7 @@ class Engine:
         self._endpoint("EVENTS", "/sub/{pattern}", False)(lambda: None)
         self.post("/pub/{topic}")(self._serve_publish)
         self.get("/", public=True)(lambda request: _page())
+        self._routes[0] = self._routes[0]._replace(rank=20_000)     # give way to static("/", ...)
         self.get("/metrics")(self._serve_metrics)
         self.get("/healthz", public=True)(lambda request: "ok\n")
         self.get("/readyz", public=True)(lambda request: Response(
@@ -8138,7 +8178,7 @@ class Client:
     """
 
     __slots__ = ("url", "protocol", "reconnects", "_options", "_sock", "_ws", "_waiting", "_ids",
-                 "closed", "_topics", "_lost_at")
+                 "closed", "_topics", "_lost_at", "_next_try")
 
     def __init__(self, url: str, protocol: str, options: _Options) -> None:
         self.url = url
@@ -8148,13 +8188,14 @@ class Client:
         self._waiting: deque[Any] = deque()
         self._ids = itertools.count(1)
         self._topics: dict[str, dict[str, Any]] = {}    # subscribed to, with what options
-        self._lost_at = 0.0                 # when the connection was lost; 0: it is there
-        self._connect()
+        self._lost_at = self._next_try = 0.0    # when the connection was lost; 0: it is there
+        self._connect(options)
 
-    def _connect(self) -> None:
+    def _connect(self, options: _Options) -> None:
         host, port, path, secure = _split_url(self.url)
         name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        options = self._options
+        if options.ssl_context is not None and not secure:
+            raise UsageError(f"ssl_context is for https and wss, not for {self.url!r}")
         self._sock = socket.create_connection((host, port), timeout=options.timeout_s)
         try:
             if secure:
@@ -8181,27 +8222,45 @@ class Client:
         import random
         if self.closed is None or self.closed.code in _FINAL_CODES:
             return False
-        self._lost_at = self._lost_at or time.monotonic()
-        while (waited_s := time.monotonic() - self._lost_at) < self._options.reconnect_s:
-            # as long again as it was waited already, but not all at once
-            pause_s = random.uniform(0.5, 1.0) * min(max(waited_s, _FIRST_DELAY_S), _LAST_DELAY_S)
-            if deadline is not None and time.monotonic() + pause_s > deadline:
-                time.sleep(max(0.0, deadline - time.monotonic()))
+        now = time.monotonic()
+        self._lost_at = self._lost_at or now
+        while now - self._lost_at < self._options.reconnect_s:
+            if self._next_try <= now:       # as long again as it was waited, but not all at once
+                pause_s = min(max(now - self._lost_at, _FIRST_DELAY_S), _LAST_DELAY_S)
+                self._next_try = now + random.uniform(0.5, 1.0) * pause_s
+            left_s = self._options.timeout_s if deadline is None else deadline - now
+            if self._next_try > now + left_s:
+                time.sleep(max(0.0, left_s))
                 raise TimeoutError("no message in time; the connection is lost")
-            time.sleep(pause_s)
-            try:
-                self._connect()
-                for topic, options in list(self._topics.items()):
-                    self.subscribe(topic, **options)
-                self.reconnects += 1
-                self._lost_at = 0.0
+            time.sleep(self._next_try - now)
+            if self._try_again(left_s):
                 return True
-            except HandshakeError as error:
-                if error.http_status not in (429, 500, 502, 503, 504):      # these may pass
-                    raise
-            except (OSError, StateError) as error:
-                self._lose(Close(1006, str(error)))
+            now = time.monotonic()
         return False
+
+    def _try_again(self, left_s: float) -> bool:
+        timeout_s = max(0.1, min(left_s, self._options.timeout_s))
+        try:
+            self._connect(self._options._replace(timeout_s=timeout_s))
+            self._sock.settimeout(self._options.timeout_s)
+            for topic, options in list(self._topics.items()):
+                try:
+                    self.request("subscribe", topic, timeout_s=timeout_s, **options)
+                except StateError:
+                    raise
+                except UsageError as error:
+                    del self._topics[topic]
+                    _log.warning("connected again, but: %s", error)
+        except HandshakeError as error:
+            if error.http_status not in (429, 500, 502, 503, 504):      # these may pass
+                raise
+            return False
+        except (OSError, StateError) as error:
+            self._lose(Close(1006, str(error)))
+            return False
+        self.reconnects += 1
+        self._lost_at = self._next_try = 0.0
+        return True
 
     # -- asking --
 
@@ -8360,9 +8419,22 @@ class Client:
         return iter(functools.partial(self._next, None), _END)
 
     def close(self, code: int = 1000, reason: str = "") -> None:
-        """Say goodbye and close; doing it twice is harmless."""
+        """Say goodbye, wait two seconds at most for the server's, and close; twice is harmless."""
         self._options = self._options._replace(reconnect_s=0.0)
-        self._lose(Close(code, reason), self._ws.send_close(code, reason))
+        deadline = time.monotonic() + min(2.0, self._options.timeout_s)
+        with contextlib.suppress(OSError):      # RFC 6455 7.1.1; what is unread would be a reset
+            if self.closed is None:
+                self._sock.sendall(self._ws.send_close(code, reason))
+            while not self._ws.closed_by_peer and self.closed is None:
+                self._sock.settimeout(max(1e-3, deadline - time.monotonic()))
+                data = self._sock.recv(_RECV_BYTES)
+                self._ws.receive(data)
+                with contextlib.suppress(PeerError):
+                    while self._ws.take_events():
+                        pass
+                if not data or time.monotonic() > deadline:
+                    break
+        self._lose(Close(code, reason))
 
     def __enter__(self) -> Self:
         return self

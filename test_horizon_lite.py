@@ -2628,6 +2628,22 @@ def test_after_a_fault_nothing_more_is_read_from_a_connection():
             connection.take_events()
 
 
+def test_limits_do_not_depend_on_how_the_bytes_are_cut():
+    head = H + b"X: " + b"x" * 167 + b"\r\n\r\n"
+    for size, data in ((len(head) - 4, head), (len(head) - 5, head), (1_000, H + b"Transfer-Encoding: chunked\r\n\r\n1;" + b"x" * 252 + b"\r\n")):
+        outcomes = set()
+        for cut in range(len(data) + 1):
+            connection = hl.HTTPConnection(size)
+            try:
+                for piece in (data[:cut], data[cut:]):
+                    connection.receive(piece)
+                    connection.take_events()
+                outcomes.add("ok")
+            except hl.PeerError as error:
+                outcomes.add(error.label)
+        assert len(outcomes) == 1, outcomes
+
+
 def test_trailers_take_linear_time_and_are_bounded():
     def cost(lines):
         connection = hl.HTTPConnection(1 << 20)
@@ -3644,6 +3660,18 @@ def test_a_healthy_client_gets_a_tick_of_any_size():
         assert app.drops.total() == 0
 
 
+def test_a_tick_larger_than_an_outbox_keeps_its_order_over_topics():
+    with running() as app, hl.connect(app.url) as client:
+        client.subscribe("t.*")
+
+        def say():
+            for number in range(700):
+                app.publish(f"t.{number % 3}", number) if number % 2 else app.broadcast(number)
+        on_loop(app, say)
+        got = [client.recv(5) for _ in range(700)]
+        assert [each["payload"] if isinstance(each, dict) else each for each in got] == list(range(700))
+
+
 def test_the_order_of_what_was_said_is_the_order_it_arrives_in():
     with running() as app, hl.connect(app.url) as client:
         for topic in ("a", "b"):
@@ -4259,10 +4287,13 @@ def test_tokens_say_who_somebody_is_until_they_expire():
         with pytest.raises(hl.HandshakeError) as caught:
             hl.verify_token(each, "new secret")
         assert caught.value.http_status == 401
-    with pytest.raises(hl.HandshakeError):
-        hl.verify_token(token)                  # no secret at all
-    with pytest.raises(hl.UsageError):
-        hl.sign_token("ann", "")
+    for misuse in (lambda: hl.verify_token(token), lambda: hl.verify_token(token, ["new secret"]), lambda: hl.sign_token("ann", ""),
+                   lambda: hl.sign_token(1, "secret")):
+        with pytest.raises(hl.UsageError):      # the caller's mistake is not the stranger's
+            misuse()
+    for token, words in (("", "no token"), (hl.sign_token("ann", "k", expires_s=-1), "expired")):
+        with pytest.raises(hl.HandshakeError, match=words):
+            hl.verify_token(token, "k")
     # RFC 7515 A.1: made by somebody else
     key = base64.urlsafe_b64decode(
         "AyM1SysPpbyDfgZld3umj1qzKObwVMkoqQ-EstJQLr_T-1qS0gZH75aKtMN3Yj0iPS4hcgUuTwjAzZr1Z9CAow==")
@@ -4291,6 +4322,8 @@ def test_strangers_stay_outside_when_somebody_asks_who_they_are():
                 return "ann"
             return hl.verify_token(request.token, "secret") if request.token.count(".") == 2 else None
 
+        app.get("/claims")(lambda request: request.claims)
+
         @app.get("/mine")
         def mine(request):
             return request.user
@@ -4307,6 +4340,7 @@ def test_strangers_stay_outside_when_somebody_asks_who_they_are():
         assert status_of(app, Authorization="Bearer a.b.c") == 401
         assert status_of(app, "/ws/data?token=letmein") == 101 and status_of(app, Cookie="x=y; session=s1") == 101
         assert get(app, "/mine?token=letmein")[2] == b"ann" and get(app, "/open?token=letmein")[2] == b"open ann"
+        assert json.loads(get(app, "/claims?token=" + hl.sign_token({"sub": "bob", "role": "admin"}, "secret"))[2])["role"] == "admin"
         with hl.connect(app.url, token=hl.sign_token("bob", "secret")) as client, \
                 hl.connect(app.url + "/ws/own", token="letmein") as own:
             wait_until(lambda: app.presence.users() == ["bob"])
@@ -4493,6 +4527,8 @@ def test_files_are_served_and_nothing_else(tmp_path):
         for match, want in ((tag, 304), (f'"x", W/{tag}', 304), ("*", 304), ('"x"', 200)):
             assert get(app, "/assets/a%20b.txt", {"If-None-Match": match})[0] == want
         assert get(app, "/assets/sub/")[2] == get(app, "/assets/sub")[2] == b"<p>index"
+        moved = request(app, b"GET /assets/sub HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert moved.startswith(b"HTTP/1.1 301") and b"\r\nLocation: sub/\r\n" in moved      # or relative links would miss
         assert get(app, "/assets/big.bin")[2] == (root / "big.bin").read_bytes()
         assert "javascript" in get(app, "/assets/app.js")[1]["Content-Type"]
         assert get(app, "/cached/app.js")[1]["Cache-Control"] == "max-age=60"
@@ -4810,7 +4846,7 @@ def test_routes_of_all_kinds_live_side_by_side(tmp_path):
         app.websocket("/chat")(lambda client, message: client.send(message))
         app.get("/chat")(lambda request: "the chat's page")
         assert get(app, "/chat")[2] == b"the chat's page" and status_of(app, "/ws/data") == 101 and get(app, "/healthz")[2] == b"ok\n"
-        assert get(app, "/deep/x.txt")[2] == b"x" and get(app, "/below/x.txt")[0] == 200
+        assert get(app, "/")[2] == b"home" and get(app, "/deep/x.txt")[2] == b"x" and get(app, "/below/x.txt")[0] == 200
         with hl.connect(app.url + "/chat") as client:
             client.send("hi")
             assert client.recv(5) == "hi"
@@ -4830,6 +4866,26 @@ def test_answers_keep_to_the_rules_whatever_a_route_returns():
         app.get("/bye")(lambda request: hl.Response("bye", headers={"connection": "close", "Date": "today"}))
         app.get("/interim")(lambda request: hl.Response("x", status=100))
         app.get("/text")(lambda request: hl.Response(iter(["text"])))
+
+        def changed(request):
+            answer = hl.Response("a")
+            answer.body = json.loads(request.args["to"]).encode() if "to" in request.args else "str"
+            answer.status = int(request.args.get("status", 200))
+            return answer
+        app.get("/changed")(changed)
+        app.get("/cookies")(lambda request: hl.Response("x", headers={"Set-Cookie": ["a=1", "b=2"]}))
+        app.get("/cut")(lambda request: (piece if number < 2 else 1 // 0 for number, piece in enumerate([b"half"] * 3)))
+        assert get(app, "/changed?to=%22hello%20world%22")[2] == b"hello world"
+        assert get(app, "/changed")[0] == get(app, "/changed?to=%22x%22&status=1000")[0] == 500
+        assert request(app, b"GET /cookies" + keep + last).count(b"Set-Cookie: ") == 2
+        for ask in (b"GET /cut HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", b"GET /cut HTTP/1.0\r\n\r\n"):
+            with raw(app, ask) as sock:
+                got = b""
+                with contextlib.suppress(ConnectionResetError):
+                    while piece := sock.recv(4096):
+                        got += piece
+                    assert b"chunked" in got and not got.endswith(b"0\r\n\r\n")      # the cut can be seen
+        assert request(app, b"HEAD /healthz" + keep + b"GAR BAGE X\r\n\r\n").endswith(b"malformed request line\n")
         assert get(app, "/split?v=a%0d%0aEvil:%201")[0] == 500 and get(app, "/interim")[0] == 500
         assert b"abc" not in request(app, b"GET /none" + keep + last)
         data = request(app, b"GET /bye" + keep + last)
@@ -5520,6 +5576,56 @@ def test_a_dripping_handshake_has_one_deadline():
     with bad_server(drip, upgrade=False) as (url, _), pytest.raises(TimeoutError):
         hl.connect(url, timeout_s=0.6)
     assert time.monotonic() - began < 3
+
+
+def test_a_client_says_everything_before_it_closes():
+    with running() as app:
+        got = []
+
+        @app.websocket("/sink")
+        def sink(client, message):
+            time.sleep(0.005)
+            got.append(message)
+            client.send("ok")
+        with hl.connect(app.url + "/sink") as client:
+            for number in range(50):
+                client.send(f"{number}".ljust(20_000))
+        wait_until(lambda: not app.sessions)
+        assert len(got) == 50 and client.closed.code == 1000
+        with hl.connect(app.url + "/sink") as client:
+            with pytest.raises(TimeoutError):
+                client.recv(0.01)
+            assert client._sock.gettimeout() == 10.0        # not what was left of recv's
+        with pytest.raises(hl.UsageError, match="ssl_context"):
+            hl.connect(app.url, ssl_context=object())
+
+
+def test_a_client_that_polls_comes_back_too_and_drops_what_is_refused(caplog):
+    port = free_port()
+    with hl.Engine(port=port):
+        client = hl.connect(f"http://127.0.0.1:{port}", reconnect=20)
+        client.subscribe("a")
+        client.subscribe("b")
+    app = hl.Engine(port=port)
+    app.allow("b", subscribe=True)
+    with app:
+        deadline = time.monotonic() + 10
+        while not client.reconnects and time.monotonic() < deadline:
+            with contextlib.suppress(TimeoutError):
+                client.recv(timeout=0.05)
+        on_loop(app, app.publish, "b", 5)
+        assert client.recv(5)["payload"] == 5 and list(client._topics) == ["b"] and "forbidden" in caplog.text
+        client.close()
+
+    def says_nothing(sock):
+        time.sleep(3)
+    with bad_server(b"\x88\x02\x03\xf4", says_nothing) as (url, _), hl.connect(url, reconnect=60) as client:
+        began = time.monotonic()
+        client._options = client._options._replace(timeout_s=5.0)
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+            client.request("subscribe", "x", timeout_s=0.1)
+        assert time.monotonic() - began < 3
 
 
 def test_a_client_comes_back_and_keeps_to_its_timeout():
