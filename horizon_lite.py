@@ -78,7 +78,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from types import ModuleType, SimpleNamespace
 from typing import (TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar,
-                    cast, dataclass_transform, overload)
+                    dataclass_transform, overload)
 
 if TYPE_CHECKING:                   # costly to import, and needed only by those who use it
     import argparse
@@ -5932,6 +5932,9 @@ class Server:
 # Knows: this process.     Never: sockets, what the engine does.
 
 
+_OTHER_FILES = 32                   # open besides connections
+
+
 class GCWatch:
     """Time the garbage collector's pauses through ``gc.callbacks``."""
 
@@ -5986,6 +5989,17 @@ def _peak_memory_bytes() -> int:
 
 def _cpu_s() -> float:
     return time.process_time()
+
+
+def _raise_file_limit(connections: int = 0) -> None:
+    """Lift the soft limit of open files to the hard one; say so if there is room for fewer."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        if 0 <= hard < connections + _OTHER_FILES:
+            _log.warning("this process may open %d files: too few for max_connections = %d",
+                         hard, connections)
 
 
 # =============================================================================
@@ -7388,6 +7402,7 @@ class Engine:
         before = {each: signal.signal(each, do) for each, do in signals.items()} if main else {}
         try:
             self._pin()
+            _raise_file_limit(self.config.max_connections)
             self._open()
             ready()
             _tell_systemd("READY=1")
@@ -8585,20 +8600,11 @@ def _banner(app: Engine, what: str) -> None:
 
 
 def _serve_engine(app: Engine, what: str) -> int:
-    _raise_file_limit()
     app._set_up_logging()
     app._must_be_unstarted()
     app._run_until_signal(lambda: _banner(app, what))
     print("stopped", flush=True)
     return 0
-
-
-def _raise_file_limit() -> None:
-    """Lift the soft limit of open files to the hard one, where there is such a thing."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _said(args: argparse.Namespace) -> dict[str, Any]:
