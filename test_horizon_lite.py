@@ -18,6 +18,7 @@ import decimal
 import doctest
 import enum
 import errno
+import functools
 import gc
 import itertools
 import json
@@ -80,6 +81,10 @@ class FakeClock:
 BANNER = re.compile(r"^# (\d+)  ([A-Z]+) - (.*)$")
 
 
+TREE = ast.parse(TEXT)
+
+
+@functools.cache
 def banners():
     return [(line, int(match[1]), match[2]) for line, code in enumerate(TEXT.splitlines(), 1)
             if (match := BANNER.match(code))]
@@ -98,7 +103,7 @@ def test_the_map_in_the_docstring_is_the_list_of_banners():
 
 def test_no_section_looks_down_the_page():
     home = {}
-    for node in ast.parse(TEXT).body:
+    for node in TREE.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             home.setdefault(node.name, section_of(node.lineno))
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
@@ -121,14 +126,14 @@ def test_no_section_looks_down_the_page():
     ("selectors", {14}), ("socket", {14, 21}), ("threading", {20}), ("signal", {20, 22}),
 ])
 def test_dangerous_names_stay_in_their_sections(name, allowed):
-    used = {section_of(node.lineno) for node in ast.walk(ast.parse(TEXT))
+    used = {section_of(node.lineno) for node in ast.walk(TREE)
             if isinstance(node, ast.Name) and node.id == name}
     assert used <= allowed
 
 
 def test_only_the_standard_library_is_imported():
     names = set()
-    for node in ast.walk(ast.parse(TEXT)):
+    for node in ast.walk(TREE):
         if isinstance(node, ast.Import):
             names |= {each.name.split(".")[0] for each in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -145,7 +150,7 @@ def test_importing_stays_cheap_and_without_side_effects():
 
 
 def test_everything_public_is_exported_and_documented():
-    defined = {node.name: node for node in ast.parse(TEXT).body
+    defined = {node.name: node for node in TREE.body
                if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")}
     for name in hl.__all__:
         assert hasattr(hl, name)
@@ -161,7 +166,7 @@ def test_everything_public_is_exported_and_documented():
 
 def test_functions_are_short():
     sizes = {}
-    for node in ast.walk(ast.parse(TEXT)):
+    for node in ast.walk(TREE):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
             sizes[f"{node.name}:{node.lineno}"] = node.end_lineno - first.lineno + 1
@@ -1776,12 +1781,12 @@ def test_subclasses_of_loaded_messages_are_written_too():
 
 
 def test_reading_takes_linear_time():
-    fields = "".join(f"repeated int32 f{n} = {n}; " for n in range(1, 6000))
+    fields = "".join(f"repeated int32 f{n} = {n}; " for n in range(1, 3000))
     reserved = ", ".join(str(n) for n in range(10_000, 18_000)) + "; reserved " + ", ".join(f'"n{n}"' for n in range(20_000))
     began = time.process_time()
     made = hl.parse_proto(f"message M {{ {fields} reserved {reserved}; }}").M
-    assert made.decode(made(f5999=[1]).encode()).f5999 == [1]
-    assert time.process_time() - began < 10.0
+    assert made.decode(made(f2999=[1]).encode()).f2999 == [1]
+    assert time.process_time() - began < 5.0
 
 
 class Fleet(hl.Message):
@@ -4040,11 +4045,11 @@ def test_a_slow_download_is_not_cut():
 
 
 def test_a_kept_connection_may_be_idle_longer_than_a_handshake():
-    with running(handshake_s=0.5) as app, raw(app) as sock:
+    with running(handshake_s=0.3) as app, raw(app) as sock:
         ask = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
         sock.sendall(ask)
         assert sock.recv(1000).endswith(b"ok\n")
-        time.sleep(1.6)
+        time.sleep(0.8)
         sock.sendall(ask[:10])
         time.sleep(0.1)
         sock.sendall(ask[10:])
@@ -4198,7 +4203,7 @@ def test_a_dead_peer_is_noticed_by_its_pings():
         sock = raw_websocket(app)
         with hl.connect(app.url) as alive:
             with pytest.raises(TimeoutError):
-                alive.recv(3.5)                 # answers pings meanwhile
+                alive.recv(1.6)                 # answers pings meanwhile
             assert app.metrics['horizon_refused_total{reason="ping_timeout"}'] == 1
             assert len(app.sessions) == 1
         assert take("client", sock.recv(1000)) == [hl.Ping(b"")] * 2
@@ -4206,7 +4211,7 @@ def test_a_dead_peer_is_noticed_by_its_pings():
 
 
 def test_a_peer_that_does_not_read_is_bounded_and_delays_nobody():
-    with running(outbox_bytes=200_000, outbox_messages=50) as app, hl.connect(app.url) as good:
+    with running(outbox_bytes=200_000, outbox_messages=50, tick_hz=500) as app, hl.connect(app.url) as good:
         slow = raw_websocket(app, small=True)
         slow.sendall(masked(0x81, b'{"action":"subscribe","topic":"t"}'))
         good.subscribe("t")
@@ -4922,10 +4927,10 @@ def test_a_failing_body_or_a_vanished_reader_touches_nobody_else(caplog):
 
 def test_a_body_that_makes_progress_is_neither_idle_nor_late():
     def drip():
-        for _ in range(30):
-            time.sleep(0.05)
-            yield b"x" * 10
-    with running(idle_s=0.4, handshake_s=0.4) as app:
+        for _ in range(15):
+            time.sleep(0.06)
+            yield b"x" * 20
+    with running(idle_s=0.3, handshake_s=0.3) as app:
         app.get("/drip")(lambda request: hl.Response(drip(), length=300))
         app.get("/end")(lambda request: drip())
         ask = b"GET /drip HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -5612,7 +5617,7 @@ def test_a_client_says_everything_before_it_closes():
 
 def test_a_client_that_polls_comes_back_too_and_drops_what_is_refused(caplog):
     port = free_port()
-    with hl.Engine(port=port):
+    with hl.Engine(port=port, handshake_s=1):
         client = hl.connect(f"http://127.0.0.1:{port}", reconnect=20)
         client.subscribe("a")
         client.subscribe("b")
@@ -5640,13 +5645,13 @@ def test_a_client_comes_back_and_keeps_to_its_timeout():
     with bad_server(b"\x88\x02\x03\xf4", b"\x81\x01" + b"2") as (url, _), hl.connect(url, reconnect=5, timeout_s=0.5) as client:
         assert client.recv(5) == 2 and client.reconnects == 1       # 1012: the server restarts
     port = free_port()
-    with hl.Engine(port=port) as app:
-        client = hl.connect(app.url, reconnect=1.5)
+    with hl.Engine(port=port, handshake_s=1) as app:
+        client = hl.connect(app.url, reconnect=1.0)
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         client.recv(0.3)
     assert time.monotonic() - began < 1
-    assert client.recv() is None and 1.2 < time.monotonic() - began < 5
+    assert client.recv() is None and 0.8 < time.monotonic() - began < 5
     client.close()
 
 
@@ -5795,12 +5800,12 @@ def test_the_file_works_when_it_was_copied_into_a_package(tmp_path):
 
 
 def test_load_drives_a_server_of_its_own_and_loses_nothing():
-    done = run_cli("load", "--players", "20", "--hz", "50", "--for", str(2 * SOAK), "--json")
+    done = run_cli("load", "--players", "20", "--hz", "50", "--for", str(SOAK), "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert set(result) >= {"events_sent", "events_received", "frames_received", "lost", "latency_ms", "overruns",
                            "server_cpu_s", "server_rss_mb"}
-    sent = 20 * 50 * 2 * SOAK
+    sent = 20 * 50 * SOAK
     assert abs(result["events_sent"] - sent) < sent * 0.1 and result["lost"] == 0
     assert result["critical_received"] == result["critical_sent"] * 20 > 0
     assert 5 < result["events_per_frame"] <= 22 and 0 < result["latency_ms"]["p50"] < 200
@@ -5844,7 +5849,7 @@ def lossy(self, *arguments, **options):
 hl.Topics.publish = lossy
 """)
     with program("serve", os.fspath(tmp_path / "lossy.py"), "--port", "0") as (_, url):
-        done = run_cli("load", "--url", url, "--players", "4", "--for", "1", "--json")
+        done = run_cli("load", "--url", url, "--players", "4", "--for", "0.5", "--json")
     assert done.returncode == 1 and json.loads(done.stdout)["lost"] > 0
 
 
