@@ -3548,7 +3548,8 @@ class Topics:
     """
 
     __slots__ = ("_topics", "_root", "_version", "_epoch", "_epochs", "_pending", "_everybody",
-                 "_max_batch", "_max_bytes", "seq", "published", "delivered", "errors")
+                 "_max_batch", "_max_bytes", "_count", "_size", "seq", "published", "delivered",
+                 "errors")
 
     def __init__(self, max_batch: int = 256, max_bytes: int = 1 << 20) -> None:
         self._topics: dict[str, _Topic] = {}
@@ -3562,6 +3563,7 @@ class Topics:
         self._max_bytes = max_bytes or sys.maxsize
         self.seq = itertools.count(1)
         self.published = self.delivered = self.errors = 0
+        self._count = self._size = 0        # of what is pending
 
     def __len__(self) -> int:
         return len(self._topics)
@@ -3665,17 +3667,24 @@ class Topics:
         except UsageError:
             record.offset -= 1
             raise
+        if self._size + publication.size > self._max_bytes:
+            self.flush()
         if not record.pending:
             self._pending.append(record)
             record.size = 0
         record.pending.append(publication)
         record.size += publication.size
-        if (publication.critical or record.size >= self._max_bytes
-                or len(record.pending) >= self._max_batch):
+        self._size += publication.size
+        self._count += 1
+        if publication.critical or self._count >= self._max_batch:
             self.flush()
 
     def flush(self) -> None:
-        """Hand batched sinks what was published since the last time."""
+        """Hand batched sinks what was published since the last time.
+
+        That is never more than fits an empty outbox, so that sinks can sort it over topics.
+        """
+        self._count = self._size = 0
         while self._pending:
             record = self._pending.pop(0)
             items, record.pending = tuple(record.pending), []
@@ -4132,7 +4141,7 @@ def _reason_phrase(status: int) -> str:
 
 def _header_lines(headers: Mapping[str, str | list[str]]) -> Iterator[tuple[str, str]]:
     for name, value in headers.items():
-        for each in value if isinstance(value, list) else [value]:
+        for each in value if isinstance(value, list | tuple) else [value]:
             yield name, each
 
 
@@ -4179,7 +4188,8 @@ class Response:
         if not isinstance(self.body, bytes):
             raise UsageError(f"a body that is set must be bytes, not {self.body!r}")
         for name, value in _header_lines(self.headers):
-            if not re.fullmatch(_TOKEN_CHARS, name) or re.search(r"[\0-\x08\n-\x1f\x7f]", value):
+            if not (isinstance(value, str) and re.fullmatch(_TOKEN_CHARS, name)) or (
+                    re.search(r"[\0-\x08\n-\x1f\x7f]", value)):
                 raise UsageError(f"header {name!r}: {value!r} can't be sent")
             if name.lower() in ("content-length", "transfer-encoding"):
                 raise UsageError(f"header {name!r} is set by the server itself")
@@ -6661,7 +6671,7 @@ def verify_token(token: str, *secrets: str | bytes) -> dict[str, Any]:
         if any(matches) and header["alg"] == "HS256" and "crit" not in header:
             if claims.get("nbf", 0) <= time.time() < claims["exp"]:
                 return dict(claims)
-            why = "the token has expired"
+            why = "the token has expired, or is not valid yet"
     raise HandshakeError(why, http_status=401, label="unauthenticated")
 
 
@@ -6676,19 +6686,27 @@ def _is_among(user: str, who: _Who) -> bool:
 
 # -- files --
 
+def _with_slash(request: Request) -> Response:
+    """Send a browser on to the folder's own address, else relative links would miss."""
+    path, _, query = request.target.partition("?")
+    location = f"./{path.rpartition('/')[2]}/{'?' * bool(query)}{query}"
+    return Response(status=301, headers={"Location": location})
+
+
 def _serve_file(root: str, cache_control: str, request: Request, path: str) -> Response:
     """Answer with the file *path* under *root*: nothing hidden, nothing beyond it."""
     import mimetypes
     missing = Response("not found\n", 404)
     name = os.path.realpath(os.path.join(root, path)) if "\0" not in path else ""
+    if os.path.isabs(path) or re.search(r"(?:^|[/\\])\.", path) or not (
+            (name + os.sep).startswith(root + os.sep)):
+        return missing
     if os.path.isdir(name):
-        if path and not path.endswith("/"):     # else relative links would miss
-            from urllib.parse import quote
-            return Response(status=301, headers={"Location": quote(os.path.basename(path)) + "/"})
+        if path and not path.endswith("/"):
+            return _with_slash(request)
         name = os.path.realpath(os.path.join(name, "index.html"))
-    if (not name.startswith(root + os.sep) or os.path.isabs(path)
-            or re.search(r"(?:^|[/\\])\.", path)
-            or not os.path.isfile(name)):       # to open a pipe would wait for its writer
+    if not (name.startswith(root + os.sep)
+            and os.path.isfile(name)):          # to open a pipe would wait for its writer
         return missing
     try:
         file = open(name, "rb")
@@ -6861,10 +6879,12 @@ class Session:
                 outbox.put(items[0], ahead)
             elif ahead or not outbox.overflows(len(items), size):
                 outbox.put_many(items, size, ahead)
-            else:
-                outbox.add(items, size)         # a peer that reads loses nothing: it leaves
-                outbox.urgent = True            # with this pass, when all is here to be sorted
-                engine._urgent[self] = None
+            else:                               # a peer that reads loses nothing, and no order:
+                engine._flush([self])           # what came before leaves before
+                if ahead := len(self.connection.unsent):
+                    outbox.put_many(items, size, ahead)
+                else:
+                    outbox.add(items, size)
         except SlowPeer:
             outbox.take()
             return self.connection.slow()
@@ -7157,7 +7177,10 @@ class Engine:
         root = os.path.realpath(folder)
         if not os.path.isdir(root):
             raise UsageError(f"there is no folder {os.fspath(folder)!r}")
-        self._endpoint("GET", path.rstrip("/") + "/{path:path}", public)(
+        path = path.rstrip("/")
+        if path:
+            self._endpoint("GET", path, public)(_with_slash)
+        self._endpoint("GET", path + "/{path:path}", public)(
             functools.partial(_serve_file, root, cache_control))
 
     def _endpoint(self, method: str, path: str, public: bool) -> Callable[[_F], _F]:
@@ -8243,18 +8266,18 @@ class Client:
             if self._next_try <= now:       # as long again as it was waited, but not all at once
                 pause_s = min(max(now - self._lost_at, _FIRST_DELAY_S), _LAST_DELAY_S)
                 self._next_try = now + random.uniform(0.5, 1.0) * pause_s
-            left_s = self._options.timeout_s if deadline is None else deadline - now
-            if self._next_try > now + left_s:
-                time.sleep(max(0.0, left_s))
+            if deadline is not None and self._next_try > deadline:
+                time.sleep(max(0.0, deadline - now))
                 raise TimeoutError("no message in time; the connection is lost")
             time.sleep(self._next_try - now)
-            if self._try_again(left_s):
+            if self._try_again(math.inf if deadline is None else deadline - time.monotonic()):
                 return True
             now = time.monotonic()
         return False
 
     def _try_again(self, left_s: float) -> bool:
-        timeout_s = max(0.1, min(left_s, self._options.timeout_s))
+        # a second at least: else who polls with less would never come in
+        timeout_s = min(max(1.0, left_s), self._options.timeout_s)
         try:
             self._connect(self._options._replace(timeout_s=timeout_s))
             self._sock.settimeout(self._options.timeout_s)
@@ -8401,7 +8424,8 @@ class Client:
 
     def _lose(self, why: Close, goodbye: bytes = b"") -> None:
         with contextlib.suppress(OSError):
-            self._sock.sendall(goodbye)
+            if goodbye:                     # sendall waits, even with nothing to send
+                self._sock.sendall(goodbye)
         self.closed = self.closed or why
         self._sock.close()
 
@@ -8439,6 +8463,7 @@ class Client:
         deadline = time.monotonic() + min(2.0, self._options.timeout_s)
         with contextlib.suppress(OSError):      # RFC 6455 7.1.1; what is unread would be a reset
             if self.closed is None:
+                self._sock.settimeout(deadline - time.monotonic())
                 self._sock.sendall(self._ws.send_close(code, reason))
             while not self._ws.closed_by_peer and self.closed is None:
                 self._sock.settimeout(max(1e-3, deadline - time.monotonic()))

@@ -2686,7 +2686,7 @@ def test_a_response_says_what_it_is():
     assert hl.Response("ignored", status=204).encode().endswith(b"\r\n\r\n")
     assert b"Content-Length" not in hl.Response(status=204).encode()
     for wrong in (lambda: hl.Response(5), lambda: hl.Response("", headers={"a b": "c"}),
-                  lambda: hl.Response("", headers={"a": "b\r\nc: d"}),
+                  lambda: hl.Response("", headers={"a": "b\r\nc: d"}), lambda: hl.Response("", headers={"a": ["b", 5]}),
                   lambda: hl.Response("", headers={"content-length": "3"})):
         with pytest.raises(hl.UsageError):
             wrong()
@@ -3677,6 +3677,43 @@ def test_a_tick_larger_than_an_outbox_keeps_its_order_over_topics():
         assert [each["payload"] if isinstance(each, dict) else each for each in got] == list(range(700))
 
 
+def test_a_burst_in_one_pass_is_bounded_for_who_does_not_read():
+    with running(tick_hz=0) as app:
+        slow = raw_websocket(app, small=True)
+        slow.sendall(masked(0x81, b'{"action":"subscribe","topic":"a"}'))
+        wait_until(lambda: app.topics.matching("a"))
+        session, = app.sessions.values()
+
+        def burst(critical):
+            for _ in range(6_000):
+                app.publish("a", "x" * 2_000, critical=critical)
+        on_loop(app, burst, False)
+        assert app.drops["droppable"] > 1_000 and session.backlog < 2 * (1 << 20)
+        on_loop(app, burst, True)
+        wait_until(lambda: not app.sessions)
+        assert app.metrics['horizon_refused_total{reason="slow"}'] == 1
+        slow.close()
+
+
+def test_a_burst_takes_linear_time():
+    with running(tick_hz=30) as app:
+        readers = [raw_websocket(app) for _ in range(3)]
+        for sock in readers:
+            sock.sendall(masked(0x81, b'{"action":"subscribe","topic":"a"}'))
+            threading.Thread(target=read_all, args=(sock,), daemon=True).start()
+        wait_until(lambda: len(app.topics.matching("a")) == 3)
+
+        def burst(count):
+            began = time.thread_time()
+            for number in range(count):
+                app.publish("a", number, critical=True)
+            return time.thread_time() - began
+        small = min(on_loop(app, burst, 1_000) for _ in range(3))
+        assert min(on_loop(app, burst, 8_000) for _ in range(2)) < 24 * small + 0.05       # 64, if it were quadratic
+        for sock in readers:
+            sock.shutdown(socket.SHUT_RDWR)
+
+
 def test_the_order_of_what_was_said_is_the_order_it_arrives_in():
     with running() as app, hl.connect(app.url) as client:
         for topic in ("a", "b"):
@@ -4533,13 +4570,17 @@ def test_files_are_served_and_nothing_else(tmp_path):
             assert get(app, "/assets/a%20b.txt", {"If-None-Match": match})[0] == want
         assert get(app, "/assets/sub/")[2] == get(app, "/assets/sub")[2] == b"<p>index"
         moved = request(app, b"GET /assets/sub HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        assert moved.startswith(b"HTTP/1.1 301") and b"\r\nLocation: sub/\r\n" in moved      # or relative links would miss
+        assert moved.startswith(b"HTTP/1.1 301") and b"\r\nLocation: ./sub/\r\n" in moved      # or relative links would miss
         assert get(app, "/assets/big.bin")[2] == (root / "big.bin").read_bytes()
+        (root / "sub" / "deep").mkdir()
+        for path, location in (("/assets", "./assets/"), ("/assets/sub%2Fdeep?x=1", "./sub%2Fdeep/?x=1")):
+            moved = request(app, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            assert moved.startswith(b"HTTP/1.1 301") and f"\r\nLocation: {location}\r\n".encode() in moved
         assert "javascript" in get(app, "/assets/app.js")[1]["Content-Type"]
         assert get(app, "/cached/app.js")[1]["Cache-Control"] == "max-age=60"
         for path in ("/assets/../secret.txt", "/assets/%2e%2e/secret.txt", "/assets/..%2fsecret.txt", "/assets//etc/passwd", "/assets/link",
                      "/assets/%2Fetc%2Fpasswd", "/assets/.env", "/assets/sub/../.env", "/assets/pipe", "/assets/", "/assets/none",
-                     "/assets/../assets-too/x", "/assets/a%00b", "/assets/" + "a" * 5_000, "/assets/sub/index.html/x", "/assets/\udcff%ff"):
+                     "/assets/../assets-too/x", "/assets/a%00b", "/assets//etc", "/assets/..%2f..%2f..%2fetc", "/assets/..", "/assets/sub/..", "/assets/" + "a" * 5_000, "/assets/sub/index.html/x", "/assets/\udcff%ff"):
             ask = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode("utf-8", "replace")
             assert request(app, ask).startswith(b"HTTP/1.1 404"), path
         head = request(app, b"HEAD /assets/big.bin HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
@@ -5644,9 +5685,21 @@ def test_a_client_that_polls_comes_back_too_and_drops_what_is_refused(caplog):
 def test_a_client_comes_back_and_keeps_to_its_timeout():
     with bad_server(b"\x88\x02\x03\xf4", b"\x81\x01" + b"2") as (url, _), hl.connect(url, reconnect=5, timeout_s=0.5) as client:
         assert client.recv(5) == 2 and client.reconnects == 1       # 1012: the server restarts
+    def deaf(sock):
+        time.sleep(4)
+    with bad_server(deaf) as (url, _), hl.connect(url, timeout_s=1.0) as client:
+        client._sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                client._sock.send(b"x" * 8_000)             # until nothing goes out any more
+        began = time.monotonic()
+        client.close()
+        assert time.monotonic() - began < 1.8
     port = free_port()
     with hl.Engine(port=port, handshake_s=1) as app:
         client = hl.connect(app.url, reconnect=1.0)
+        listed = hl.connect(app.url, reconnect=1.0, timeout_s=0.2)
+    assert list(listed) == []                               # no deadline was asked for, so none has passed
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         client.recv(0.3)
