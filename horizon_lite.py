@@ -5812,16 +5812,10 @@ class Server:
         self._resume(listener)
 
     @property
-    def addresses(self) -> list[str]:
-        """The addresses that are listened on; "unix" for a Unix socket."""
+    def addresses(self) -> list[tuple[str, int]]:
+        """The addresses and ports that are listened on; ("unix", 0) for a Unix socket."""
         names = [each.getsockname() for each in self._listeners]
-        return [name[0] if isinstance(name, tuple) else "unix" for name in names]
-
-    @property
-    def port(self) -> int:
-        """The first TCP port that is listened on, or 0."""
-        names = [each.getsockname() for each in self._listeners]
-        return next((name[1] for name in names if isinstance(name, tuple)), 0)
+        return [name[:2] if isinstance(name, tuple) else ("unix", 0) for name in names]
 
     def _accept(self, listener: socket.socket, _mask: int) -> None:
         for _ in range(_MAX_ACCEPTS if listener in self._listeners else 0):
@@ -7330,8 +7324,9 @@ class Engine:
         self.reload_tls()
         try:
             self._listen()
-            self._port = self.server.port
-            self._local = all(map(is_loopback, self.server.addresses))
+            addresses = self.server.addresses
+            self._port = next((port for _, port in addresses if port), 0)
+            self._local = all(is_loopback(address) for address, _ in addresses)
             if not (self._local or self._authenticator or self.config.insecure):
                 raise ConfigError(
                     f"host = {self.config.host!r} lets strangers in, and nothing asks who they "
@@ -7905,11 +7900,12 @@ class Engine:
                 _json_bytes(value)          # half a surrogate pair can't be sent on
         except (ValueError, RecursionError, UsageError):
             raise PeerError("that is not JSON", close_code=1007, label="bad_json") from None
-        config = self.config
-        limits = [each or sys.maxsize for each in (
-            config.max_json_depth, config.max_json_string, config.max_json_items)]
-        if limits[1:] != [sys.maxsize] * 2 or text.count("[") + text.count("{") > limits[0]:
-            label, fault = _shape_fault(value, *limits)
+        depth, string, items = (
+            self.config.max_json_depth, self.config.max_json_string, self.config.max_json_items)
+        # seldom: without brackets enough it can't be too deep
+        if string or items or 0 < depth < text.count("[") + text.count("{"):
+            label, fault = _shape_fault(value, *(each or sys.maxsize for each in (
+                depth, string, items)))
             if label:
                 raise PeerError(f"JSON with {fault}", close_code=1008, label=label)
         return value

@@ -4346,9 +4346,8 @@ def test_tokens_say_who_somebody_is_until_they_expire():
 
 def status_of(app, path="/ws/data", **headers):
     lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
-    upgrade = UPGRADE if path.startswith("/ws") else b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-    data = upgrade.replace(b" / " if path[:3] != "/ws" else b"/ws/data", f" {path} ".encode() if path[:3] != "/ws" else path.encode(), 1)
-    with raw(app, data + lines.encode() + b"\r\n") as sock:
+    rest = UPGRADE.partition(b"\r\n")[2] if path.startswith("/ws") else b"Host: localhost\r\nConnection: close\r\n"
+    with raw(app, f"GET {path} HTTP/1.1\r\n".encode() + rest + lines.encode() + b"\r\n") as sock:
         return int(sock.recv(4096).split()[1])
 
 
