@@ -8613,11 +8613,12 @@ def _banner(app: Engine, what: str) -> None:
     url = app.url
     print(f"horizon_lite {__version__}  pid {os.getpid()}  Python {sys.version.split()[0]}"
           f"  profile {app.config.profile}")
-    print(f"listening {url}{app._moved_text()}\n"
-          f"  page       {url}/\n"
-          f"  websocket  {url.replace('http', 'ws', 1)}/ws/data\n"
-          f"  metrics    {url}/metrics\n"
-          f"{what}  Ctrl-C stops.", flush=True)
+    print(f"listening {url}{app._moved_text()}")
+    if url.startswith("http"):              # of a Unix socket there are no addresses to click on
+        print(f"  page       {url}/\n"
+              f"  websocket  {url.replace('http', 'ws', 1)}/ws/data\n"
+              f"  metrics    {url}/metrics")
+    print(f"{what}  Ctrl-C stops.", flush=True)
 
 
 def _serve_engine(app: Engine, what: str) -> int:

@@ -4838,6 +4838,11 @@ def test_a_unix_socket_is_a_door(tmp_path):
         hl.Engine(unix_socket=os.fspath(tmp_path / "none" / "x")).start()
 
 
+def test_the_command_on_a_unix_socket_names_no_other_address(tmp_path):
+    with program("serve", "--unix-socket", os.fspath(tmp_path / "s")) as (process, url):
+        assert url == f"unix:{tmp_path}/s" and "Ctrl-C" in process.stdout.readline()
+
+
 def test_processes_can_share_a_port():
     with running(reuse_port=True) as one, hl.Engine(reuse_port=True, port=int(one.url.rpartition(":")[2])) as two:
         assert one.url == two.url
