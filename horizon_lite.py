@@ -25,7 +25,7 @@ missing here are kept for sections that are still to be built.
      5  PROTO        .proto text to classes and back; the built-in schema; packed movement
      6  POOLS        free lists: objects reused instead of allocated
      7  BUS          events between the parts of one program
-     8  TOPICS       subjects, wildcards, who is subscribed to what, who is here
+     8  TOPICS       subjects, wildcards, history, who is here, HTML fragments
     11  REPLICATION  where everybody is, told once per tick
     12  TICKS        when to run, and what waits for whom until then
     13  PROTOCOLS    HTTP/1.1 and WebSocket without sockets
@@ -74,8 +74,8 @@ import sys
 import threading
 import time
 import zlib
-from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import (TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar,
                     dataclass_transform, overload)
@@ -100,8 +100,9 @@ __all__ = [
     "Pool", "BufferPool",                                                       # 6 POOLS
     "Bus", "Event", "Handler",                                                  # 7 BUS
     "Topics", "Subscription", "Publication", "Presence",                        # 8 TOPICS
+    "FragmentCache", "Fragment", "Safe", "escape", "html",
     "Movement",                                                                 # 11 REPLICATION
-    "Ticker", "Outbox",                                                         # 12 TICKS
+    "Ticker", "Batcher", "Outbox",                                              # 12 TICKS
     "HTTPConnection", "WebSocketConnection", "Request", "Response",             # 13 PROTOCOLS
     "Ping", "Pong", "Close", "Deflate", "DelimitedReader", "encode_delimited",
     "Config",                                                                   # 18 CONFIG
@@ -2679,7 +2680,12 @@ message PlayerMoveEvent {
 
 // data is JSON in the next six
 message ClientEvent { string namespace = 1; string event = 2; bytes data = 3; string id = 4; }
-message TopicMessage { string topic = 1; bytes payload = 2; uint64 offset = 3; string epoch = 4; }
+message TopicMessage {
+  string topic = 1; bytes payload = 2; uint64 offset = 3; string epoch = 4;
+  uint64 seq = 5;                        // where the topic is kept: subscribe again since here
+  bool gap = 6;                          // what came before is lost, and this goes on from now
+}
+message Position { string epoch = 1; uint64 offset = 2; uint64 seq = 3; }
 message ZoneEnter {
   string object_id = 1; string object_type = 2; uint32 channel = 3; bytes data = 4;
 }
@@ -2689,8 +2695,14 @@ message ClientRequest {
   string action = 2;                     // subscribe, unsubscribe, publish
   string topic = 3; bytes payload = 4; bool critical = 5;
   string packed = 6;                     // "f32" or "f64" when subscribing to movement
+  Position since = 7;                    // where the subscriber was: it gets what it missed
+  double rate = 8;                       // the newest of each topic, so many times a second
+  string msg_id = 9;                     // a publication that comes again is dropped
 }
-message Reply { string id = 1; bool ok = 2; string code = 3; string message = 4; bytes data = 5; }
+message Reply {
+  string id = 1; bool ok = 2; string code = 3; string message = 4; bytes data = 5;
+  Position position = 6;                 // where a subscription begins, if its topic is kept
+}
 
 // data: u32 count, then per player 16 bytes of uuid and x y z, all little-endian;
 // x y z are f32 (28 bytes a player), or f64 when wide (40 bytes a player).
@@ -3009,23 +3021,26 @@ _new_event = Event.__new__
 class Handler:
     """One registration. ``remove()`` ends it; calls, errors and times are its statistics."""
 
-    __slots__ = ("key", "fn", "order", "once", "filter", "ignore_cancelled", "spawned", "invoke",
-                 "errors", "time_ns", "timed", "slowest_ns", "_bus", "_calls", "_routes", "_gone",
-                 "_logged_ns", "_unlogged")
+    __slots__ = ("key", "fn", "order", "once", "filter", "ignore_cancelled", "elsewhere", "batch",
+                 "wait_ms", "spawned", "invoke", "errors", "time_ns", "timed", "slowest_ns", "_bus",
+                 "_calls", "_routes", "_gone", "_logged_ns", "_unlogged")
 
     def __init__(self, bus: Bus, key: str, fn: Callable[[Any], Any], order: tuple[int, int],
                  once: bool, filter: Callable[[Any], Any] | None, ignore_cancelled: bool,
-                 spawned: bool) -> None:
+                 elsewhere: bool, batch: int, wait_ms: float | None) -> None:
         self.key = key
         self.fn = fn
         self.order = order                  # (priority, registration)
         self.once = once
         self.filter = filter
         self.ignore_cancelled = ignore_cancelled
-        self.spawned = spawned              # async or blocking: runs elsewhere, afterwards
+        self.elsewhere = elsewhere          # async or blocking: not on the loop's thread
+        self.batch = batch                  # 0: called with each event; True: as is configured
+        self.wait_ms = wait_ms
+        self.spawned = elsewhere or batch > 0       # runs afterwards
         # only handlers that are always called can let their routes count for them
         guard = self._guarded if once or filter or ignore_cancelled else fn
-        self.invoke = self._start if spawned else guard
+        self.invoke = self._start if self.spawned else guard
         self.errors = self.time_ns = self.timed = self.slowest_ns = self._calls = 0
         self._bus = bus
         self._routes: list[_Route] = []
@@ -3135,44 +3150,51 @@ class Bus:
     @overload
     def on(self, key: str, *, priority: int = 0, once: bool = False,
            filter: Callable[[Any], Any] | None = None, ignore_cancelled: bool = False,
-           blocking: bool = False) -> Callable[[_F], _F]: ...
+           blocking: bool = False, batch: int = 0,
+           wait_ms: float | None = None) -> Callable[[_F], _F]: ...
     @overload
     def on(self, key: str, fn: Callable[[Any], Any], *, priority: int = 0, once: bool = False,
            filter: Callable[[Any], Any] | None = None, ignore_cancelled: bool = False,
-           blocking: bool = False) -> Handler: ...
+           blocking: bool = False, batch: int = 0, wait_ms: float | None = None) -> Handler: ...
 
     def on(self, key: str, fn: Callable[[Any], Any] | None = None, *, priority: int = 0,
            once: bool = False, filter: Callable[[Any], Any] | None = None,
-           ignore_cancelled: bool = False, blocking: bool = False) -> Any:
+           ignore_cancelled: bool = False, blocking: bool = False, batch: int = 0,
+           wait_ms: float | None = None) -> Any:
         """Register *fn* for *key*, which may hold wildcards; without *fn*, a decorator.
 
         Lower priorities run first. *once* ends the registration at the first call; *filter*
         is asked with the event; *ignore_cancelled* skips events that were cancelled before.
+        With *batch*, *fn* gets a list of so many events, or of those of *wait_ms*.
 
         Returns: the Handler; as a decorator, the function unchanged.
 
         Raises:
-            UsageError: a malformed key, something that can't be called, or an ``async def`` or
-                blocking handler on a bus without *spawn*.
+            UsageError: a malformed key, something that can't be called, or an ``async def``,
+                blocking or batched handler on a bus without *spawn*.
         """
         segments = _check_key(key)
         if type(priority) not in (int, float):
             raise UsageError(f"priority of {key!r} must be a number, not {priority!r}")
+        if not isinstance(batch, int) or batch < 0 or once and batch or (
+                wait_ms is not None and not 0 <= wait_ms < math.inf):
+            raise UsageError(f"batch of {key!r} is a number of events, wait_ms a time in ms, and "
+                             f"once has none; not {batch!r}, {wait_ms!r}")
         for what, each in (("filter", filter), ("handler", fn)):
             if each is not None and not callable(each):
                 raise UsageError(f"{what} of {key!r} must be callable, got {each!r}")
         if fn is None:
             def decorate(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-                self.on(key, function, priority=priority, once=once, filter=filter,
-                        ignore_cancelled=ignore_cancelled, blocking=blocking)
+                self.on(key, function, priority=priority, once=once, filter=filter, batch=batch,
+                        ignore_cancelled=ignore_cancelled, blocking=blocking, wait_ms=wait_ms)
                 return function
             return decorate
-        spawned = blocking or _is_async(fn)
-        if spawned and self.spawn is None:
-            raise UsageError(f"handler of {key!r} is async or blocking; "
+        elsewhere = blocking or _is_async(fn)
+        if (elsewhere or batch) and self.spawn is None:
+            raise UsageError(f"handler of {key!r} is async, blocking or batched; "
                              "this bus has no spawn= for it")
         handler = Handler(self, key, fn, (priority, next(self._numbers)), once, filter,
-                          ignore_cancelled, spawned)
+                          ignore_cancelled, elsewhere, batch, wait_ms)
         self._handlers.setdefault(key, []).append(handler)
         if "*" in segments:
             self._wild[key] = segments
@@ -3369,19 +3391,29 @@ def _is_async(fn: Any) -> bool:
 
 
 # =============================================================================
-# 8  TOPICS - subjects, wildcards, who is subscribed to what, who is here
+# 8  TOPICS - subjects, wildcards, history, who is here, HTML fragments
 # =============================================================================
-# Knows: strings, callables, ERRORS, PROTO.     Never: sockets.
+# Knows: strings, callables, a clock that is handed in, ERRORS, PROTO.     Never: sockets.
 #
 # Names are tokens with dots between: `chat.lobby`.  In a pattern `*` is one token and `>`
-# all that remain (NATS).  Exact subscriptions hang at the topic's record; wildcards in a
-# tree of tokens, walked only when a topic is new or the wildcards have changed.
+# all that remain (NATS; MQTT's `+` and `#` are taken for them).  Exact subscriptions hang at
+# the topic's record; wildcards in a tree of tokens, walked only when a topic is new or the
+# wildcards have changed.  A sink subscribed twice, exactly and by a wildcard, gets a message
+# once.
 #
-# A sink that is subscribed twice, exactly and by a wildcard, gets a message once.
+# A message has two numbers: `offset` counts its topic from 1, `seq` all topics.  What a topic
+# keeps is found again by either, unless the epoch, which names this counting, is another.
 
 _TOPIC_TOKEN = re.compile(r"[^\s.*>\x00-\x20\x7f\ud800-\udfff]+")
+_WILDCARDS = {"+": "*", "#": ">"}   # MQTT's, as NATS writes them
 _MAX_TOPIC_LENGTH = 255
+_MAX_TOKENS = 32                    # of one topic: it bounds the walk through the tree
 _MAX_IDLE_TOPICS = 10_000           # records of topics that nobody is subscribed to
+_MAX_KEPT_BYTES = 32 << 20          # history of topics that a pattern declares, together
+_MAX_MSG_IDS = 10_000               # remembered per topic
+_MAX_MSG_ID = 128                   # characters
+_MAX_PUBLISH_DEPTH = 32             # of publications made by subscribers of publications
+_EPOCH_LENGTH = 8                   # characters all epochs of one Topics begin with
 
 _dump_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
@@ -3396,13 +3428,20 @@ def _json_bytes(value: Any) -> bytes:
 def _check_topic(name: str, *, wildcards: bool) -> list[str]:
     """Return a topic's tokens; the caller's mistake is a UsageError."""
     tokens = name.split(".") if isinstance(name, str) and len(name) <= _MAX_TOPIC_LENGTH else [""]
+    tokens = [_WILDCARDS.get(token, token) for token in tokens]
     for at, token in enumerate(tokens):
         wild = token == "*" or token == ">" and at == len(tokens) - 1
         if not (wild and wildcards or _TOPIC_TOKEN.fullmatch(token)):
             raise UsageError(f"topic {str(name)[:80]!r}: write tokens with '.' between"
                              + (", '*' for one of them, a last '>' for the rest" if wildcards else
                                 "; only subscriptions have wildcards"))
+    if len(tokens) > _MAX_TOKENS:
+        raise UsageError(f"topic {name[:80]!r} has {len(tokens)} tokens; {_MAX_TOKENS} are enough")
     return tokens
+
+
+def _is_pattern(tokens: list[str]) -> bool:
+    return "*" in tokens or tokens[-1] == ">"
 
 
 def _contains(pattern: list[str], other: list[str]) -> bool:
@@ -3429,23 +3468,26 @@ class Publication:
     """One message on a topic, rendered at most once per form, whatever the audience.
 
     ``offset`` counts from 1 within its topic and ``epoch``, which changes when counting
-    starts anew.
+    starts anew; ``seq`` counts over all topics. Clients are told ``seq`` of what is kept.
     """
 
-    __slots__ = ("topic", "payload", "offset", "epoch", "critical", "seq", "size", "_body", "_json",
-                 "_envelope")
+    __slots__ = ("topic", "payload", "offset", "epoch", "critical", "seq", "size", "bare", "gap",
+                 "kept_ns", "_body", "_json", "_envelope")
 
     key = None                      # see Outbox: publications are never coalesced
 
     def __init__(self, topic: str, payload: Any, offset: int, epoch: str, critical: bool,
-                 seq: int) -> None:
+                 seq: int, bare: bool = False) -> None:
         self.topic = topic
         self.payload = payload
         self.offset = offset
         self.epoch = epoch
         self.critical = critical
-        self.seq = seq              # counts over all topics, to keep their order
+        self.seq = seq              # keeps the order over topics
         self.size = 0               # as JSON, once it is rendered
+        self.bare = bare            # clients get the payload alone
+        self.gap = False            # it stands for what is no longer known
+        self.kept_ns: int | None = None                     # since when its topic keeps it
         self._body = self._json = self._envelope = b""      # the payload; all, in both forms
 
     def __repr__(self) -> str:
@@ -3462,23 +3504,35 @@ class Publication:
             self.size = len(self._body) + 64
         return self.size
 
+    @property
+    def mark(self) -> bytes:
+        """What a reader of Server-Sent Events comes back with; empty for what is not on a topic."""
+        return b"%b:%d" % (self.epoch[:_EPOCH_LENGTH].encode(), self.seq) if self.epoch else b""
+
     def json(self) -> bytes:
         """Return the JSON object a client gets."""
         if not self._json:
             self.measure()
-            self._json = self._body if not self.topic else (
-                b'{"topic":%b,"payload":%b,"offset":%d,"epoch":"%b"}' % (
-                    _topic_json(self.topic), self._body, self.offset, self.epoch.encode()))
+            kept = b',"seq":%d' % self.seq if self.kept_ns is not None else b""
+            self._json = self._body if self.bare or not self.topic else (
+                b'{"topic":%b,"payload":%b,"offset":%d,"epoch":"%b"%b}' % (
+                    _topic_json(self.topic), self._body, self.offset, self.epoch.encode(), kept))
         return self._json
 
     def envelope(self, form: str) -> bytes:
         """Return it as one member of an encoded EventBatch."""
         if not self._envelope:
             self.measure()
+            kept = self.kept_ns is not None or self.gap
             self._envelope = _batch_of(
                 type="TOPIC_MESSAGE", topic_message=builtin_schema().TopicMessage(
-                    self.topic, self._body, offset=self.offset, epoch=self.epoch))
+                    self.topic, self._body, offset=self.offset, epoch=self.epoch,
+                    seq=self.seq if kept else 0, gap=self.gap))
         return self._envelope
+
+    def html(self) -> bytes:
+        """Return what a client of HTML gets."""
+        return self.json()
 
 
 def _batch_of(**envelope: Any) -> bytes:
@@ -3489,23 +3543,35 @@ def _batch_of(**envelope: Any) -> bytes:
 
 
 class Batch(NamedTuple):
-    """Publications on one topic that are handed over together."""
+    """Publications that are handed over together: a tick's, on one topic."""
 
     items: tuple[Publication, ...]
     size: int                       # bytes as JSON, of all
     critical: bool                  # one of them is
 
+    @classmethod
+    def of(cls, items: Iterable[Publication]) -> Batch:
+        """Return a batch of publications that were measured."""
+        items = tuple(items)
+        return cls(items, sum(each.size for each in items), any(each.critical for each in items))
+
 
 class Subscription:
-    """A pattern and where its messages go; ``remove()`` ends it."""
+    """A pattern and where its messages go; ``remove()`` ends it.
 
-    __slots__ = ("pattern", "sink", "batched", "_topics")
+    ``gap`` tells that what came after ``since`` is no longer known; the sink first got a
+    Publication that says so. ``position`` is where it begins; empty if nothing is kept.
+    """
+
+    __slots__ = ("pattern", "sink", "batched", "gap", "position", "_topics")
 
     def __init__(self, topics: Topics, pattern: str, sink: Callable[[Any], object],
                  batched: bool) -> None:
         self.pattern = pattern
         self.sink = sink
         self.batched = batched
+        self.gap = False
+        self.position: dict[str, Any] = {}
         self._topics = topics
 
     def remove(self) -> None:
@@ -3513,12 +3579,73 @@ class Subscription:
         self._topics._remove(self)
 
 
+class _Throttle:
+    """Conflation: hands on at most so often, of every topic the newest, or all that came.
+
+    What is critical is handed on at once, with all that was held before it.
+    """
+
+    __slots__ = ("topics", "sink", "batched", "period_ns", "newest", "held", "due_ns", "entry")
+
+    def __init__(self, topics: Topics, sink: Callable[[Any], object], batched: bool,
+                 period_ns: int, newest: bool) -> None:
+        self.topics = topics
+        self.sink = sink
+        self.batched = batched
+        self.period_ns = period_ns
+        self.newest = newest
+        self.held: dict[Any, Publication] = {}      # in order; by topic, or by seq
+        self.due_ns = 0
+        self.entry: tuple[int, int, _Throttle] | None = None    # in Topics._due
+
+    def __call__(self, what: Any) -> None:
+        critical = what.critical
+        for item in what.items if self.batched else (what,):
+            key = item.topic if self.newest and not item.critical else item.seq
+            self.held.pop(key, None)                # to be the last again
+            self.held[key] = item
+        now = self.topics.clock()
+        if critical or now >= self.due_ns or len(self.held) >= self.topics.max_batch:
+            self.release(now)
+        elif self.entry is None:
+            self.entry = (self.due_ns, id(self), self)
+            bisect.insort(self.topics._due, self.entry)
+
+    def release(self, now: int) -> None:
+        """Hand on what is held."""
+        self.cancel()
+        items, self.held = self.held.values(), {}
+        self.due_ns = now + self.period_ns
+        if self.batched:
+            self.sink(Batch.of(items))
+            return
+        for item in items:
+            self.topics._call((self.sink,), item)
+
+    def cancel(self) -> None:
+        """Be no longer due."""
+        if self.entry is not None:
+            del self.topics._due[bisect.bisect_left(self.topics._due, self.entry)]
+            self.entry = None
+
+
+class _Keep(NamedTuple):
+    """What a topic keeps (``Topics.topic``)."""
+
+    history: int = 0                # messages
+    ttl_ns: float = math.inf
+    replay: Any = None              # "last", "all", or a function that returns what to send
+    bare: bool = False              # clients get the payload alone
+
+
 class _Topic:
     """One topic's record."""
 
-    __slots__ = ("offset", "epoch", "exact", "sinks", "batched", "version", "pending", "size")
+    __slots__ = ("name", "offset", "epoch", "exact", "sinks", "batched", "version", "pending",
+                 "size", "keep", "history", "kept", "lost_seq", "ids", "occupied")
 
-    def __init__(self, epoch: str) -> None:
+    def __init__(self, name: str, epoch: str, keep: _Keep, lost_seq: int) -> None:
+        self.name = name
         self.offset = 0
         self.epoch = epoch
         self.exact: dict[Subscription, None] = {}
@@ -3527,6 +3654,26 @@ class _Topic:
         self.version = -1           # of the wildcards, when these were made; -1: make them anew
         self.pending: list[Publication] = []        # for the batched ones
         self.size = 0                               # bytes of these
+        self.keep = keep
+        self.history: deque[Publication] = deque()
+        self.kept = 0                               # bytes of these
+        self.lost_seq = lost_seq    # the last publication that can't be had again
+        self.ids: OrderedDict[str, int] | None = None       # seen msg_ids, and when
+        self.occupied: bool | None = None           # None: it was not declared by name
+
+
+def _position(since: Any, wild: bool) -> tuple[str, int, bool]:
+    """Return where a subscriber was: an epoch or "", a number, and whether that is a seq."""
+    if type(since) is int:
+        since = {"offset": since}
+    if isinstance(since, Mapping):
+        by_seq = "seq" in since
+        epoch, number = since.get("epoch") or "", since.get("seq" if by_seq else "offset")
+        if isinstance(epoch, str) and type(number) is int and number >= 0 and (
+                epoch if by_seq else not wild):
+            return epoch, number, by_seq
+    raise UsageError('since is {"epoch", "offset"} of the last message seen, or {"epoch", "seq"}, '
+                     f"which patterns need; not {reprlib.repr(since)}")
 
 
 # a node of the wildcard tree: token -> node, and under "" the subscriptions that end there
@@ -3541,65 +3688,116 @@ class Topics:
     between gets exactly what was published while it was subscribed. A sink's exception is
     logged and counted, and the others get their message all the same.
 
+    *max_batch* and *max_bytes* bound what is flushed at once, *max_bytes* also a topic's
+    history. *on_occupied* is told a name, and whether somebody or nobody is subscribed to it.
+
     >>> topics, got = Topics(), []
     >>> subscription = topics.subscribe("chat.*", lambda message: got.append(message.payload))
     >>> topics.publish("chat.lobby", "hello"), topics.publish("news", "nobody"), got
     (1, 0, ['hello'])
     """
 
-    __slots__ = ("_topics", "_root", "_version", "_epoch", "_epochs", "_pending", "_everybody",
-                 "_max_batch", "_max_bytes", "_count", "_size", "seq", "published", "delivered",
-                 "errors")
+    __slots__ = ("clock", "max_batch", "seq", "published", "delivered", "errors", "duplicates",
+                 "loops", "_topics", "_root", "_version", "_epoch", "_epochs", "_pending",
+                 "_everybody", "_max_bytes", "_count", "_size", "_keeps", "_kept", "_trim_at",
+                 "_forgotten", "_due", "_dedup_ns", "_aging", "_depth", "_looped", "_on_occupied")
 
-    def __init__(self, max_batch: int = 256, max_bytes: int = 1 << 20) -> None:
+    def __init__(self, max_batch: int = 256, max_bytes: int = 1 << 20, *,
+                 dedup_ttl_s: float = 60.0, clock: Callable[[], int] = time.monotonic_ns,
+                 on_occupied: Callable[[str, bool], object] = lambda name, occupied: None) -> None:
+        self.clock = clock
+        self.max_batch = max_batch or sys.maxsize
+        self.seq = itertools.count(1)
+        self.published = self.delivered = self.errors = 0
+        self.duplicates = self.loops = 0
         self._topics: dict[str, _Topic] = {}
         self._root: _Branch = {}
         self._version = 0
-        self._epoch = os.urandom(4).hex()
+        self._epoch = os.urandom(_EPOCH_LENGTH // 2).hex()
         self._epochs = itertools.count(1)
         self._pending: list[_Topic] = []    # those with something for batched sinks
-        self._everybody = _Topic("")        # what is broadcast waits here
-        self._max_batch = max_batch or sys.maxsize
+        self._everybody = _Topic("", "", _Keep(), 0)        # what is broadcast waits here
         self._max_bytes = max_bytes or sys.maxsize
-        self.seq = itertools.count(1)
-        self.published = self.delivered = self.errors = 0
         self._count = self._size = 0        # of what is pending
+        self._keeps: dict[str, _Keep] = {}  # by name or pattern, the latest last
+        self._kept = 0                      # bytes of all histories
+        self._trim_at = _MAX_KEPT_BYTES
+        self._forgotten = 0                 # the last seq of a topic that has no record any more
+        self._due: list[tuple[int, int, _Throttle]] = []    # sorted
+        self._dedup_ns = int(dedup_ttl_s * 1e9)
+        self._aging: dict[_Topic, None] = {}                # those with msg_ids or history
+        self._depth = 0                     # publications within publications
+        self._looped = False
+        self._on_occupied = on_occupied
 
     def __len__(self) -> int:
         return len(self._topics)
 
-    def subscribe(self, pattern: str, sink: Callable[[Any], object], *,
-                  batched: bool = False) -> Subscription:
+    # -- subscribing --
+
+    def subscribe(self, pattern: str, sink: Callable[[Any], object], *, batched: bool = False,
+                  since: Any = None, rate: float | None = None, keep: str = "all") -> Subscription:
         """Call *sink* with every Publication whose topic *pattern* covers, or with Batches.
 
+        With *since*, the position of the last message seen, it first gets what it missed, or a
+        Publication with ``gap``. With *rate* it is called so many times a second at most, with all
+        that came, or with *keep* "last" the newest of every topic; ``flush`` sees to it.
+
         Raises:
-            UsageError: a malformed pattern.
+            UsageError: a malformed pattern or option.
         """
         tokens = _check_topic(pattern, wildcards=True)
+        wild, name = _is_pattern(tokens), ".".join(tokens)
+        position = None if since is None else _position(since, wild)
         self.flush()
-        subscription = Subscription(self, pattern, sink, batched)
-        if "*" in tokens or tokens[-1] == ">":
-            self._path(tokens)[-1][subscription] = None
-            self._version += 1
-        else:
-            record = self._record(pattern)
-            record.exact[subscription] = None
-            record.version = -1
+        subscription = Subscription(self, name, self._conflated(sink, batched, rate, keep), batched)
+        record = None if wild else self._record(name)
+        audience = self._path(tokens)[-1] if record is None else record.exact
+        first = not audience
+        audience[subscription] = None
+        self._changed(record)
+        self._replay(subscription, wild, position)
+        if first:
+            self._tell_occupied(name, tokens, wild)
         return subscription
+
+    def _conflated(self, sink: Callable[[Any], object], batched: bool, rate: float | None,
+                   keep: str) -> Callable[[Any], object]:
+        if keep not in ("all", "last"):
+            raise UsageError(f'keep is "all" or "last", not {keep!r}')
+        if rate is None and keep == "all":
+            return sink
+        if rate is not None and (type(rate) not in (int, float) or not 0.001 <= rate <= 10_000):
+            raise UsageError(f"rate is 0.001 to 10000 times a second, not {rate!r}")
+        return _Throttle(self, sink, batched, int(1e9 / rate) if rate else 0, keep == "last")
 
     def _remove(self, subscription: Subscription) -> None:
         self.flush()
         tokens = subscription.pattern.split(".")
-        if "*" in tokens or tokens[-1] == ">":
+        record = None
+        if isinstance(subscription.sink, _Throttle):
+            subscription.sink.cancel()
+        if wild := _is_pattern(tokens):
             path = self._path(tokens)
-            path[-1].pop(subscription, None)
-            self._version += 1
+            gone = path[-1].pop(subscription, self)
+            last = not path[-1]
             for parent, token in reversed([*zip(path, (*tokens, ""))]):
                 if parent[token]:               # leave no empty branches behind
                     break
                 del parent[token]
         elif record := self._topics.get(subscription.pattern):
-            record.exact.pop(subscription, None)
+            gone = record.exact.pop(subscription, self)
+            last = not record.exact
+        else:
+            return
+        self._changed(record)
+        if gone is None and last:
+            self._tell_occupied(subscription.pattern, tokens, wild)
+
+    def _changed(self, record: _Topic | None) -> None:
+        if record is None:
+            self._version += 1
+        else:
             record.version = -1
 
     def _path(self, tokens: list[str]) -> list[_Branch]:
@@ -3621,29 +3819,73 @@ class Topics:
                         if step in branch]
         return found + [each for branch in branches for each in branch.get("", ())]
 
-    def publish(self, topic: str, payload: Any, *, critical: bool = False) -> int:
+    def live(self, pattern: str) -> list[str]:
+        """Return the topics there are that *pattern* covers. Cost: O(topics)."""
+        tokens = _check_topic(pattern, wildcards=True)
+        if not _is_pattern(tokens):
+            return [name for name in (".".join(tokens),) if name in self._topics]
+        steps = {"*": r"[^.]+", ">": ".+"}
+        matches = re.compile(r"\.".join(steps.get(each) or re.escape(each) for each in tokens))
+        return [name for name in self._topics if matches.fullmatch(name)]
+
+    def _tell_occupied(self, name: str, tokens: list[str], wild: bool) -> None:
+        """Say that the first came or the last went; topics declared by name count wildcards."""
+        for each in (name, *(each for each in self._keeps if wild and each in self._topics)):
+            record = self._topics.get(each)
+            if each != name and not _contains(tokens, each.split(".")):
+                continue
+            if record is None or record.occupied is None:
+                self._on_occupied(each, bool(record.exact if record else self._find(tokens)))
+            elif record.occupied != (occupied := bool(self.matching(each))):
+                record.occupied = occupied
+                self._on_occupied(each, occupied)
+
+    def _find(self, tokens: list[str]) -> _Branch:
+        """Return the subscriptions of one pattern."""
+        branch = self._root
+        for token in (*tokens, ""):
+            branch = branch.get(token, {})
+        return branch
+
+    # -- publishing --
+
+    def publish(self, topic: str, payload: Any, *, critical: bool = False,
+                msg_id: str | None = None) -> int:
         """Hand *payload* to every sink subscribed to *topic*; return how many.
+
+        A pattern reaches every topic it covers that there is. A *msg_id* that the topic has
+        seen within ``dedup_ttl_s`` makes it a repetition, which is counted and not delivered.
 
         Cost: O(plain sinks); topics of other names cost nothing.
 
         Raises:
-            UsageError: a malformed topic, or no JSON where a batched sink needs it.
+            UsageError: a malformed topic, no JSON where a batched sink or history needs it, or
+                subscribers that publish what calls them again.
         """
         # HOT: once per message (bench 14.fanout)
-        record = self._topics.get(topic) or self._record(topic)
+        record = self._topics.get(topic)
+        if record is None:
+            if _is_pattern(_check_topic(topic, wildcards=True)):
+                return sum([self.publish(each, payload, critical=critical, msg_id=msg_id)
+                            for each in self.live(topic)])
+            record = self._record(topic)
         if record.version != self._version:
             self._find_sinks(topic, record)
+        if self._depth:
+            self._check_depth(topic)
+        if msg_id is not None and self._is_repeated(record, msg_id):
+            return 0
         record.offset += 1
         publication = Publication(topic, payload, record.offset, record.epoch, critical,
-                                  next(self.seq))
-        if record.batched:
+                                  next(self.seq), record.keep.bare)
+        if record.batched or record.keep.history:
             self._enqueue(record, publication)
-        for sink in record.sinks:
-            try:
-                sink(publication)
-            except Exception:
-                self.errors += 1
-                _log.exception("subscriber of %s failed", topic)
+        else:
+            record.lost_seq = publication.seq
+        if msg_id is not None:
+            self._remember(record, msg_id)
+        if record.sinks:
+            self._call(record.sinks, publication)
         count = len(record.sinks) + len(record.batched)
         self.published += 1
         self.delivered += count
@@ -3655,6 +3897,29 @@ class Topics:
         self._everybody.batched = (sink,)
         self._enqueue(self._everybody, Publication("", payload, 0, "", critical, next(self.seq)))
 
+    def _call(self, sinks: Iterable[Callable[[Any], object]], publication: Publication) -> None:
+        self._depth += 1
+        try:
+            for sink in sinks:
+                try:
+                    sink(publication)
+                except Exception:
+                    self.errors += 1
+                    if not self._looped:        # else it is only what the loop's end is told
+                        _log.exception("subscriber of %s failed", publication.topic)
+        finally:
+            self._depth -= 1
+            self._looped = self._looped and self._depth > 0
+
+    def _check_depth(self, topic: str) -> None:
+        """Refuse what is published too deep within publications, and then all else there."""
+        if self._depth >= _MAX_PUBLISH_DEPTH and not self._looped:
+            self._looped = True
+            self.loops += 1
+            _log.error("publishing %s: subscribers call each other in a loop", topic)
+        if self._looped:
+            raise UsageError(f"publishing {topic}: its subscribers publish what calls them again")
+
     def _find_sinks(self, topic: str, record: _Topic) -> None:
         found = self.matching(topic)
         record.sinks = tuple(dict.fromkeys(each.sink for each in found if not each.batched))
@@ -3662,11 +3927,19 @@ class Topics:
         record.version = self._version
 
     def _enqueue(self, record: _Topic, publication: Publication) -> None:
+        if record.keep.history:
+            publication.kept_ns = self.clock()
         try:
             publication.measure()               # here, so that the publisher hears of it
         except UsageError:
             record.offset -= 1
             raise
+        if record.keep.history:
+            self._keep(record, publication)
+        else:
+            record.lost_seq = publication.seq
+        if not record.batched:
+            return
         if self._size + publication.size > self._max_bytes:
             self.flush()
         if not record.pending:
@@ -3676,11 +3949,11 @@ class Topics:
         record.size += publication.size
         self._size += publication.size
         self._count += 1
-        if publication.critical or self._count >= self._max_batch:
+        if publication.critical or self._count >= self.max_batch:
             self.flush()
 
     def flush(self) -> None:
-        """Hand batched sinks what was published since the last time.
+        """Hand batched sinks what was published since the last time, and what is due by rate.
 
         That is never more than fits an empty outbox, so that sinks can sort it over topics.
         """
@@ -3691,66 +3964,587 @@ class Topics:
             batch = Batch(items, record.size, items[-1].critical)
             for sink in record.batched:
                 sink(batch)
+        if self._due:
+            now = self.clock()
+            while self._due and self._due[0][0] <= now:
+                self._due[0][2].release(now)
 
     @property
     def pending(self) -> bool:
         """Whether batched sinks have something to come."""
         return bool(self._pending)
 
+    def wait_s(self) -> float:
+        """Return in how many seconds ``flush`` has something to hand on by its rate."""
+        return max(0.0, (self._due[0][0] - self.clock()) / 1e9) if self._due else math.inf
+
+    # -- remembering --
+
+    def topic(self, name: str, history: int = 0, ttl: float | None = None,
+              replay: str | Callable[[], Publication | None] | None = None,
+              bare: bool = False) -> None:
+        """Say what a topic, or every topic of a pattern, keeps for who comes late or again.
+
+        The newest *history* messages, for *ttl* seconds, and no more than ``max_bytes``. With
+        *replay* "last" or "all" every new subscriber gets them; a function returns what it gets
+        instead. Of patterns the one declared last counts; all they keep is bounded, too. Of
+        what is *bare*, clients get the payload alone.
+
+        Raises:
+            UsageError: a malformed name or option.
+        """
+        tokens = _check_topic(name, wildcards=True)
+        if type(history) is not int or history < 0:
+            raise UsageError(f"history is a number of messages, not {history!r}")
+        if ttl is not None and (type(ttl) not in (int, float) or not 0 < ttl < math.inf):
+            raise UsageError(f"ttl is a time in seconds, or None for ever; not {ttl!r}")
+        if replay not in (None, "last", "all") and not callable(replay):
+            raise UsageError(f'replay is "last", "all" or None, not {replay!r}')
+        if replay == "all" and not history:
+            raise UsageError('replay="all" needs a history, like history=100')
+        name = ".".join(tokens)
+        self._keeps.pop(name, None)             # to be the last again
+        self._keeps[name] = _Keep(max(history, int(replay == "last")),
+                                  math.inf if ttl is None else int(ttl * 1e9), replay, bare)
+        if not _is_pattern(tokens):
+            record = self._record(name)
+            if record.occupied is None:
+                record.occupied = bool(record.exact)
+                self._tell_occupied(name, tokens, False)
+        for each in self.live(name):
+            self._topics[each].keep = self._keep_of(each)
+            self._expire(self._topics[each])
+
+    def _keep_of(self, topic: str) -> _Keep:
+        if topic in self._keeps:
+            return self._keeps[topic]
+        tokens = topic.split(".")
+        return next((keep for name, keep in reversed(self._keeps.items())
+                     if _contains(name.split("."), tokens)), _Keep())
+
+    def history(self, topic: str) -> list[Publication]:
+        """Return what *topic* keeps, oldest first."""
+        if record := self._topics.get(topic):
+            self._expire(record)
+            return list(record.history)
+        return []
+
+    def position(self, pattern: str) -> dict[str, Any]:
+        """Return where a subscriber of *pattern* is now, for ``since``; {} if nothing is kept."""
+        record = self._topics.get(pattern)
+        if record is not None and record.keep.history:
+            return {"epoch": record.epoch, "offset": record.offset}
+        tokens = _check_topic(pattern, wildcards=True)
+        if _is_pattern(tokens) and any(keep.history for keep in self._keeps.values()):
+            return {"epoch": self._epoch, "seq": next(self.seq)}
+        return {}
+
+    def gap(self, pattern: str, after: Sequence[Publication] = ()) -> Publication:
+        """Return what tells a client that it missed something, and where it goes on: *after*."""
+        record = self._topics.get(pattern)
+        seq = after[0].seq - 1 if after else next(self.seq)
+        at: dict[str, Any] = {"epoch": self._epoch, "offset": 0, "seq": seq}
+        if record is not None:
+            at = {"epoch": record.epoch, "offset": record.offset}
+            if after:
+                at["offset"] = after[0].offset - 1
+        publication = Publication(pattern, {"topic": pattern, "gap": True, **at}, at["offset"],
+                                  at["epoch"], False, seq, bare=True)
+        publication.gap = True
+        publication.measure()
+        return publication
+
+    def _replay(self, subscription: Subscription, wild: bool,
+                since: tuple[str, int, bool] | None) -> None:
+        """Hand a new subscriber what it missed, or what its topics repeat for everybody."""
+        pattern = subscription.pattern
+        position = subscription.position = self.position(pattern)
+        if since is None and not self._keeps:
+            return
+        records = [self._topics[name] for name in self.live(pattern)]
+        for record in records:
+            self._expire(record)
+        items = None if since is None else self._missed(records, wild, *since)
+        subscription.gap = since is not None and items is None
+        if items is None:
+            items = [each for record in records for each in self._repeated(record.keep, record)]
+        items.sort(key=operator.attrgetter("seq"))
+        if position and since is not None and not subscription.gap:
+            position.clear()
+            position |= {"epoch": since[0] or self._topics[pattern].epoch,
+                         "seq" if since[2] else "offset": since[1]}
+        elif position and items:
+            by = "seq" if wild else "offset"
+            position[by] = getattr(items[0], by) - 1
+        if subscription.gap:
+            items.insert(0, self.gap(pattern, items))
+        if subscription.batched and items:
+            subscription.sink(Batch.of(items)._replace(critical=False))
+            return
+        for item in items:
+            self._call((subscription.sink,), item)
+
+    @staticmethod
+    def _repeated(keep: _Keep, record: _Topic) -> list[Publication]:
+        if callable(keep.replay):
+            return [each] if (each := keep.replay()) is not None else []
+        return list(record.history)[{"all": 0, "last": -1}.get(keep.replay, sys.maxsize):]
+
+    def _missed(self, records: list[_Topic], wild: bool, epoch: str, number: int,
+                by_seq: bool) -> list[Publication] | None:
+        """Return what was published after a position, or None if it is no longer known."""
+        if by_seq:
+            known = epoch[:_EPOCH_LENGTH] == self._epoch and (
+                number >= max([self._forgotten * wild, *(each.lost_seq for each in records)]))
+            missed = [item for each in records for item in each.history if item.seq > number]
+        else:
+            (record,) = records
+            first = record.offset + 1 - len(record.history)
+            known = epoch in ("", record.epoch) and first - 1 <= number <= record.offset
+            missed = list(itertools.islice(record.history, max(0, number + 1 - first), None))
+        return missed if known and sum(each.size for each in missed) <= self._max_bytes else None
+
+    def _keep(self, record: _Topic, publication: Publication) -> None:
+        record.history.append(publication)
+        record.kept += publication.size
+        self._kept += publication.size
+        self._aging[record] = None
+        self._expire(record)
+        if self._kept > self._trim_at:
+            self._trim()
+
+    def _expire(self, record: _Topic) -> None:
+        """Let go of what a record keeps no longer."""
+        keep, history, now = record.keep, record.history, self.clock()
+        while history and (len(history) > keep.history or record.kept > self._max_bytes
+                           or now - (history[0].kept_ns or 0) > keep.ttl_ns):
+            self._lose(record)
+
+    def _lose(self, record: _Topic) -> None:
+        gone = record.history.popleft()
+        record.kept -= gone.size
+        self._kept -= gone.size
+        record.lost_seq = gone.seq
+
+    def _trim(self) -> None:
+        """Let go of history that strangers could fill: topics that only a pattern declares."""
+        for record in self._topics.values():
+            if record.occupied is None and self._kept > _MAX_KEPT_BYTES * 3 // 4:
+                while record.history:
+                    self._lose(record)
+        self._trim_at = max(_MAX_KEPT_BYTES, self._kept * 5 // 4)
+
+    def _is_repeated(self, record: _Topic, msg_id: str) -> bool:
+        if not isinstance(msg_id, str) or not 0 < len(msg_id) <= _MAX_MSG_ID:
+            raise UsageError(f"msg_id is a text of 1 to {_MAX_MSG_ID} characters, "
+                             f"not {reprlib.repr(msg_id)}")
+        self._forget_ids(record)
+        repeated = record.ids is not None and msg_id in record.ids
+        self.duplicates += repeated
+        return repeated
+
+    def _remember(self, record: _Topic, msg_id: str) -> None:
+        if record.ids is None:
+            record.ids = OrderedDict()
+        self._aging[record] = None
+        record.ids[msg_id] = self.clock()
+        if len(record.ids) > _MAX_MSG_IDS:
+            record.ids.popitem(last=False)
+
+    def _forget_ids(self, record: _Topic) -> None:
+        limit = self.clock() - self._dedup_ns
+        while record.ids and next(iter(record.ids.values())) <= limit:
+            record.ids.popitem(last=False)
+
+    def sweep(self) -> None:
+        """Let go of what is too old; to be called now and then. Cost: O(topics that keep)."""
+        for record in list(self._aging):
+            self._forget_ids(record)
+            self._expire(record)
+            if not record.ids and not record.history:
+                del self._aging[record]
+
     def _record(self, topic: str) -> _Topic:
         """Return a topic's record, made if need be; forget idle ones when there are many."""
         if topic not in self._topics:
             _check_topic(topic, wildcards=False)
             if len(self._topics) >= _MAX_IDLE_TOPICS:
-                idle = [name for name, each in self._topics.items()
-                        if not each.exact and not each.pending]
-                for name in idle[:_MAX_IDLE_TOPICS // 10]:
-                    del self._topics[name]
-            self._topics[topic] = _Topic(f"{self._epoch}{next(self._epochs):x}")
+                idle = [each for each in self._topics.values()
+                        if not each.exact and not each.pending and each.occupied is None]
+                for each in idle[:_MAX_IDLE_TOPICS // 10]:
+                    self._forget(each)
+            self._topics[topic] = _Topic(topic, f"{self._epoch}{next(self._epochs):x}",
+                                         self._keep_of(topic), self._forgotten)
         return self._topics[topic]
+
+    def _forget(self, record: _Topic) -> None:
+        while record.history:
+            self._lose(record)
+        self._forgotten = max(self._forgotten, record.lost_seq)
+        self._aging.pop(record, None)
+        del self._topics[record.name]
 
     def _check(self) -> None:
         """Assert that nothing is left where nobody is subscribed (tests)."""
-        assert not self._root and not any(record.exact for record in self._topics.values())
+        records = self._topics.values()
+        assert not self._root and not self._due and not any(each.exact for each in records)
+        assert self._kept == sum(each.kept for each in records)
+        assert all(each.kept == sum(item.size for item in each.history) for each in records)
+        assert not self._depth and set(self._aging) <= set(records)
+
+
+class _Here:
+    """One connection of somebody who is here."""
+
+    __slots__ = ("user", "seen_ns", "patience_ns", "metadata")
+
+    def __init__(self, user: str, seen_ns: int, patience_ns: int, metadata: Any) -> None:
+        self.user = user
+        self.seen_ns = seen_ns
+        self.patience_ns = patience_ns      # silence after which it is stale; 0: never
+        self.metadata = metadata
 
 
 class Presence:
     """Who is here: users with at least one connection (seed 004).
 
-    A user with three tabs joins once and leaves when the last tab is gone.
+    A user with three tabs joins once, and leaves when the last tab is gone for *debounce_s*:
+    a reload is silent. Whoever promised heartbeats is gone when they stay out. All is recorded
+    at once; changes are told together, *updates_per_s* times a second at most.
+
+    >>> presence = Presence(debounce_s=0)
+    >>> presence.join("bo", 1), presence.join("al", 2), presence.join("al", 3), presence.users()
+    (None, None, None, ['al', 'bo'])
+    >>> presence.leave(2), presence.online(), presence.take_changes()["joined"]
+    (None, 2, ['al', 'bo'])
     """
 
-    __slots__ = ("_connections", "_told")
+    __slots__ = ("version", "swept", "_clock", "_debounce_ns", "_pause_ns", "_next_ns",
+                 "_connections", "_users", "_leaving", "_states", "_told", "_changed", "_sorted")
 
-    def __init__(self) -> None:
-        self._connections: Counter[str] = Counter()
-        self._told: frozenset[str] = frozenset()
+    def __init__(self, debounce_s: float = 5.0, updates_per_s: float = 10.0,
+                 clock: Callable[[], int] = time.monotonic_ns) -> None:
+        self.version = 0                    # changes with users and states
+        self.swept = 0                      # connections that were silent for too long
+        self._clock = clock
+        self._debounce_ns = int(debounce_s * 1e9)
+        self._pause_ns = int(1e9 / updates_per_s)
+        self._next_ns = 0                   # when changes may be told again
+        self._connections: dict[Any, _Here] = {}
+        self._users: dict[str, dict[Any, None]] = {}        # their connections' keys
+        self._leaving: dict[str, int] = {}  # when; in this order
+        self._states: dict[str, Any] = {}
+        self._told: set[str] = set()        # who is here, as it was told
+        self._changed: dict[str, None] = {}
+        self._sorted: list[str] | None = None
 
-    def join(self, user: str) -> None:
-        """Count one more connection of *user*."""
-        self._connections[user] += 1
+    def join(self, user: str, connection: Any, *, heartbeat_s: float | None = None,
+             multiplier: float = 3.0, metadata: Any = None) -> None:
+        """Record a connection of *user*, any key; again with the same key for other details.
 
-    def leave(self, user: str) -> None:
-        """Count one connection of *user* less."""
-        self._connections[user] -= 1
-        if self._connections[user] <= 0:
-            del self._connections[user]
+        With *heartbeat_s* it is stale after *multiplier* times as long without a heartbeat; 0
+        promises none.
+        """
+        old = self._connections.get(connection)
+        if old is not None and old.user != user:        # who only changes names is gone at once
+            self._leave(connection, old, 0)
+        patience_ns = 0 if old is None else old.patience_ns
+        if heartbeat_s is not None:
+            patience_ns = int(heartbeat_s * multiplier * 1e9)
+        if metadata is None and old is not None:
+            metadata = old.metadata
+        self._connections[connection] = _Here(user, self._clock(), patience_ns, metadata)
+        here = user in self._users or self._leaving.pop(user, None) is not None
+        self._users.setdefault(user, {})[connection] = None
+        if not here:
+            self._change(user)
+
+    def heartbeat(self, connection: Any) -> bool:
+        """Note a sign of life; return whether this connection is known (a stale one is not)."""
+        if (here := self._connections.get(connection)) is None:
+            return False
+        here.seen_ns = self._clock()
+        return True
+
+    def leave(self, connection: Any, *, at_once: bool = False) -> None:
+        """Forget a connection; twice is harmless. *at_once* its user does not come back."""
+        if (here := self._connections.get(connection)) is not None:
+            self._leave(connection, here, 0 if at_once else self._debounce_ns)
+
+    def _leave(self, connection: Any, here: _Here, debounce_ns: int) -> None:
+        del self._connections[connection], self._users[here.user][connection]
+        if not self._users[here.user]:
+            del self._users[here.user]
+            self._leaving[here.user] = self._clock() + debounce_ns
+            if not debounce_ns:
+                self._let_go(here.user)
+
+    def set_state(self, user: str, state: Any) -> None:
+        """Keep the latest state of a user who is here, like {"status": "away"}; None is none."""
+        if user in self and self._states.get(user) != state:
+            self._states[user] = state
+            if state is None:
+                del self._states[user]
+            self._change(user)
+
+    def __contains__(self, user: str) -> bool:
+        return user in self._users or user in self._leaving
 
     def online(self) -> int:
         """Return how many users are here."""
-        return len(self._connections)
+        return len(self._users) + len(self._leaving)
 
     def users(self) -> list[str]:
         """Return who is here, sorted."""
-        return sorted(self._connections)
+        if self._sorted is None:
+            self._sorted = sorted([*self._users, *self._leaving])
+        return list(self._sorted)
 
-    def take_changes(self) -> list[str] | None:
-        """Return the users if they are others than at the last call, else None."""
-        now = frozenset(self._connections)
-        if now == self._told:
+    def state(self, user: str) -> Any:
+        """Return a user's latest state, or None."""
+        return self._states.get(user)
+
+    def connections(self, user: str) -> list[dict[str, Any]]:
+        """Return a user's connections: their metadata, and the seconds since they were heard."""
+        now = self._clock()
+        found = [self._connections[each] for each in self._users.get(user, ())]
+        return [{"metadata": each.metadata, "silent_s": round((now - each.seen_ns) / 1e9, 3)}
+                for each in found]
+
+    def sweep(self) -> None:
+        """Let go of who is silent for too long. Cost: O(connections)."""
+        now = self._clock()
+        for key, each in list(self._connections.items()):
+            if 0 < each.patience_ns < now - each.seen_ns:
+                self.swept += 1
+                self.leave(key)
+
+    @property
+    def pending(self) -> bool:
+        """Whether there may be something to tell."""
+        return bool(self._changed)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return everything as clients are told it, as if all had just joined."""
+        return self._update(self.users(), [], self._states)
+
+    def take_changes(self) -> dict[str, Any] | None:
+        """Return what to tell since the last time, if it is time: users, joined, left, states."""
+        now = self._clock()
+        while self._leaving and self._leaving[user := next(iter(self._leaving))] <= now:
+            self._let_go(user)
+        if not self._changed or now < self._next_ns:
             return None
-        self._told = now
-        return sorted(now)
+        changed, self._changed = self._changed, {}
+        joined = [user for user in changed if user in self and user not in self._told]
+        left = [user for user in changed if user not in self and user in self._told]
+        states = {user: self._states.get(user) for user in changed
+                  if user in self and (user in self._told or user in self._states)}
+        self._told.update(joined)
+        self._told.difference_update(left)
+        if not (joined or left or states):      # came and went
+            return None
+        self._next_ns = now + self._pause_ns
+        return self._update(sorted(joined), sorted(left), states)
+
+    def _update(self, joined: list[str], left: list[str], states: dict[str, Any]) -> dict[str, Any]:
+        update = {"type": "presence_update", "users": self.users(), "joined": joined, "left": left}
+        return {**update, "states": dict(states)} if states else update
+
+    def _let_go(self, user: str) -> None:
+        del self._leaving[user]
+        self._states.pop(user, None)
+        self._change(user)
+
+    def _change(self, user: str) -> None:
+        self._changed[user] = None
+        self._sorted = None
+        self.version += 1
+
+    def _check(self) -> None:
+        """Assert that nobody is left who has no connection (tests)."""
+        here = [key for keys in self._users.values() for key in keys]
+        assert all(self._users.values()) and {*here} == {*self._connections}
+        assert not self._users.keys() & self._leaving.keys()
+        assert {*self._states} <= {*self._users, *self._leaving}
+
+
+# -- HTML --
+
+class Safe(str):
+    """Text that is HTML already: ``escape`` and ``html`` leave it as it is."""
+
+    __slots__ = ()
+
+    def __html__(self) -> str:
+        return str(self)
+
+
+class Fragment(bytes):
+    """Rendered HTML; ``html`` takes it as it is."""
+
+    __slots__ = ()
+
+    def __html__(self) -> str:
+        return self.decode()
+
+
+def escape(value: object) -> Safe:
+    """Return *value* as text that HTML shows as it is; what is Safe stays (``__html__``)."""
+    from html import escape as quote
+    if hasattr(value, "__html__"):
+        return Safe(value.__html__())
+    if isinstance(value, list | tuple | Iterator):
+        return Safe("".join(map(escape, value)))
+    return Safe(quote(str(value)))
+
+
+class _Slot:
+    """A value in a template: formatted as the template says, then escaped."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __format__(self, spec: str) -> str:
+        if not spec:
+            return escape(self._value)
+        if hasattr(self._value, "__html__"):
+            return format(self._value.__html__(), spec)
+        return escape(format(self._value, spec))
+
+    def __getattr__(self, name: str) -> _Slot:
+        return _Slot(getattr(self._value, name))
+
+    def __getitem__(self, key: Any) -> _Slot:
+        return _Slot(self._value[key])
+
+    def __str__(self) -> str:
+        return escape(self._value)
+
+    def __repr__(self) -> str:
+        return escape(repr(self._value))
+
+
+def html(template: str, **values: Any) -> Safe:
+    """Return *template*, with values escaped in the places ``{name}`` (as ``str.format`` has it).
+
+    What ``html`` and ``Safe`` made is put in as it is, lists of it joined. The template itself
+    is trusted: never put in what people wrote by an f-string. Quote attributes.
+
+    >>> html('<p class="{kind}">{lines}</p>', kind="a b", lines=[html("<b>{x}</b>", x="<3")])
+    '<p class="a b"><b>&lt;3</b></p>'
+
+    Raises:
+        UsageError: a name without a value.
+    """
+    try:
+        return Safe(template.format_map({name: _Slot(value) for name, value in values.items()}))
+    except (LookupError, ValueError) as error:
+        raise UsageError(f"template {template[:60]!r}: {error!r}; it may use {', '.join(values)}; "
+                         "write {{ and }} for braces") from None
+
+
+def _fragment(rendered: Any, what: object) -> Fragment:
+    """Return what a render function returned as bytes."""
+    if hasattr(rendered, "__html__"):
+        rendered = rendered.__html__()
+    if isinstance(rendered, str):
+        return Fragment(rendered.encode(errors="replace"))
+    if isinstance(rendered, bytes):
+        return Fragment(rendered)
+    raise UsageError(f"{what} must render to a str or bytes, not {type(rendered).__name__}")
+
+
+class FragmentCache:
+    """Rendered HTML by key, for a time; the least recently used go first (seed 004).
+
+    >>> cache = FragmentCache()
+    >>> cache.get("count:3", lambda: "<b>3</b>"), cache.get("count:3", lambda: "never called")
+    (b'<b>3</b>', b'<b>3</b>')
+    """
+
+    __slots__ = ("hits", "misses", "evictions", "_entries", "_max_entries", "_ttl_s", "_clock",
+                 "_on_render", "_rendering")
+
+    def __init__(self, max_entries: int = 1000, ttl_s: float = 30.0, *,
+                 clock: Callable[[], int] = time.monotonic_ns,
+                 on_render: Callable[[float], object] = lambda seconds: None) -> None:
+        self.hits = self.misses = self.evictions = 0
+        self._entries: OrderedDict[object, tuple[Fragment, float]] = OrderedDict()  # until when
+        self._max_entries = max_entries or sys.maxsize      # a limit of 0 means none
+        self._ttl_s = ttl_s
+        self._clock = clock
+        self._on_render = on_render         # told the seconds it took
+        self._rendering: set[object] = set()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: object, render: Callable[[], Any], ttl_s: float | None = None) -> Fragment:
+        """Return what *render* returned for *key*, at most *ttl_s* seconds ago; 0 is for ever.
+
+        Raises:
+            UsageError: *render* asks for its own key, or returns neither str nor bytes.
+        """
+        entry = self._entries.get(key)
+        if entry is not None and self._clock() < entry[1]:
+            self.hits += 1
+            self._entries.move_to_end(key)
+            return entry[0]
+        self.misses += 1
+        if key in self._rendering:
+            raise UsageError(f"fragment {key!r} asks for itself while it is rendered")
+        self._rendering.add(key)
+        try:
+            fragment = self.render(render, f"fragment {key!r}")
+        finally:
+            self._rendering.discard(key)
+        ttl_s = self._ttl_s if ttl_s is None else ttl_s
+        self._entries[key] = fragment, self._clock() + int(ttl_s * 1e9) if ttl_s else math.inf
+        self._entries.move_to_end(key)
+        if len(self._entries) > self._max_entries:
+            self._entries.popitem(last=False)
+            self.evictions += 1
+        return fragment
+
+    def render(self, render: Callable[[], Any], what: str) -> Fragment:
+        """Render without keeping it; the time is told."""
+        began = self._clock()
+        fragment = _fragment(render(), what)
+        self._on_render((self._clock() - began) / 1e9)
+        return fragment
+
+    def discard(self, key: object) -> None:
+        """Forget *key*: it is rendered anew when asked for."""
+        self._entries.pop(key, None)
+
+
+class Markup:
+    """HTML on its way to clients: a fragment that replaces its older self, or a message."""
+
+    __slots__ = ("key", "topic", "data", "seq", "size", "critical")
+
+    def __init__(self, data: bytes, seq: int, topic: str = "", critical: bool = False) -> None:
+        self.data = data
+        self.key = topic or None        # see Outbox
+        self.topic = topic
+        self.seq = seq
+        self.size = len(data)
+        self.critical = critical
+
+    def measure(self) -> int:
+        """Return how many bytes it is."""
+        return self.size
+
+    def replaces(self, _older: Markup) -> Markup:
+        """Return what a client gets in place of an older one: this."""
+        return self
+
+    def html(self) -> bytes:
+        """Return what a client of HTML gets."""
+        return self.data
 
 
 # =============================================================================
@@ -3923,8 +4717,97 @@ class Ticker:
         return run
 
 
+class Batcher(Generic[_T]):
+    """Collect items, and hand them on as a list: *max_size* of them, or those of *max_wait_ms*.
+
+    *flush* gets a list of its own each time, of at most *max_size* items in order. It may
+    return False, for "not now": then they wait until somebody calls ``flush``, *max_pending*
+    items at most (0: any number). What is too much is dropped by *overflow*, the "oldest" or
+    the "newest", and counted, or "refuse" raises LimitError (seeds 002, 004).
+
+    >>> batcher = Batcher(print, max_size=2)
+    >>> batcher.add("a"), batcher.add("b"), batcher.add("c"), batcher.flush()
+    ['a', 'b']
+    ['c']
+    (None, None, None, True)
+    """
+
+    __slots__ = ("dropped", "_hand_on", "_max_size", "_wait_ns", "_max_pending", "_overflow",
+                 "_clock", "_items", "_since_ns", "_refused")
+
+    def __init__(self, flush: Callable[[list[_T]], object], max_size: int = 20,
+                 max_wait_ms: float = 5.0, *, max_pending: int = 1000, overflow: str = "oldest",
+                 clock: Callable[[], int] = time.monotonic_ns) -> None:
+        if type(max_size) is not int or max_size < 1 or not 0 <= max_wait_ms < math.inf:
+            raise UsageError(f"a batch is of 1 item or more, and waits 0 ms or longer; not "
+                             f"{max_size!r}, {max_wait_ms!r}")
+        if max_pending and max_pending < max_size:
+            raise UsageError(f"max_pending = {max_pending} must be max_size = {max_size} or more")
+        if overflow not in ("oldest", "newest", "refuse"):
+            raise UsageError(f'overflow is "oldest", "newest" or "refuse", not {overflow!r}')
+        self.dropped = 0
+        self._hand_on = flush
+        self._max_size = max_size
+        self._wait_ns = int(max_wait_ms * 1e6)
+        self._max_pending = max_pending or sys.maxsize
+        self._overflow = overflow
+        self._clock = clock
+        self._items: deque[_T] = deque()
+        self._since_ns = 0                  # when the oldest came
+        self._refused = False               # "not now"
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def add(self, item: _T, *, immediate: bool = False) -> None:
+        """Add an item; an *immediate* one is handed on now, after all that came before.
+
+        Raises:
+            LimitError: there is no room, and the policy is to refuse.
+        """
+        if len(self._items) >= self._max_pending and not self._make_room():
+            return
+        if not self._items:
+            self._since_ns = self._clock()
+        self._items.append(item)
+        if (immediate or len(self._items) >= self._max_size) and not self._refused:
+            self.flush()
+
+    def _make_room(self) -> bool:
+        if self._overflow == "refuse":
+            raise LimitError(f"{len(self._items)} items wait in this batcher already")
+        self.dropped += 1
+        if self._overflow == "oldest":
+            self._items.popleft()
+        return self._overflow == "oldest"
+
+    def flush(self) -> bool:
+        """Hand on what there is now; return whether it was taken."""
+        self._refused = False
+        while self._items:
+            batch = [self._items.popleft() for _ in range(min(len(self._items), self._max_size))]
+            if self._hand_on(batch) is False:
+                self._items.extendleft(reversed(batch))
+                self._refused = True
+                return False
+        return True
+
+    def due(self) -> bool:
+        """Whether the oldest item has waited long enough."""
+        return self.wait_s() == 0.0
+
+    def wait_s(self) -> float:
+        """Return in how many seconds ``flush`` is due; infinite if there is nothing to do."""
+        if not self._items or self._refused:
+            return math.inf
+        return max(0, self._since_ns + self._wait_ns - self._clock()) / 1e9
+
+
 class Sendable(Protocol):
-    """What an Outbox holds: a Publication, Moves, or anything with these."""
+    """What an Outbox holds: a Publication, Moves, Markup, or anything with these.
+
+    It has also the forms its receivers ask for: ``json()``, ``envelope(form)``, ``html()``.
+    """
 
     size: int                       # bytes it counts for; 0 until measured
 
@@ -3939,10 +4822,6 @@ class Sendable(Protocol):
     @property
     def seq(self) -> int:
         """Its place among what was sent."""
-    def json(self) -> bytes:
-        """Its JSON form."""
-    def envelope(self, form: str) -> bytes:
-        """Its form in an EventBatch."""
 
 
 class Outbox:
@@ -5727,9 +6606,9 @@ def _tls_context(cert: str, key: str) -> ssl.SSLContext:
 class Server:
     """Listening sockets and the connections that came through them."""
 
-    __slots__ = ("loop", "app", "limits", "connections", "draining", "refused", "websockets",
-                 "accepted", "requests", "messages_received", "bytes_received", "bytes_sent",
-                 "writes", "tls", "_listeners", "_per_address", "_unix_file")
+    __slots__ = ("loop", "app", "limits", "connections", "draining", "full", "refused",
+                 "websockets", "accepted", "requests", "messages_received", "bytes_received",
+                 "bytes_sent", "writes", "tls", "_listeners", "_per_address", "_unix_file")
 
     def __init__(self, loop: Loop, app: Application, limits: Limits) -> None:
         self.loop = loop
@@ -5737,6 +6616,7 @@ class Server:
         self.limits = limits
         self.connections: dict[int, Connection] = {}        # by file descriptor
         self.draining = False
+        self.full = False                           # there is too little memory for more
         self.refused: Counter[str] = Counter()      # peers' faults and our limits, by reason
         self.websockets = self.accepted = self.requests = self.messages_received = 0
         self.bytes_received = self.bytes_sent = self.writes = 0
@@ -5844,6 +6724,8 @@ class Server:
         if 0 < limits.max_connections_per_address <= self._per_address[address] and not (
                 is_loopback(address) or address in limits.trusted_proxies):
             return HandshakeError("too many connections", http_status=503, label=label)
+        if self.full:
+            return HandshakeError("out of memory", http_status=503, label="max_memory")
         return None
 
     def _admit(self, sock: socket.socket, address: str) -> None:
@@ -6015,9 +6897,29 @@ def _raise_file_limit(connections: int = 0) -> None:
 # environment, then the TOML file, then the profile's preset, then the defaults here.  Tables
 # in TOML ([server], [network], ...) only group; a key means the same in any of them.
 
+_TRUTHS = {"true": True, "yes": True, "on": True, "1": True,
+           "false": False, "no": False, "off": False, "0": False}
 _PRESETS: dict[str, dict[str, Any]] = {
-    "dev": {"log_level": "debug"}, "prod": {},
-    "high-scale": {"log_level": "warn", "max_connections": 50_000}}
+    "dev": {"log_level": "debug", "batch_size": 5, "batch_wait_ms": 10.0, "cache_ttl_s": 5.0},
+    "prod": {},
+    "high-scale": {"log_level": "warn", "metrics": False, "batch_size": 50, "batch_wait_ms": 2.0,
+                   "cache_ttl_s": 60.0, "max_connections": 50_000, "max_memory_mb": 2048}}
+# seed 002's names, and systems.md 2.1's: what each means here
+_ALIASES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "bind_address": lambda text: dict(zip(("host", "port"), re.fullmatch(
+        r"\[?([^\]]+?)\]?:(\d+)", text).groups())),     # type: ignore[union-attr]
+    "connection_timeout": lambda seconds: {"idle_s": seconds},
+    "use_reuse_port": lambda yes: {"reuse_port": yes},
+    "tick_interval_ms": lambda ms: {"tick_hz": ms and 1000 / ms},
+    "enable_rate_limiting": lambda yes: {} if _TRUTHS[str(yes).lower()] else {
+        "max_messages_per_s": 0},
+    "max_requests_per_minute": lambda count: {"max_messages_per_s": count / 60},
+    "max_message_size": lambda size: {"max_message_bytes": size},
+    "max_batch_delay": lambda ms: {"batch_wait_ms": ms},
+    "max_string_length": lambda length: {"max_json_string": length},
+    "max_collection_size": lambda count: {"max_json_items": count},
+    "banned_ips": lambda addresses: {"banned": addresses},
+    "max_connections_per_ip": lambda count: {"max_connections_per_address": count}}
 _LOG_LEVELS = ("debug", "info", "warn", "error")
 
 
@@ -6067,10 +6969,17 @@ class Config:
     max_messages_per_s: float = _setting(120.0, "of one client, on average; more gets 1008")
     burst: float = _setting(240.0, "messages of one client at once")
     max_subscriptions: int = _setting(1_000, "of one client")
+    max_memory_mb: int = _setting(512, "resident; above it new connections get 503")
     allowed_origins: tuple[str, ...] = _setting((), "browsers' origins, besides our own; by comma")
     insecure: bool = _setting(False, "let strangers in from beyond this machine")
     outbox_messages: int = _setting(256, "messages that may wait for one client")
-    outbox_bytes: int = _setting(1 << 20, "bytes that may wait for one client")
+    outbox_bytes: int = _setting(1 << 20, "bytes that may wait for one client, or of one history")
+    batch_size: int = _setting(20, "events of a handler with batch=True")
+    batch_wait_ms: float = _setting(5.0, "how long the first of them waits")
+    presence_debounce_s: float = _setting(5.0, "time to come back before one has left")
+    dedup_ttl_s: float = _setting(60.0, "how long a topic knows a msg_id again")
+    cache_ttl_s: float = _setting(30.0, "how long a fragment is kept, if it does not say so")
+    cache_entries: int = _setting(1_000, "fragments kept")
     compress: bool = _setting(True, "permessage-deflate for clients that offer it")
     compress_above_bytes: int = _setting(512, "shorter messages are sent as they are")
     grace_s: float = _setting(5.0, "time for clients to read what waits when the server ends")
@@ -6110,31 +7019,43 @@ class Config:
             ConfigError: an unknown key (the nearest is named), a value of the wrong type or
                 out of range, or a file that can't be read.
         """
-        environ = os.environ if environ is None else environ
-        values = _read_toml(path) if path is not None else {}
-        for name, text in environ.items():
-            key = name.removeprefix("HORIZON_").lower()
-            if name == f"HORIZON_{key.upper()}" and key in _CONFIG_TYPES:
-                values[key] = text
-            # a slip of the pen; others may be somebody else's
-            elif key != name.lower() and key not in _CONFIG_TYPES and (
-                    close := difflib.get_close_matches(key, _CONFIG_TYPES, 1, 0.7)):
-                raise ConfigError(f"{name} in the environment: did you mean "
-                                  f"HORIZON_{close[0].upper()}?")
-        for key in said:
-            _must_be_setting(key)
-        values.update(said)
+        values = {key: value for _, layer in _layers(path, environ, said)
+                  for key, value in layer.items()}
         if "port" in values:
             values.setdefault("firm_port", True)
-        return cls(**{**_PRESETS.get(str(values.get("profile")), {}), **values})
+        return cls(**values)
+
+
+def _layers(path: str | os.PathLike[str] | None, environ: Mapping[str, str] | None,
+            said: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return where settings come from, and what each says; the last one wins."""
+    for key in said:
+        _must_be_setting(key)
+    layers = [("", {}) if path is None else (os.fspath(path), _read_toml(path)),
+              ("environment", _read_environment(os.environ if environ is None else environ)),
+              ("said", said)]
+    profile = next((layer["profile"] for _, layer in reversed(layers) if "profile" in layer), "")
+    return [(f"profile {profile}", _PRESETS.get(str(profile), {})), *layers]
+
+
+def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, text in environ.items():
+        key = name.removeprefix("HORIZON_").lower()
+        if name == f"HORIZON_{key.upper()}" and key in _CONFIG_TYPES:
+            values[key] = text
+        # a slip of the pen; others may be somebody else's
+        elif key != name.lower() and key not in _CONFIG_TYPES and (
+                close := difflib.get_close_matches(key, _CONFIG_TYPES, 1, 0.7)):
+            raise ConfigError(f"{name} in the environment: did you mean "
+                              f"HORIZON_{close[0].upper()}?")
+    return values
 
 
 _CONFIG_TYPES: dict[str, type] = {
     each.name: type(each.default) for each in dataclasses.fields(Config)}
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text",
                tuple: "a list of texts"}
-_TRUTHS = {"true": True, "yes": True, "on": True, "1": True,
-           "false": False, "no": False, "off": False, "0": False}
 
 
 def _must_be_setting(key: str, where: str = "") -> None:
@@ -6151,15 +7072,26 @@ def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(f"{os.fspath(path)}: {error}") from None
     values: dict[str, Any] = {}
     while tables:
-        for key, value in tables.pop().items():
+        for name, value in tables.pop().items():
             if isinstance(value, dict):
                 tables.append(value)
-            elif key in values:
-                raise ConfigError(f"{os.fspath(path)}: {key} is given twice")
-            else:
-                _must_be_setting(key, f"{os.fspath(path)}: ")
-                values[key] = value
+                continue
+            for key, value in _plain_setting(name, value, os.fspath(path)).items():
+                if key in values and key != "max_messages_per_s":
+                    raise ConfigError(f"{os.fspath(path)}: {key} is given twice")
+                values[key] = values.get(key, value) and value     # a limit that is off stays off
     return values
+
+
+def _plain_setting(name: str, value: Any, where: str) -> dict[str, Any]:
+    """Return what a key of a file says; seed 002's keys are known, too."""
+    if name in _ALIASES:
+        try:
+            return _ALIASES[name](value)
+        except (TypeError, AttributeError, KeyError, ZeroDivisionError):
+            raise ConfigError(f"{where}: {name} = {value!r} can't be understood") from None
+    _must_be_setting(name, f"{where}: ")
+    return {name: value}
 
 
 def _config_value(key: str, value: Any) -> Any:
@@ -6315,11 +7247,13 @@ const string = bytes => bytes ? text8.decode(bytes) : "";
 
 // ---- the connection ----
 let socket = null, wait = 500, me = null, user = "", hz = 50;
+let heard = null;                                // how far the chat was heard: its epoch, its offset
 function send(number, body) {
   if (socket && socket.readyState === 1) socket.send(new Uint8Array(part(1, part(number, body))));
 }
-const act = (action, topic, packed) =>
-  send(106, [...part(2, action), ...part(3, topic), ...packed ? part(6, packed) : []]);
+const act = (action, topic, packed, since) =>
+  send(106, [...part(2, action), ...part(3, topic), ...packed ? part(6, packed) : [],
+    ...since ? part(7, [...part(1, since.epoch), 16, ...varint(since.offset)]) : []]);
 const emit = (namespace, event, data) =>
   send(101, [...part(1, namespace), ...part(2, event), ...part(3, JSON.stringify(data))]);
 function connect() {
@@ -6331,7 +7265,8 @@ function connect() {
     say("connected", true);
     emit("system", "hello", null);
     act("subscribe", "world.moves", "f32");
-    for (const topic of ["presence", "system.stats", "chat.lobby"]) act("subscribe", topic);
+    for (const topic of ["presence", "system.stats"]) act("subscribe", topic);
+    act("subscribe", "chat.lobby", null, heard);
     moveTo(own.x, own.y);
   };
   socket.onmessage = event => {
@@ -6356,7 +7291,9 @@ function receive(envelope) {
   if (!envelope[102]) return;
   const message = fields(envelope[102]), topic = string(message[1]);
   const data = JSON.parse(string(message[2]) || "null");
-  if (topic === "chat.lobby") { if (data && typeof data.text === "string") chat(String(data.from || "somebody"), data.text); }
+  if (topic === "chat.lobby" && (message[5] || message[6])) heard = {epoch: string(message[4]), offset: message[3] || 0};
+  if (message[6]) chat("", "(what was said before is lost)");
+  else if (topic === "chat.lobby") { if (data && typeof data.text === "string") chat(String(data.from || "somebody"), data.text); }
   else if (topic === "system.stats") figures(data);
   else if (data && data.type === "presence_update") presence(data.users);
   else if (data && data.event === "hello") { me = data.data.id.replaceAll("-", ""); user = data.data.user; hz = data.data.tick_hz || 50; }
@@ -6503,6 +7440,71 @@ requestAnimationFrame(draw);
 </html>
 """
 
+# The command's page for /ws/html.
+HTML_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>horizon_lite by HTML fragments</title>
+<style>
+:root { color-scheme: light dark; }
+body { max-width: 40rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; }
+ul { min-height: 10rem; padding: 1rem; list-style: none; border: 1px solid #8886; border-radius: 8px; overflow-wrap: anywhere; }
+form { display: flex; gap: .5rem; }
+input { flex: 1; min-width: 0; }
+input, button { font: inherit; padding: .4rem .7rem; border: 1px solid #8888; border-radius: 6px; }
+</style>
+<h1>horizon_lite</h1>
+<p id="online">connecting</p>
+<ul id="log" aria-live="polite"></ul>
+<form ws-send>
+  <input type="hidden" name="namespace" value="chat"><input type="hidden" name="event" value="message">
+  <input name="text" maxlength="300" autocomplete="off" aria-label="Say something" placeholder="Say something">
+  <button>Send</button>
+</form>
+<script src="/swap.js"></script>
+</html>
+"""
+
+# For pages of one's own: <script src="/swap.js"></script>.  It does what htmx's ws extension
+# does: elements from /ws/html take the place of those with their ids, or go where
+# hx-swap-oob says; forms with ws-send are sent.  Replies are events of the document.
+SWAP_SCRIPT = r"""(() => {
+  const path = document.currentScript.dataset.url || "/ws/html";
+  let socket, wait = 500;
+  function swap(element) {
+    const [how, target] = (element.getAttribute("hx-swap-oob") || "true").split(/:(.*)/s);
+    const old = target ? document.querySelector(target) : document.getElementById(element.id);
+    if (!old) return;
+    element.removeAttribute("hx-swap-oob");
+    if (how === "delete") old.remove();
+    else if (how === "innerHTML") old.replaceChildren(...element.childNodes);
+    else if (how === "beforeend") old.append(...element.childNodes);
+    else if (how === "afterbegin") old.prepend(...element.childNodes);
+    else old.replaceWith(element);
+  }
+  function connect() {
+    socket = new WebSocket(location.origin.replace("http", "ws") + path + location.search);
+    socket.onopen = () => { wait = 500; };
+    socket.onmessage = ({data}) => {
+      if (data[0] === "{") return document.dispatchEvent(new CustomEvent("horizon:reply", {detail: JSON.parse(data)}));
+      const template = document.createElement("template");
+      template.innerHTML = data;
+      [...template.content.children].forEach(swap);
+    };
+    socket.onclose = () => { setTimeout(connect, wait * (0.7 + Math.random() * 0.6)); wait = Math.min(wait * 2, 10000); };
+  }
+  document.addEventListener("submit", event => {
+    if (!event.target.hasAttribute("ws-send")) return;
+    event.preventDefault();
+    if (socket.readyState !== 1) return;
+    socket.send(JSON.stringify(Object.fromEntries(new FormData(event.target))));
+    event.target.reset();
+  });
+  connect();
+})();
+"""
+
 
 # =============================================================================
 # 20  ENGINE - the parts joined
@@ -6521,10 +7523,13 @@ requestAnimationFrame(draw);
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")        # namespaces and events that clients may give
 _RESERVED_TOPICS = ("system", "presence", "gorc", "world")
 _NO_HANDLER = "no_handler"          # told only to who wants an answer
-_PRESENCE_TOPIC = "presence"
+_PRESENCE_TOPIC, _CHANGES_TOPIC = "presence", "presence.changes"
 _PORTS_TO_TRY = 100
 _MAX_USER = 128                     # characters of a user's name
 _MAX_DROPPED_TOPICS = 1_000         # counted by name; more only by class
+_MAX_PENDING = 10_000               # events that wait for a batched handler
+_MAX_STATE = 1_024                  # bytes of a user's state, and of a connection's metadata
+_MAX_VIEWS = 1_000                  # fragments of one view of a pattern
 
 
 _Framer = Callable[[int, bytes], bytes]
@@ -6549,16 +7554,24 @@ def _render_batch(frame: _Framer, items: tuple[Any, ...], packed: str) -> bytes:
 
 def _render_events(frame: _Framer, items: tuple[Any, ...], _packed: str) -> bytes:
     """Server-Sent Events (WHATWG HTML 9.2); JSON has no line breaks."""
-    return b"".join([b"id: %d\ndata: %b\n\n" % (item.seq, item.json()) for item in items])
+    return b"".join([b"id: %b\ndata: %b\n\n" % (item.mark, item.json()) if item.mark else
+                     b"data: %b\n\n" % item.json() for item in items])
 
 
-_PROTO, _EVENTS = "horizon.proto.v1", "events"
+def _render_html(frame: _Framer, items: tuple[Any, ...], _packed: str) -> bytes:
+    """One text frame a tick: elements with ids, which a page puts where theirs are."""
+    return frame(_TEXT, b"\n".join([item.html() for item in items]))
+
+
+_PROTO, _EVENTS, _HTML = "horizon.proto.v1", "events", "html"
 # payloads of a client's envelope: the members of the JSON message that means the same
 _ENVELOPES = {"client_event": ("namespace", "event", "data"),
-              "request": ("action", "topic", "payload", "packed", "critical")}
+              "request": ("action", "topic", "payload", "packed", "critical", "since", "rate",
+                          "msg_id")}
+_NOT_FIELDS = ("namespace", "event", "id", "HEADERS")       # of a form; the last is htmx's
 _TEXTS = {"chat": "message", "command": "raw"}      # payloads that are a text, and where it stands
 _FORMS = {"": _render_objects, "horizon.json.v1": _render_array, _PROTO: _render_batch,
-          _EVENTS: _render_events}
+          _EVENTS: _render_events, _HTML: _render_html}
 
 
 def _frame_squeezed(deflate: Deflate, opcode: int, payload: bytes) -> bytes:
@@ -6724,6 +7737,12 @@ def _serve_file(root: str, cache_control: str, request: Request, path: str) -> R
         return Response(file.read(), 200, headers, kind)
 
 
+def _is_html(endpoint: str) -> bool:
+    if endpoint not in ("data", "html"):
+        raise UsageError(f'endpoint is "data" or "html", not {endpoint!r}')
+    return endpoint == "html"
+
+
 def _user_fault(user: object) -> str:
     """Return why *user* can't be a user's name, or ""."""
     if isinstance(user, str) and 0 < len(user) <= _MAX_USER:
@@ -6741,7 +7760,7 @@ class Session:
     """
 
     __slots__ = ("id", "player", "_user", "connection", "render", "form", "packed", "outbox",
-                 "engine", "handler", "subscriptions", "goodbye", "_metadata", "_told_ns")
+                 "engine", "handler", "subscriptions", "goodbye", "beats", "_metadata", "_told_ns")
 
     def __init__(self, engine: Engine, connection: Connection, user: str, form: str = "",
                  deflate: Deflate | None = None,
@@ -6758,13 +7777,16 @@ class Session:
         self.handler = handler                  # of a route of the user's own
         self.subscriptions: dict[str, Callable[[], object]] | None = None   # and what ends each
         self.goodbye: tuple[int, str] | None = None     # to be said when it has read the rest
+        self.beats = False                      # it promised heartbeats
         self._metadata: dict[str, Any] | None = None
         self._told_ns = 0                       # when it was last said that this one is slow
 
     @property
-    def listens(self) -> bool:
-        """Whether it is on ``/ws/data``: present, and reached by broadcasts."""
-        return self.handler is None and self.form != _EVENTS
+    def endpoint(self) -> str:
+        """Where broadcasts reach it: "data" or "html", or "" for other WebSockets and streams."""
+        if self.handler is not None or self.form == _EVENTS:
+            return ""
+        return "html" if self.form == _HTML else "data"
 
     @property
     def user(self) -> str:
@@ -6901,14 +7923,47 @@ class _Refused(Exception):
 class _Worker:
     """Where ``async def`` and ``blocking=True`` handlers run: away from the loop."""
 
-    __slots__ = ("_loop", "_asyncio", "_pool")
+    __slots__ = ("_loop", "_config", "_asyncio", "_pool", "_jobs", "_busy", "_batchers", "_dropped")
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, config: Config) -> None:
         self._loop = loop
+        self._config = config
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self._pool: ThreadPoolExecutor | None = None
+        self._jobs = 0                          # in the pool
+        self._busy: set[Handler] = set()        # whose batch is under way elsewhere
+        self._batchers: dict[Handler, Batcher[Event]] = {}
+        self._dropped = 0                       # by batchers that are no more
 
     def spawn(self, handler: Handler, event: Event) -> None:
+        """Run *handler*, or put the event into its batch."""
+        if not handler.batch:
+            return self._run(handler, event)
+        if (batcher := self._batchers.get(handler)) is None:
+            size = self._config.batch_size if handler.batch is True else handler.batch
+            wait_ms = self._config.batch_wait_ms if handler.wait_ms is None else handler.wait_ms
+            batcher = self._batchers[handler] = Batcher(
+                functools.partial(self._run_batch, handler), size or sys.maxsize, wait_ms,
+                max_pending=max(_MAX_PENDING, size))
+        batcher.add(event)
+
+    def _run_batch(self, handler: Handler, events: list[Event]) -> bool:
+        """Run a batch; one after the other, so that order is kept."""
+        if handler in self._busy:
+            return False
+        if handler.elsewhere:
+            self._busy.add(handler)
+            self._run(handler, events)
+            return True
+        began_ns = time.monotonic_ns()
+        try:
+            handler.fn(events)
+        except Exception:
+            handler._bus.failed(handler)
+        Bus.timed(handler, time.monotonic_ns() - began_ns)
+        return True
+
+    def _run(self, handler: Handler, event: Event | list[Event]) -> None:
         """Start *handler*; its time and its error come back through the loop."""
         began_ns = time.monotonic_ns()
         if _is_async(handler.fn):
@@ -6922,6 +7977,7 @@ class _Worker:
             if self._pool is None:
                 from concurrent.futures import ThreadPoolExecutor
                 self._pool = ThreadPoolExecutor(thread_name_prefix="horizon_lite")
+            self._jobs += 1
             future = self._pool.submit(handler.fn, event)
         future.add_done_callback(
             lambda done: self._loop.call_soon(self._done, handler, began_ns, done))
@@ -6932,6 +7988,32 @@ class _Worker:
             future.result()
         except BaseException:               # sys.exit() in a worker is a failure like others
             handler._bus.failed(handler)
+        self._jobs -= not _is_async(handler.fn)
+        if handler.batch:
+            self._busy.discard(handler)
+            self._batchers[handler].flush()     # what came meanwhile
+
+    def flush(self, *, all: bool = False) -> None:
+        """Hand on the batches that are due, or all."""
+        for handler, batcher in list(self._batchers.items()):
+            if all or batcher.due():
+                batcher.flush()
+            if handler._gone and not batcher and handler not in self._busy:
+                self._dropped += self._batchers.pop(handler).dropped
+
+    def wait_s(self) -> float:
+        """Return in how many seconds ``flush`` is due."""
+        return min([each.wait_s() for each in self._batchers.values()], default=math.inf)
+
+    @property
+    def dropped(self) -> int:
+        """How many events found no room in a batch."""
+        return self._dropped + sum(each.dropped for each in list(self._batchers.values()))
+
+    @property
+    def idle(self) -> bool:
+        """Whether every batch and every blocking call is done."""
+        return not (self._jobs or self._busy or any(self._batchers.values()))
 
     def stop(self) -> None:
         """Let blocking handlers finish and coroutines go."""
@@ -6949,6 +8031,36 @@ class _Worker:
         asyncio.gather(*tasks, return_exceptions=True).add_done_callback(lambda _: loop.stop())
 
 
+class _View:
+    """What ``@app.html`` registered: HTML that is rendered anew when its topic has changed."""
+
+    __slots__ = ("pattern", "fn", "takes_message", "audience", "changed", "shown", "number",
+                 "subscription")
+
+    def __init__(self, pattern: str, fn: Callable[..., Any], number: int) -> None:
+        import inspect
+        self.pattern = pattern
+        self.fn = fn
+        self.takes_message = bool(inspect.signature(fn).parameters)
+        self.number = number
+        self.audience: dict[Session, None] = {}
+        self.changed: dict[str, Publication | None] = {}    # topics, and the newest of each
+        self.shown: dict[str, Markup] = {}                  # by topic
+        self.subscription: Subscription | None = None       # as long as somebody looks
+
+    def note(self, batch: Batch) -> None:
+        """Remember the newest of a topic; the sink of the subscription."""
+        self.changed[batch.items[-1].topic if self.takes_message else ""] = batch.items[-1]
+
+    def leave(self, session: Session) -> None:
+        """Show it to *session* no longer."""
+        self.audience.pop(session, None)
+        if not self.audience and self.subscription is not None:
+            self.subscription.remove()
+            self.subscription = None
+            self.changed, self.shown = {}, {}
+
+
 class _Endpoint(NamedTuple):
     """An HTTP or WebSocket address and what answers it."""
 
@@ -6959,6 +8071,7 @@ class _Endpoint(NamedTuple):
     rank: int                       # the lower is tried first
 
 
+_WEBSOCKETS = ("/ws/data", "/ws/html", "/app/ws/data", "/app/ws/html")  # the last two are Goby's
 _SERVES = {"GET": ("GET", "HEAD"), "POST": ("POST",), "WEBSOCKET": ("GET",), "EVENTS": ("GET",)}
 
 
@@ -6989,6 +8102,16 @@ _WATCHED = (                        # name, by which label, where in the engine 
     ("horizon_topics_errors_total", "topics.errors", "Subscribers' calls that raised."),
     ("horizon_topics_published_total", "topics.published", "Publications."),
     ("horizon_topics_delivered_total", "topics.delivered", "Publications times sinks."),
+    ("horizon_topics_duplicates_total", "topics.duplicates", "Publications with a known msg_id."),
+    ("horizon_topics_loops_total", "topics.loops", "Subscribers that called each other in a loop."),
+    ("horizon_presence_swept_total", "presence.swept", "Connections without their heartbeats."),
+    ("horizon_fragments_cached", "fragments.__len__", "Fragments in the cache."),
+    ("horizon_fragment_hits_total", "fragments.hits", "Fragments that were in the cache."),
+    ("horizon_fragment_misses_total", "fragments.misses", "Fragments that had to be rendered."),
+    ("horizon_fragment_evictions_total", "fragments.evictions", "Fragments that had no room."),
+    ("horizon_html_unchanged_total", "unchanged", "Renderings that equalled the last, not sent."),
+    ("horizon_batch_dropped_total", "_worker.dropped", "Events that found no room in a batch."),
+    ("horizon_renders_total by form", "renders", "Outboxes rendered, whoever shares the bytes."),
     ("horizon_events_sent_total by type", "events_sent", "Events sent, by type."),
     ("horizon_refused_total by reason", "server.refused", "Peers' faults and our limits."),
     ("horizon_requests_refused_total by code", "refusals", "Requests answered with an error."))
@@ -6996,6 +8119,7 @@ _TIMED = (                          # name, help, buckets
     ("event_processing_duration", "Seconds per emitted event; sampled.", BUCKETS_S),
     ("horizon_tick_seconds", "Time a tick takes.", BUCKETS_S),
     ("horizon_marshal_seconds", "Time to render one tick's messages.", BUCKETS_S),
+    ("horizon_fragment_render_seconds", "Time to render one fragment of HTML.", BUCKETS_S),
     ("horizon_gc_pause_seconds", "Pauses by the garbage collector.", BUCKETS_S),
     ("horizon_batch_messages", "Messages per write.", (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)))
 
@@ -7023,8 +8147,8 @@ def _page() -> Response:
 class Engine:
     """A real-time server: events, topics, movement, one port, one loop.
 
-    Handlers: on, on_core, on_client, on_plugin, every, subscribe, get, post, websocket, static.
-    Who may: authenticate, allow.
+    Handlers: on, on_core, on_client, on_plugin, every, subscribe, get, post, websocket, static,
+    html.   Who may: authenticate, allow.   What is kept: topic, fragment.
     Sending: publish, broadcast, send, emit, emit_core, emit_client, emit_plugin.
     Running: run, start, stop, ``with``, step, wait_s, fileno, call_soon.
     Looking: url, metrics, report, bus, topics, presence, movement, sessions.
@@ -7039,16 +8163,23 @@ class Engine:
                              "read by Config.load(path, port=8080)")
         self.config = config or Config.load(None, **settings)
         self.metrics = Metrics()
-        self.topics = Topics(self.config.outbox_messages, self.config.outbox_bytes)
-        self.presence = Presence()
+        self.topics = Topics(self.config.outbox_messages, self.config.outbox_bytes,
+                             dedup_ttl_s=self.config.dedup_ttl_s, on_occupied=self._tell_occupied)
+        self.presence = Presence(self.config.presence_debounce_s)
+        self.fragments = FragmentCache(
+            self.config.cache_entries, self.config.cache_ttl_s, on_render=functools.partial(
+                self.metrics.observe, "horizon_fragment_render_seconds"))
         self.movement = Movement()
         self.sessions: dict[str, Session] = {}
         self.loop = Loop()
-        self._worker = _Worker(self.loop)
+        self._worker = _Worker(self.loop, self.config)
         self.bus = Bus(spawn=self._worker.spawn, debug=self.config.log_level == "debug",
                        on_time=functools.partial(self.metrics.observe, "event_processing_duration"))
         self.server = Server(self.loop, self, self._limits())
-        self.tick_count = self.overruns = self.coalesced = 0
+        self.tick_count = self.overruns = self.coalesced = self.unchanged = 0
+        self.renders: Counter[str] = Counter()          # of outboxes, by form
+        self.alerts: dict[str, str] = {}                # what is wrong now, and how
+        self._drops_told = 0                            # by batches
         self.drops = Counter(latest=0, droppable=0)     # by class
         self._dropped_topics: Counter[str] = Counter()
         self._authenticator: Callable[[Request], Any] | None = None
@@ -7056,9 +8187,11 @@ class Engine:
         self.events_sent: Counter[str] = Counter()      # by type
         self.refusals: Counter[str] = Counter()         # requests answered with an error, by code
         self._users: dict[str, list[Session]] = {}
-        self._listeners = 0                             # sessions on /ws/data
+        self._present = Counter(data=0, html=0)         # sessions by endpoint
         self._movers: dict[Session, None] = {}          # who gets movement
-        self._watchers: dict[Session, None] = {}        # who just asked for presence
+        self._views: dict[str, list[_View]] = {}        # HTML, by topic or pattern
+        self._presence_owed = False                     # the next change is for new ones, too
+        self._presence_told: dict[str, tuple[int, Publication]] = {}    # for new subscribers
         self._waiting: dict[Session, None] = {}         # whose outbox is not empty
         self._urgent: dict[Session, None] = {}          # whose outbox leaves with this pass
         self._repeats: list[tuple[Ticker, Callable[[], object]]] = []
@@ -7069,7 +8202,7 @@ class Engine:
         self._stepping = False                          # inside a pass
         self._thread: threading.Thread | None = None
         self._done = threading.Event()                  # everything is given back
-        self._state = "new"                             # "open", "stopping", "stopped"
+        self._state = "making"                          # "new", "open", "stopping", "stopped"
         self._signals = self._stop_at_ns = self._port = 0
         self._moved = False                             # to another port than was wanted
         self._local = True                              # listens for this machine only
@@ -7078,8 +8211,11 @@ class Engine:
         self._rates: dict[str, float] = {}
         self._rate_marks = (0, 0, 0, self._started_ns)
         self._emit_tick = self.bus.emitter("core:server_tick")
+        for topic in (_PRESENCE_TOPIC, _CHANGES_TOPIC):
+            self.topics.topic(topic, replay=functools.partial(self._presence_now, topic), bare=True)
         self._add_routes()
         self._add_metrics()
+        self._state = "new"
 
     def _limits(self) -> Limits:
         said = (getattr(self.config, name) for name in Limits._fields)
@@ -7136,12 +8272,45 @@ class Engine:
         return self._decorator(lambda fn: self._repeats.append(
             (Ticker(rate, max_catchup=1), _plain_function(fn))))
 
-    def subscribe(self, pattern: str) -> Callable[[_F], _F]:
-        """Decorate a function that gets every Publication *pattern* covers, in process."""
-        if pattern in (Moves.topic, _PRESENCE_TOPIC):
-            raise UsageError(f"{pattern} is for clients; here are app.presence, app.movement "
-                             "and the events client:movement:position, core:player_connected")
-        return self._decorator(lambda fn: self.topics.subscribe(pattern, _plain_function(fn)))
+    def subscribe(self, pattern: str, **options: Any) -> Callable[[_F], _F]:
+        """Decorate a function that gets every Publication *pattern* covers, in process.
+
+        For *options* like ``rate=2, keep="last"`` see ``Topics.subscribe``.
+        """
+        if pattern == Moves.topic:
+            raise UsageError(f"{pattern} is for clients; here are app.movement and the event "
+                             "client:movement:position")
+        return self._decorator(
+            lambda fn: self.topics.subscribe(pattern, _plain_function(fn), **options))
+
+    def topic(self, name: str, history: int = 0, ttl: float | None = None,
+              replay: str | None = None) -> None:
+        """Say what a topic, or all of a pattern, keep: the newest *history*, for *ttl* seconds.
+
+        Clients that come back with ``since`` get what they missed; with *replay* "last" or
+        "all", new subscribers get that as well. A topic keeps ``outbox_bytes`` at most.
+        """
+        self._register(self.topics.topic, name, history, ttl, replay)
+
+    def html(self, topic: str) -> Callable[[_F], _F]:
+        """Decorate a function that renders *topic* for the clients of ``/ws/html``.
+
+        It returns an element with an id (``hl.html`` escapes what is put in), and may take the
+        newest Publication. It is called once per tick at most, when something was published
+        there; what it returns is sent when it differs from the last.
+        """
+        pattern = ".".join(_check_topic(topic, wildcards=True))
+        return self._decorator(lambda fn: self._views.setdefault(pattern, []).append(
+            _View(pattern, _plain_function(fn), sum(map(len, self._views.values())))))
+
+    def fragment(self, key: str, render: Callable[[], Any], ttl: float | None = None) -> bytes:
+        """Return HTML from the cache; *render* makes it if it is not there, or older than *ttl*.
+
+        ``ttl`` is in seconds, ``cache_ttl_s`` by default; 0 is for ever. ``hl.html`` takes
+        fragments as they are.
+        """
+        self._on_loop("fragment")
+        return self.fragments.get(key, render, ttl)
 
     def get(self, path: str, *, public: bool = False) -> Callable[[_F], _F]:
         """Decorate the answer to GET *path*, which may hold ``{names}``, or ``{rest:path}``.
@@ -7180,8 +8349,8 @@ class Engine:
     def _endpoint(self, method: str, path: str, public: bool) -> Callable[[_F], _F]:
         if not isinstance(path, str) or not path.startswith("/"):
             raise UsageError(f"{path!r}: write a path that starts with '/', like @app.get('/me')")
-        if path == "/ws/data" and self._routes:
-            raise UsageError("/ws/data is the engine's own; take another path, like /ws/game")
+        if path in _WEBSOCKETS and self._state != "making":
+            raise UsageError(f"{path} is the engine's own; take another path, like /ws/game")
         parts = re.split(r"\{(\w+)(:path)?\}", path)
         pattern = re.escape(parts[0])
         for name, rest, text in zip(parts[1::3], parts[2::3], parts[3::3]):
@@ -7218,7 +8387,7 @@ class Engine:
         self._register(self._rules.append, (_check_topic(pattern, wildcards=True), who_may))
 
     def _may(self, user: str, act: str, topic: str) -> bool:
-        tokens = _check_topic(topic, wildcards=act == "subscribe")
+        tokens = _check_topic(topic, wildcards=True)
         try:
             return not self._rules or any(
                 _contains(pattern, tokens) and _is_among(user, who_may[act])
@@ -7253,11 +8422,14 @@ class Engine:
         """Emit ``plugin:<plugin>:<event>``."""
         return self.emit(f"plugin:{plugin}:{event}", data)
 
-    def publish(self, topic: str, payload: Any, *, critical: bool = False) -> int:
+    def publish(self, topic: str, payload: Any, *, critical: bool = False,
+                msg_id: str | None = None) -> int:
         """Publish JSON-able *payload*; return to how many subscribers.
 
         It leaves with the tick, or with this pass if *critical*: such messages are never
-        dropped, a client that can't keep up with them is closed with 1013 instead.
+        dropped, a client that can't keep up with them is closed with 1013 instead. A pattern
+        reaches every topic it covers that there is. With a *msg_id* that the topic has seen
+        within ``dedup_ttl_s`` nothing is delivered.
 
         Raises:
             UsageError: a malformed topic, or a payload that can't be JSON and somebody subscribed
@@ -7265,34 +8437,55 @@ class Engine:
             StateError: called from another thread; use ``app.call_soon(app.publish, ...)``.
         """
         self._on_loop("publish")
-        return self.topics.publish(topic, payload, critical=critical)
+        return self.topics.publish(topic, payload, critical=critical, msg_id=msg_id)
 
-    def broadcast(self, payload: Any, *, critical: bool = False) -> int:
-        """Send *payload* as it is to every client on ``/ws/data``; return to how many."""
+    def broadcast(self, payload: Any, *, critical: bool = False, endpoint: str = "data") -> int:
+        """Send *payload* as it is to every client on ``/ws/data``; return to how many.
+
+        With *endpoint* "html", to those on ``/ws/html``, where it is HTML: a str or bytes.
+        """
         self._on_loop("broadcast")
-        self.topics.broadcast(payload, self._to_everybody, critical=critical)
-        return self._listeners
+        if _is_html(endpoint):
+            self.topics.flush()
+            markup = Markup(_fragment(payload, "a broadcast"), next(self.topics.seq), "", critical)
+            for session in self._at(endpoint):
+                session.put(markup)
+        else:
+            self.topics.broadcast(payload, self._to_everybody, critical=critical)
+        return self._present[endpoint]
+
+    def _at(self, endpoint: str) -> list[Session]:
+        return [each for each in self.sessions.values() if each.endpoint == endpoint]
 
     def _to_everybody(self, batch: Batch) -> None:
-        for session in list(self.sessions.values()):
-            if session.listens:
-                session.put_many(batch)
+        for session in self._at("data"):
+            session.put_many(batch)
 
-    def send(self, to: str | Session, payload: Any) -> int:
+    def send(self, to: str | Session, payload: Any, *, endpoint: str = "data") -> int:
         """Send *payload*, never dropped, to a session (or its id) or all sessions of a user.
 
-        Returns: to how many it goes.
+        With *endpoint* "html", to the user's sessions on ``/ws/html``, where it is HTML; else
+        to all others. Returns: to how many it goes.
         """
         self._on_loop("send")
-        one = to if isinstance(to, Session) else self.sessions.get(to)
-        sessions = [one] if one is not None else self._users.get(str(to), [])
+        one, markup = to if isinstance(to, Session) else self.sessions.get(to), _is_html(endpoint)
+        sessions = [one] if one is not None else [
+            each for each in self._users.get(str(to), ()) if (each.form == _HTML) == markup]
         sessions = [each for each in sessions if each.connection.is_open]
-        publication = Publication("", payload, 0, "", True, next(self.topics.seq))
-        publication.measure()
+        if one is not None:                     # text is meant to be shown
+            markup = one.form == _HTML and isinstance(payload, str | bytes)
+        item: Any = Publication("", payload, 0, "", True, next(self.topics.seq))
+        if markup:
+            item = Markup(_fragment(payload, "what is sent"), item.seq, "", critical=True)
+        item.measure()
         self.topics.flush()                    # what was said before arrives before
         for session in sessions:
-            session.put(publication)
+            session.put(item)
         return len(sessions)
+
+    def _tell_occupied(self, topic: str, occupied: bool) -> None:
+        """Say that somebody listens now, or nobody any more, so that feeds run when needed."""
+        self.bus.emit(f"core:topic.{'occupied' if occupied else 'vacated'}", {"topic": topic})
 
     # -- running --
 
@@ -7543,9 +8736,8 @@ class Engine:
         if self._urgent or self._ticker is None and (self._waiting or self.topics.pending):
             return 0.0
         waits = [ticker.wait_s() for ticker, _ in self._repeats]
-        waits.append(0.05 if self._state == "stopping" else 3600.0)
-        if self._ticker is not None:
-            waits.append(self._ticker.wait_s())
+        waits += [0.05 if self._state == "stopping" else 3600.0, self._worker.wait_s(),
+                  self.topics.wait_s() if self._ticker is None else self._ticker.wait_s()]
         return min(waits)
 
     def step(self, timeout_s: float = 0.0) -> None:
@@ -7560,8 +8752,9 @@ class Engine:
             self._pass(timeout_s)
         finally:
             self._stepping = False
-        if self._state == "stopping" and (self.loop.clock() > self._stop_at_ns or all(
-                each.is_idle for each in self.server.connections.values())):
+        if self._state == "stopping" and (
+                self.loop.clock() > self._stop_at_ns or self._worker.idle and all(
+                    each.is_idle for each in self.server.connections.values())):
             self._closed()
 
     def _pass(self, timeout_s: float) -> None:
@@ -7573,6 +8766,7 @@ class Engine:
                 except Exception:
                     self.metrics.inc("horizon_repeat_errors_total")
                     _log.exception("%s failed", getattr(fn, "__qualname__", fn))
+        self._worker.flush(all=self._state == "stopping")
         if self._ticker is None:
             self._tick_once()
         elif due := self._ticker.take_due():
@@ -7600,23 +8794,77 @@ class Engine:
         if (moves := self.movement.take()) is not None:
             for session in list(self._movers):
                 session.put(moves)
-        self._tell_presence()
+        update = self.presence.take_changes()
+        if update is None and self._presence_owed and not self.presence.pending:
+            update = self.presence.snapshot()       # what was awaited has come to nothing
+        if update is not None:
+            self._presence_owed = False
+            self.topics.publish(_PRESENCE_TOPIC, update)
+            self.topics.publish(_CHANGES_TOPIC, {each: update[each] for each in update
+                                                 if each != "users"})
         self.topics.flush()
+        for view in itertools.chain.from_iterable(self._views.values()):
+            if view.changed:
+                self._show_changes(view)
         waiting, self._waiting = self._waiting, {}
         self._flush(waiting)
 
-    def _tell_presence(self) -> None:
-        users = self.presence.take_changes()
-        audience = list(self._watchers)         # nobody new, but somebody new who asks
-        if users is not None:
-            audience = [each for each in self.sessions.values()
-                        if each.subscriptions and _PRESENCE_TOPIC in each.subscriptions]
-        self._watchers.clear()
-        if audience:
-            payload = {"type": "presence_update", "users": users or self.presence.users()}
-            update = Publication("", payload, 0, "", False, next(self.topics.seq))
-            for session in audience:
-                session.put(update)
+    def _presence_now(self, topic: str) -> Publication | None:
+        """Return what a new subscriber of presence gets, shared as long as nothing changes."""
+        if topic == _PRESENCE_TOPIC and self.presence.pending:
+            self._presence_owed = True              # the change that is to come says it all
+            return None
+        version, publication = self._presence_told.get(topic, (-1, None))
+        if publication is None or version != self.presence.version:
+            publication = Publication(topic, self.presence.snapshot(), 0, "", False,
+                                      next(self.topics.seq), bare=True)
+            publication.measure()
+            self._presence_told[topic] = self.presence.version, publication
+        return publication
+
+    def _show_changes(self, view: _View) -> None:
+        """Render what has changed, and send it to who looks if it looks different."""
+        changed, view.changed = view.changed, {}
+        for topic, message in changed.items():
+            old = view.shown.get(topic)
+            if self._render_view(view, topic, message) and view.shown[topic] is not old:
+                for session in list(view.audience):
+                    session.put(view.shown[topic])
+
+    def _render_view(self, view: _View, topic: str, message: Publication | None) -> bool:
+        """Render one fragment; return whether that worked. What looks the same stays the same."""
+        what = f"@app.html({view.pattern!r}) {getattr(view.fn, '__qualname__', view.fn)}"
+        try:
+            render = functools.partial(view.fn, message) if view.takes_message else view.fn
+            data = self.fragments.render(render, what)
+        except Exception:
+            self.metrics.inc("horizon_html_errors_total")
+            _log.exception("%s failed", what)
+            return False
+        if topic in view.shown and view.shown[topic].data == data:
+            self.unchanged += 1
+            return True
+        if topic not in view.shown and len(view.shown) >= _MAX_VIEWS:
+            del view.shown[next(iter(view.shown))]
+        view.shown[topic] = Markup(data, next(self.topics.seq), f"{view.number} {topic}")
+        return True
+
+    def _look(self, view: _View, session: Session) -> None:
+        """Show a view to one more session."""
+        if view.subscription is None:
+            view.subscription = self.topics.subscribe(view.pattern, view.note, batched=True)
+            newest = {"": None} if not view.takes_message else {
+                name: self.topics.history(name)[-1] for name in self.topics.live(view.pattern)
+                if self.topics.history(name)}
+            for topic, message in newest.items():
+                self._render_view(view, topic, message)
+        view.audience[session] = None
+        for markup in view.shown.values():
+            session.put(markup)
+
+    def _look_away(self, topic: str, session: Session) -> None:
+        for view in self._views[topic]:
+            view.leave(session)
 
     def _flush(self, sessions: Iterable[Session]) -> None:
         """Render and write the outboxes of *sessions*; equal contents are rendered once."""
@@ -7647,6 +8895,7 @@ class Engine:
     def _render(self, session: Session, items: tuple[Any, ...]) -> bytes:
         began = self.loop.clock()
         data = session.render(items, session.packed)
+        self.renders[session.form or "json"] += 1
         self.metrics.observe("horizon_marshal_seconds", (self.loop.clock() - began) / 1e9)
         return data
 
@@ -7656,6 +8905,8 @@ class Engine:
         for item in items:
             if isinstance(item, Moves):
                 self.events_sent["PLAYER_MOVE"] += times * len(item.players)
+            elif isinstance(item, Markup):
+                self.events_sent["FRAGMENT"] += times
             else:
                 self.events_sent["TOPIC_MESSAGE" if item.topic else "DIRECT"] += times
         self.metrics.observe_many("horizon_batch_messages", len(items), times)
@@ -7768,26 +9019,33 @@ class Engine:
         raise HandshakeError("this origin may not connect", http_status=403, label="bad_origin")
 
     def _upgrade(self, connection: Connection, request: Request, route: _Endpoint) -> None:
-        ours = route.answer == self._on_data
-        subprotocol = _choose_subprotocol(request, ("horizon.json.v1", _PROTO)) if ours else ""
+        ours = {self._on_data: "data", self._on_html: _HTML}.get(route.answer, "")
+        subprotocol = _choose_subprotocol(
+            request, ("horizon.json.v1", _PROTO)) if ours == "data" else ""
         deflate, extensions = _agree_deflate(
             request, self.config.compress_above_bytes) if self.config.compress else (None, "")
-        session = Session(self, connection, request.user, subprotocol, deflate,
-                          None if ours else route.answer)
+        session = Session(self, connection, request.user, _HTML if ours == _HTML else subprotocol,
+                          deflate, None if ours else route.answer)
         self.topics.flush()            # what was broadcast before is not for it
         connection.upgrade(request, session, subprotocol, deflate, extensions)
         self._enroll(session)
         event = self.bus.emit("core:player_connected", self._about(session), session)
         if event.cancelled:
             self.refusals["player_connected"] += 1
+            self.presence.leave(session.id, at_once=True)
             connection.close(1013, event.reason)
+        elif ours == _HTML:
+            asked = request.args.get("topics", "")
+            for topic in asked.split(",") if asked else self._views:
+                with contextlib.suppress(_Refused):         # a page shows what it may
+                    self._act("subscribe", session, topic, {})
 
     def _stream(self, connection: Connection, request: Request, route: _Endpoint) -> None:
         """Answer GET /sub/<pattern> with Server-Sent Events."""
         session = Session(self, connection, request.user, _EVENTS)
         pattern = request.params["pattern"]
         try:
-            self._act("subscribe", session, pattern, {})
+            self._check_subscription(session, pattern)
         except _Refused as refusal:
             self.refusals[refusal.code] += 1
             raise HandshakeError(str(refusal), http_status=403 if refusal.code == "forbidden"
@@ -7796,12 +9054,16 @@ class Engine:
             "Cache-Control": "no-cache", "X-Accel-Buffering": "no",
             "Content-Type": "text/event-stream; charset=utf-8"}), session)
         self._enroll(session)
-        if "last-event-id" in request.headers:      # nothing is kept that could be sent again
-            session.send({"topic": pattern, "gap": True})
+        options, seen = {}, request.headers.get("last-event-id")
+        if seen is not None:
+            mark = re.fullmatch(r"([0-9a-f]{1,40}):(\d{1,18})", seen) or ("", "unknown", 0)
+            options["since"] = {"epoch": mark[1], "seq": int(mark[2])}
+        if self._act("subscribe", session, pattern, options) and seen is None:
+            connection.send(b"id: %b\n\n" % self.topics.gap(pattern).mark)
 
     def _enroll(self, session: Session) -> None:
         self.sessions[session.id] = session
-        self._listeners += session.listens
+        self._present[session.endpoint] += 1
         self._know_user(session)
 
     def _about(self, session: Session) -> dict[str, Any]:
@@ -7825,6 +9087,9 @@ class Engine:
         session: Session = connection.owner
         if session.goodbye is not None:
             return
+        if session.beats and not self.presence.heartbeat(session.id):
+            session.beats = False                   # it was silent for too long, and is back
+            self.presence.join(session.user, session.id)
         if session.handler is None:
             return self._on_data(session, message)
         try:
@@ -7843,8 +9108,9 @@ class Engine:
         self._waiting.pop(session, None)
         self.movement.remove(session.player)
         del self.sessions[session.id]
-        self._listeners -= session.listens
+        self._present[session.endpoint] -= 1
         self._forget_user(session)
+        self.presence.leave(session.id)
         if code == SlowPeer.close_code and reason == "too slow":
             self._tell_slow(session, outbox.dropped if outbox else 0)
         if session.form != _EVENTS:
@@ -7853,27 +9119,33 @@ class Engine:
 
     def _know_user(self, session: Session) -> None:
         self._users.setdefault(session.user, []).append(session)
-        if session.listens:
-            self.presence.join(session.user)
+        if session.endpoint:
+            self.presence.join(session.user, session.id)
 
     def _forget_user(self, session: Session) -> None:
         self._users[session.user].remove(session)
         if not self._users[session.user]:
             del self._users[session.user]
-        if session.listens:
-            self.presence.leave(session.user)
 
     def on_drain(self, connection: Connection) -> None:
         """Send a client that reads again what waited for it (the transport calls this)."""
         session: Session = connection.owner
         self._flush([session])
         if session.outbox is not None and session.outbox.owed and not connection.unsent:
-            session.put(self.movement.snapshot())
+            if Moves.key in session.outbox.owed:
+                session.put(self.movement.snapshot())
+            for view in itertools.chain.from_iterable(self._views.values()):
+                for markup in view.shown.values() if session in view.audience else ():
+                    if markup.key in session.outbox.owed:
+                        session.put(markup)
             self._flush([session])
         if session.goodbye is not None and not connection.unsent:
             connection.close(*session.goodbye)
 
-    # -- /ws/data: what clients say --
+    # -- /ws/data and /ws/html: what clients say --
+
+    def _on_html(self, session: Session, message: str | bytes) -> None:
+        self._on_data(session, message)         # the same, but _upgrade tells them apart
 
     def _on_data(self, session: Session, message: str | bytes) -> None:
         if isinstance(message, str):
@@ -7914,40 +9186,48 @@ class Engine:
                         *args: Any) -> None:
         """Do what a client asked; answer if it gave an id, and always if it can't be done."""
         try:
-            act(session, *args)
+            result = act(session, *args)
             if request_id is not None:
-                self._reply(session, request_id, None)
+                self._reply(session, request_id, None, result)
         except _Refused as refusal:
             self.refusals[refusal.code] += 1
             if request_id is not None or refusal.code not in (_NO_HANDLER, "failed"):
                 self._reply(session, request_id, refusal)
 
-    def _reply(self, session: Session, request_id: Any, refusal: _Refused | None) -> None:
+    def _reply(self, session: Session, request_id: Any, refusal: _Refused | None,
+               position: Mapping[str, Any] | None = None) -> None:
+        """Answer a request; a subscription to what is kept is told where it begins."""
         if session.form == _PROTO:
-            reply = builtin_schema().Reply(
+            schema = builtin_schema()
+            reply = schema.Reply(
                 id=str(request_id or ""), ok=refusal is None,
-                code=refusal.code if refusal else "", message=str(refusal or ""))
+                code=refusal.code if refusal else "", message=str(refusal or ""),
+                position=schema.Position(**position) if position else None)
             frame = _frame(_BINARY, _batch_of(type="REPLY", reply=reply))
         else:
             answer = {} if request_id is None else {"id": request_id}
-            answer |= {"ok": True} if refusal is None else {
+            answer |= {"ok": True, **(position or {})} if refusal is None else {
                 "error": {"code": refusal.code, "message": str(refusal)}}
             frame = _frame(_TEXT, _json_bytes(answer))
         self.events_sent["REPLY"] += 1
         session.say(frame)
 
-    def _do(self, session: Session, message: Any) -> None:
-        """Do what one message asks."""
+    def _do(self, session: Session, message: Any) -> Mapping[str, Any] | None:
+        """Do what one message asks; of a subscription return where it begins."""
         if not isinstance(message, dict):
             raise _Refused("bad_request", "a message is a JSON object; its id, text or a number")
         if "namespace" in message:
-            self._client_event(
-                session, message["namespace"], message.get("event"), message.get("data"))
+            data = message.get("data")
+            if session.form == _HTML and "data" not in message:     # a form that htmx sent
+                data = {name: value for name, value in message.items() if name not in _NOT_FIELDS}
+            self._client_event(session, message["namespace"], message.get("event"), data)
         elif "action" in message:
-            self._act(message["action"], session, message.get("topic"), message)
+            result = self._act(message["action"], session, message.get("topic"), message)
+            return result if isinstance(result, Mapping) else None
         else:
             raise _Refused("bad_request",
                            'a message has "namespace" and "event", or "action" and "topic"')
+        return None
 
     def _on_envelope(self, session: Session, envelope: Any) -> None:
         """Do what one protobuf envelope asks: the same as the JSON that means it."""
@@ -7962,6 +9242,9 @@ class Engine:
             message = {name: getattr(asked, name) for name in _ENVELOPES.get(kind, ())}
             for name in message.keys() & {"data", "payload"}:       # JSON, or nothing
                 message[name] = self._parse(_text(message[name])) if message[name] else None
+            if (since := message.get("since")) is not None:
+                by = "seq" if since.seq else "offset"
+                message["since"] = {"epoch": since.epoch, by: getattr(since, by)}
         self._answer_request(session, getattr(asked, "id", None) or None, self._do, message)
 
     def _move_event(self, session: Session, move: Any) -> None:
@@ -8002,8 +9285,30 @@ class Engine:
             session.send({"namespace": "system", "event": "hello", "data": {
                 "id": session.id, "user": session.user, "tick_hz": self.config.tick_hz,
                 "version": __version__}})
+        elif event == "heartbeat":
+            self._heartbeat(session, {} if data is None else data)
         else:
-            raise _Refused("unknown_event", "system has the events ping and hello")
+            raise _Refused("unknown_event", "system has the events ping, hello and heartbeat")
+
+    def _heartbeat(self, session: Session, data: Any) -> None:
+        """Note what a client says of itself: how often it will be heard, its user's state."""
+        known = {"interval_s", "multiplier", "metadata", "state"}
+        if not isinstance(data, dict) or data.keys() - known:
+            raise _Refused("bad_request", f"a heartbeat's data are {', '.join(sorted(known))}")
+        interval, multiplier = data.get("interval_s"), data.get("multiplier", 3)
+        if any(type(each) not in (int, float) or not 0 <= each <= 86_400
+               for each in (0 if interval is None else interval, multiplier)) or multiplier < 1:
+            raise _Refused("bad_request", "interval_s and multiplier are numbers up to 86400, "
+                           "the multiplier from 1")
+        if any(len(_json_bytes(data.get(each))) > _MAX_STATE for each in ("metadata", "state")):
+            raise _Refused("bad_request", f"metadata and state are of {_MAX_STATE} bytes at most")
+        if not session.endpoint:
+            return
+        session.beats = session.beats or interval is not None
+        self.presence.join(session.user, session.id, heartbeat_s=interval, multiplier=multiplier,
+                           metadata=data.get("metadata"))
+        if "state" in data:
+            self.presence.set_state(session.user, data["state"])
 
     def _act(self, action: Any, who: Session | Request, topic: Any, message: dict[str, Any]) -> Any:
         """Do what a client asks of a topic; how many a publication went to is for HTTP."""
@@ -8015,33 +9320,63 @@ class Engine:
         if not isinstance(topic, str):
             raise _Refused("bad_topic", '"topic" must be text')
         try:
-            return act(who, topic, message)
+            topic = ".".join(_check_topic(topic, wildcards=True))
         except UsageError as error:
             raise _Refused("bad_topic", str(error)) from None
+        try:
+            return act(who, topic, message)
+        except UsageError as error:
+            raise _Refused("bad_request", str(error)) from None
 
-    def _subscribe(self, session: Session, topic: str, message: dict[str, Any]) -> None:
-        mine = session.subscriptions = session.subscriptions or {}
-        if topic in mine:
-            return                              # asking twice is harmless
-        if not self._may(session.user, "subscribe", topic):
+    def _check_subscription(self, session: Session, topic: str) -> None:
+        try:
+            allowed = self._may(session.user, "subscribe", topic)
+        except UsageError as error:
+            raise _Refused("bad_topic", str(error)) from None
+        if not allowed:
             raise _Refused("forbidden", f"no rule lets you subscribe to {topic[:80]!r}")
-        if 0 < self.config.max_subscriptions <= len(mine):
+        mine = session.subscriptions or {}
+        if topic not in mine and 0 < self.config.max_subscriptions <= len(mine):
             raise _Refused("too_many_subscriptions", f"at most {self.config.max_subscriptions}")
+
+    def _subscribe(self, session: Session, topic: str, message: dict[str, Any]) -> dict[str, Any]:
+        """Subscribe; again with other options changes it. Returns where it begins, if kept."""
+        mine = session.subscriptions = session.subscriptions or {}
+        options = {each: message[each] for each in ("since", "rate") if message.get(each)}
+        if topic in mine and not options:
+            return self.topics.position(topic)      # asking twice is harmless
+        self._check_subscription(session, topic)
         if topic == Moves.topic:
-            packed = message.get("packed") or ""
-            if packed not in ("", "f32", "f64"):
-                raise _Refused("bad_request", '"packed" is "f32" or "f64"')
-            if packed and session.form != _PROTO:
-                raise _Refused("bad_request", '"packed" needs the subprotocol horizon.proto.v1')
-            session.packed = packed
-            self._movers[session] = None
+            self._subscribe_moves(session, message.get("packed") or "")
             mine[topic] = functools.partial(self._movers.pop, session, None)
-            session.put(self.movement.snapshot())
-        elif topic == _PRESENCE_TOPIC:
-            self._watchers[session] = None
-            mine[topic] = functools.partial(self._watchers.pop, session, None)
+        elif session.form == _HTML:
+            if topic not in self._views:
+                raise _Refused("no_fragment", f"nothing renders {topic[:80]!r}; "
+                                              f"{', '.join(self._views) or 'nothing'} has a form")
+            for view in self._views[topic]:
+                self._look(view, session)
+            mine[topic] = functools.partial(self._look_away, topic, session)
         else:
-            mine[topic] = self.topics.subscribe(topic, session.put_many, batched=True).remove
+            dropped = session.outbox.dropped if session.outbox else 0
+            subscription = self.topics.subscribe(
+                topic, session.put_many, batched=True, keep="last" if "rate" in options else "all",
+                **options)
+            if topic in mine:
+                mine[topic]()
+            mine[topic] = subscription.remove
+            if session.outbox and session.outbox.dropped > dropped:     # it reads too slowly
+                session.put(self.topics.gap(topic))
+            return subscription.position
+        return {}
+
+    def _subscribe_moves(self, session: Session, packed: Any) -> None:
+        if packed not in ("", "f32", "f64"):
+            raise _Refused("bad_request", '"packed" is "f32" or "f64"')
+        if packed and session.form != _PROTO:
+            raise _Refused("bad_request", '"packed" needs the subprotocol horizon.proto.v1')
+        session.packed = packed
+        self._movers[session] = None
+        session.put(self.movement.snapshot())
 
     def _unsubscribe(self, session: Session, topic: str, _message: dict[str, Any]) -> None:
         mine = session.subscriptions or {}
@@ -8054,13 +9389,23 @@ class Engine:
             raise _Refused("forbidden", f"clients don't publish under {topic.partition('.')[0]}")
         if not self._may(who.user or "guest-post", "publish", topic):
             raise _Refused("forbidden", f"no rule lets you publish to {topic[:80]!r}")
-        return self.topics.publish(topic, message.get("payload"),
-                                   critical=message.get("critical") is True)
+        topics = [topic]
+        if _is_pattern(topic.split(".")):           # each topic counts as a message
+            topics = [each for each in self.topics.live(topic)
+                      if each.partition(".")[0] not in _RESERVED_TOPICS]
+            if 0 < self.config.burst < len(topics):
+                raise _Refused("too_many_topics", f"{topic[:80]!r} reaches {len(topics)} topics")
+            if isinstance(who, Session):
+                who.connection.charge(max(0, len(topics) - 1))
+        return sum([self.topics.publish(
+            each, message.get("payload"), critical=message.get("critical") is True,
+            msg_id=message.get("msg_id") or None) for each in topics])
 
     # -- looking --
 
     def _add_routes(self) -> None:
-        self.websocket("/ws/data")(self._on_data)
+        for path in _WEBSOCKETS:
+            self.websocket(path)(self._on_html if path.endswith("html") else self._on_data)
         self._endpoint("EVENTS", "/sub/{pattern}", False)(lambda: None)
         self.post("/pub/{topic}")(self._serve_publish)
         self.get("/", public=True)(lambda request: _page())
@@ -8070,6 +9415,11 @@ class Engine:
         self.get("/readyz", public=True)(lambda request: Response(
             *(("ok\n", 200) if self._state == "open" else ("draining\n", 503))))
         self.get("/stats.json")(lambda request: self.report())
+        self.get("/swap.js", public=True)(lambda request: Response(
+            SWAP_SCRIPT, headers={"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"},
+            content_type="text/javascript; charset=utf-8"))
+        self.get("/presence")(self._serve_presence)
+        self.get("/presence/{user}")(self._serve_presence)
 
     def _serve_publish(self, request: Request, topic: str) -> Response:
         """Publish what was posted: JSON, or text as it is if it isn't; say to how many it goes."""
@@ -8080,8 +9430,22 @@ class Engine:
             if error.label != "bad_json" or "json" in request.headers.get("content-type", ""):
                 raise
             payload = text
-        message = {"payload": payload, "critical": request.args.get("critical") in ("1", "true")}
+        message = {"payload": payload, "critical": request.args.get("critical") in ("1", "true"),
+                   "msg_id": request.args.get("msg_id")}
         return Response({"delivered": self._act("publish", request, topic, message)}, 202)
+
+    def _serve_presence(self, request: Request, user: str | None = None) -> Response:
+        """Say who is here, or how one user is: 404 for who is not."""
+        if not self._may(request.user or "guest-get", "subscribe", _PRESENCE_TOPIC):
+            raise _Refused("forbidden", "no rule lets you see who is here")
+        presence = self.presence
+        if user is None:
+            states = {each: presence.state(each) for each in presence.users()}
+            return Response({"count": presence.online(), "users": presence.users(), "states": {
+                each: state for each, state in states.items() if state is not None}})
+        return Response({"user": user, "online": user in presence, "state": presence.state(user),
+                         "connections": presence.connections(user)},
+                        200 if user in presence else 404)
 
     def _serve_metrics(self, request: Request) -> Response:
         if not self.config.metrics:
@@ -8105,6 +9469,7 @@ class Engine:
         for name, text, buckets in _TIMED:
             self.metrics.describe(name, text, kind="histogram", buckets=buckets)
         self.metrics.describe("horizon_route_errors_total", "Answers of routes that raised.")
+        self.metrics.describe("horizon_html_errors_total", "Functions of HTML that raised.")
         self.metrics.describe("horizon_repeat_errors_total",
                               "Calls of repeated functions that raised.")
 
@@ -8129,6 +9494,9 @@ class Engine:
         self.loop.call_later(1.0, self._each_second)
         for pause in self._gc.take_pauses():
             self.metrics.observe("horizon_gc_pause_seconds", pause / 1e9)
+        self.topics.sweep()
+        self.presence.sweep()
+        self._check_alerts()
         server, now = self.server, self.loop.clock()
         marks = (server.messages_received, sum(self.events_sent.values()), server.bytes_sent, now)
         spent_s = (now - self._rate_marks[3]) / 1e9 or 1.0
@@ -8138,6 +9506,25 @@ class Engine:
         self._rate_marks = marks
         if self.topics.matching("system.stats"):
             self.publish("system.stats", self._live_figures())
+
+    def _check_alerts(self) -> None:
+        """Tell what is wrong when it begins and when it ends; too full, take in nobody more."""
+        limit_mb, resident_mb = self.config.max_memory_mb, self._resident_mb()
+        self.server.full = 0 < limit_mb < resident_mb
+        dropped, self._drops_told = self._worker.dropped - self._drops_told, self._worker.dropped
+        found = {"memory": f"{resident_mb:.0f} MB are resident, of max_memory_mb = {limit_mb}"
+                 if self.server.full else "",
+                 "batches": f"{dropped} events found no room in a batch" if dropped else ""}
+        for name, text in found.items():
+            if bool(text) == (name in self.alerts):
+                continue
+            if text:
+                self.alerts[name] = text
+                _log.warning("alert: %s", text)
+            else:
+                del self.alerts[name]
+                _log.info("no longer: %s", name)
+            self.bus.emit("core:alert", {"name": name, "active": bool(text), "text": text})
 
     def _live_figures(self) -> dict[str, Any]:
         ticks = sorted(self._tick_ns) or [0]
@@ -8155,7 +9542,8 @@ class Engine:
         figures, slow = self._live_figures(), server.refused["slow"]
         return {
             "version": __version__, "uptime_s": round(self._uptime_s(), 3), "state": self._state,
-            "healthy": self._state == "open" and not figures["drops"] and not slow,
+            "healthy": self._state == "open" and not (figures["drops"] or slow or self.alerts),
+            "alerts": dict(self.alerts),
             "connections": {"websockets": server.websockets, "sockets": len(server.connections),
                             "users": self.presence.online(), "accepted": server.accepted},
             "throughput": {**self._rates, "messages_received": server.messages_received,
@@ -8177,9 +9565,14 @@ class Engine:
         """Assert that every index agrees with the sessions there are (tests)."""
         self.server._check()
         assert sum(map(len, self._users.values())) == len(self.sessions)
+        self.presence._check()
         assert set(self._movers) <= set(self.sessions.values())
+        assert self._present.total() == len(self.sessions)
+        views = [*itertools.chain.from_iterable(self._views.values())]
+        assert {session for view in views for session in view.audience} <= {*self.sessions.values()}
+        assert all(bool(view.audience) == (view.subscription is not None) for view in views)
         if not self.sessions:
-            assert not self.presence.online() and not self._users
+            assert not self.presence._connections and not self._users
 
 
 # =============================================================================
@@ -8190,6 +9583,7 @@ class Engine:
 
 _FIRST_DELAY_S, _LAST_DELAY_S = 0.1, 5.0        # between two tries to connect again
 _FINAL_CODES = (1000, 1002, 1003, 1007, 1008, 1009)     # who is told this need not come again
+_AT = ("epoch", "offset", "seq")    # of a position
 _END = object()                     # instead of a message: there are no more
 
 
@@ -8208,16 +9602,18 @@ class Client:
 
     Asking: subscribe, unsubscribe, publish, emit, request.   Taking: recv, iteration.
     Messages are what the server sent, as parsed JSON; with ``protocol="proto"``, the
-    EventEnvelopes of the built-in schema. One thread uses a client.
+    EventEnvelopes of the built-in schema. ``positions`` tells how far the topics that the
+    server keeps were heard, for ``subscribe(topic, since=...)``. One thread uses a client.
     """
 
-    __slots__ = ("url", "protocol", "reconnects", "_options", "_sock", "_ws", "_waiting", "_ids",
-                 "closed", "_topics", "_lost_at", "_next_try")
+    __slots__ = ("url", "protocol", "reconnects", "positions", "_options", "_sock", "_ws",
+                 "_waiting", "_ids", "closed", "_topics", "_lost_at", "_next_try")
 
     def __init__(self, url: str, protocol: str, options: _Options) -> None:
         self.url = url
         self.protocol = protocol
         self.reconnects = 0                 # how often the connection was made anew
+        self.positions: dict[str, dict[str, Any]] = {}      # by topic or pattern
         self._options = options
         self._waiting: deque[Any] = deque()
         self._ids = itertools.count(1)
@@ -8279,7 +9675,9 @@ class Client:
             self._sock.settimeout(self._options.timeout_s)
             for topic, options in list(self._topics.items()):
                 try:
-                    self.request("subscribe", topic, timeout_s=timeout_s, **options)
+                    since = self.positions.get(topic)
+                    self._follow(topic, options if since is None else {**options, "since": since},
+                                 timeout_s)
                 except StateError:
                     raise
                 except UsageError as error:
@@ -8307,21 +9705,41 @@ class Client:
             self.send({"namespace": namespace, "event": event, "data": data})
 
     def subscribe(self, topic: str, **options: Any) -> None:
-        """Subscribe and wait until the server agreed (UsageError if it refuses)."""
-        self.request("subscribe", topic, **options)
-        self._topics[topic] = options
+        """Subscribe and wait until the server agreed (UsageError if it refuses).
+
+        *options* are ``since``, a position as in ``positions``: first comes what was missed
+        since, or a message with "gap"; ``rate``, for the newest so many times a second; and
+        ``packed`` for movement.
+        """
+        self._follow(topic, options, 10.0)
+
+    def _follow(self, topic: str, options: dict[str, Any], timeout_s: float) -> None:
+        answer = self.request("subscribe", topic, timeout_s=timeout_s, **options)
+        self._topics[topic] = {name: each for name, each in options.items() if name != "since"}
+        if hasattr(answer, "reply"):
+            at = answer.reply.position
+            answer = {"epoch": at.epoch, "seq" if at.seq else "offset": at.seq or at.offset} if (
+                at) else {}
+        if "epoch" in answer:
+            self.positions[topic] = {name: each for name, each in answer.items() if name in _AT}
 
     def unsubscribe(self, topic: str) -> None:
         """End a subscription and wait until the server agreed."""
         self.request("unsubscribe", topic)
         self._topics.pop(topic, None)
+        self.positions.pop(topic, None)
 
-    def publish(self, topic: str, payload: Any, *, critical: bool = False) -> None:
-        """Publish and wait until the server accepted it (UsageError if it refuses)."""
-        self.request("publish", topic, payload=payload, critical=critical)
+    def publish(self, topic: str, payload: Any, *, critical: bool = False,
+                msg_id: str | None = None) -> None:
+        """Publish and wait until the server accepted it (UsageError if it refuses).
 
-    def request(self, action: str, topic: str, *, timeout_s: float = 10.0, **fields: Any) -> None:
-        """Send an action and wait for its answer; messages that come meanwhile are kept.
+        With a *msg_id* of one's own, it may be said again without being delivered again.
+        """
+        more: dict[str, Any] = {} if msg_id is None else {"msg_id": msg_id}
+        self.request("publish", topic, payload=payload, critical=critical, **more)
+
+    def request(self, action: str, topic: str, *, timeout_s: float = 10.0, **fields: Any) -> Any:
+        """Send an action and return its answer; messages that come meanwhile are kept.
 
         Raises:
             UsageError: the server refused; its words are in the text.
@@ -8330,6 +9748,9 @@ class Client:
         request_id = f"{next(self._ids)}"
         if self.protocol == "proto":
             payload = _json_bytes(fields.pop("payload")) if "payload" in fields else b""
+            if (since := fields.get("since")) is not None:
+                fields["since"] = builtin_schema().Position(
+                    **(since if isinstance(since, Mapping) else {"offset": since}))
             self.send_envelope(request=builtin_schema().ClientRequest(
                 id=request_id, action=action, topic=topic, payload=payload, **fields))
         else:
@@ -8343,6 +9764,7 @@ class Client:
             self._waiting.extendleft(reversed(kept))
         if error := self._refusal(message):
             raise UsageError(f"{action} {topic}: {error}")
+        return message
 
     def _is_answer(self, message: Any, request_id: str) -> bool:
         if message is _END:
@@ -8445,10 +9867,29 @@ class Client:
                 with contextlib.suppress(ValueError, RecursionError):
                     message = json.loads(event)
                 # an array is several objects of one tick
-                self._waiting.extend(message if isinstance(message, list) else [message])
+                self._keep(message if isinstance(message, list) else [message])
             elif isinstance(event, bytes):
-                self._waiting.extend(builtin_schema().EventBatch.decode(event).events
-                                     if self.protocol == "proto" else [event])
+                self._keep(builtin_schema().EventBatch.decode(event).events
+                           if self.protocol == "proto" else [event])
+
+    def _keep(self, messages: list[Any]) -> None:
+        """Let messages wait to be taken, and note how far their topics are heard with them."""
+        self._waiting.extend(messages)
+        for message in messages if self.positions else ():
+            if hasattr(message, "which"):
+                message = message.topic_message and message.topic_message.to_dict()
+            if isinstance(message, dict) and (message.get("seq") or message.get("gap")) and (
+                    isinstance(message.get("epoch"), str) and type(message.get("offset")) is int):
+                self._note(str(message.get("topic")), **{
+                    name: message.get(name, 0) for name in _AT})
+
+    def _note(self, topic: str, epoch: str, offset: int, seq: int) -> None:
+        tokens = topic.split(".")
+        for name in self.positions:
+            pattern = _check_topic(name, wildcards=True)
+            if _contains(pattern, tokens):
+                self.positions[name] = {"epoch": epoch[:_EPOCH_LENGTH], "seq": seq} if (
+                    _is_pattern(pattern)) else {"epoch": epoch, "offset": offset}
 
     def __iter__(self) -> Iterator[Any]:
         return iter(functools.partial(self._next, None), _END)
@@ -8542,7 +9983,8 @@ def connect(url: str, *, token: str | None = None, protocol: str = "json",
     *protocol* is "json" or "proto"; *token* is sent as a bearer token (RFC 6750). For wss,
     *ssl_context* may trust another authority than the system's. With *reconnect*, ``recv``
     connects again when the connection was lost, for so many seconds at most (True: five
-    minutes), at growing intervals, and subscribes anew; what was said meanwhile is lost.
+    minutes), at growing intervals, and subscribes anew. Of topics that keep a history it then
+    gets what it missed, or a message with "gap"; of others that is lost.
 
     Raises:
         OSError: nobody listens there.
@@ -8569,6 +10011,7 @@ examples:
   python -m horizon_lite                          a moving world at http://127.0.0.1:8080
   python -m horizon_lite serve app.py --port 9000 your own engine file
   python -m horizon_lite load --players 100 --hz 50 --for 10
+  python -m horizon_lite config --show            every setting, and where it comes from
   python -m horizon_lite proto > horizon.proto    the wire, for other languages
 """
 
@@ -8600,7 +10043,24 @@ class DemoWorld:
 
 
 def _add_chat(app: Engine) -> None:
-    """Give the page's chat line somebody to talk to."""
+    """Give the page's chat line somebody to talk to, and HTML to show it in."""
+    app.topic("chat.lobby", history=50, ttl=3600, replay="all")
+
+    @app.html("presence")
+    def online() -> str:
+        return html('<p id="online">{count} online: {users}</p>', count=app.presence.online(),
+                    users=", ".join(app.presence.users()[:100]))
+
+    @app.html("chat.lobby")
+    def log() -> str:
+        lines = [html("<li><b>{line[from]}</b> {line[text]}</li>", line=each.payload)
+                 for each in app.topics.history("chat.lobby")]
+        return html('<ul id="log">{lines}</ul>', lines=lines)
+
+    @app.get("/html", public=True)
+    def page(request: Request) -> Response:
+        return Response(HTML_PAGE, content_type="text/html; charset=utf-8")
+
     @app.on_client("chat", "message")
     def chat(event: Event) -> None:
         text = event.data.get("text") if isinstance(event.data, dict) else None
@@ -8711,6 +10171,21 @@ def _find_engine(module: ModuleType, target: str) -> Engine:
     return found
 
 
+def _print_config(args: argparse.Namespace) -> int:
+    """Print every setting as a server would have it; with --show also where it comes from."""
+    said = _said(args)
+    config = Config.load(args.config, **said)
+    layers = _layers(args.config, None, said)
+    for name in _CONFIG_TYPES:
+        value = getattr(config, name)
+        shown = json.dumps(list(value) if isinstance(value, tuple) else value)
+        origin = next((where for where, layer in reversed(layers) if name in layer), "default")
+        origin = {"said": f"--{name.replace('_', '-')}",
+                  "environment": f"HORIZON_{name.upper()}"}.get(origin, origin)
+        print(f"{name} = {shown}{'  # ' + origin if args.show else ''}")
+    return 0
+
+
 def _print_proto(args: argparse.Namespace) -> int:
     """Print the built-in schema, or files in one form; with --check only what is wrong."""
     if not args.files:
@@ -8812,8 +10287,20 @@ class _Player(Client):
                 self.load.latencies_ns.append(now - sent_ns[int(number) - 1])
 
 
+_LOAD_TEXT = """\
+players         {players} at {hz:g} moves/s for {seconds:g} s
+events sent     {events_sent:,}   ({critical_sent} critical)
+events received {events_received:,}   in {frames_received:,} frames, {events_per_frame:g} per frame
+lost            {lost}   (server drops {server_drops}, coalesced {coalesced:,})
+latency ms      p50 {p50:g}   p95 {p95:g}   p99 {p99:g}   max {max:g}
+tick overruns   {overruns} of {ticks:,}
+server          {server_cpu_s:g} s CPU, {server_rss_mb:g} MB resident"""
+
+
 class _Load:
-    """The seed's load test: players that move at a rate, over real sockets."""
+    """Seed 000's load test: players that move at a rate, over real sockets."""
+
+    text = _LOAD_TEXT
 
     def __init__(self, url: str, players: int, hz: float, seconds: float) -> None:
         self.url = url
@@ -8882,30 +10369,117 @@ class _Load:
 
     def result(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         """Return the figures; *before* and *after* are the server's reports."""
-        latencies = sorted(self.latencies_ns)
-
-        def latency_ms(part: float) -> float | None:
-            at = int((len(latencies) - 1) * part)
-            return round(latencies[at] / 1e6, 3) if latencies else None
-
-        def grown(group: str, key: str) -> Any:
-            return after[group][key] - before[group][key]
-
-        drops = grown("drops", "dropped") + grown("drops", "slow_closed")
         return {
-            "players": len(self.players), "hz": self.hz, "seconds": self.seconds,
+            **_figures(self, self.players, before, after, self._missing()),
             "events_sent": self.sent + self.criticals, "events_received": self.events,
-            "frames_received": self.frames,
             "events_per_frame": round(self.events / max(self.frames, 1), 1),
             "critical_sent": self.criticals, "critical_received": self.heard,
-            "lost": self._missing() + drops, "server_drops": drops,
-            "coalesced": grown("drops", "coalesced"),
-            "latency_ms": {"p50": latency_ms(0.5), "p95": latency_ms(0.95),
-                           "p99": latency_ms(0.99), "max": latency_ms(1.0)},
-            "latency_samples": len(latencies),
-            "overruns": grown("tick", "overruns"), "ticks": grown("tick", "count"),
-            "server_cpu_s": round(after["cpu_s"] - before["cpu_s"], 3),
-            "server_rss_mb": after["memory"]["rss_mb"], "sends_blocked": self.blocked}
+            "coalesced": after["drops"]["coalesced"] - before["drops"]["coalesced"],
+            "latency_samples": len(self.latencies_ns), "sends_blocked": self.blocked}
+
+
+def _figures(load: _Load | _HtmlLoad, clients: list[Any], before: dict[str, Any],
+             after: dict[str, Any], missing: int) -> dict[str, Any]:
+    """Return what every load test measures; the reports are the server's."""
+    latencies = sorted(load.latencies_ns)
+
+    def latency_ms(part: float) -> float | None:
+        at = int((len(latencies) - 1) * part)
+        return round(latencies[at] / 1e6, 3) if latencies else None
+
+    def grown(group: str, key: str) -> Any:
+        return after[group][key] - before[group][key]
+
+    drops = grown("drops", "dropped") + grown("drops", "slow_closed")
+    return {
+        "players": len(clients), "hz": load.hz, "seconds": load.seconds,
+        "frames_received": load.frames, "lost": missing + drops, "server_drops": drops,
+        "latency_ms": {"p50": latency_ms(0.5), "p95": latency_ms(0.95), "p99": latency_ms(0.99),
+                       "max": latency_ms(1.0)},
+        "overruns": grown("tick", "overruns"), "ticks": grown("tick", "count"),
+        "server_cpu_s": round(after["cpu_s"] - before["cpu_s"], 3),
+        "server_rss_mb": after["memory"]["rss_mb"]}
+
+
+class _HtmlReader(Client):
+    """One client of the HTML load test: it has the page, and talks now and then."""
+
+    __slots__ = ("load", "said")
+
+    def __init__(self, load: _HtmlLoad) -> None:
+        self.load = load
+        self.said: deque[tuple[int, str]] = deque()         # when, and what to look for
+        super().__init__(load.url, "json", _Options())
+
+    def receive(self, _mask: int) -> None:
+        """Count the fragments that arrived, and look for one's own words."""
+        data = self._sock.recv(_RECV_BYTES)
+        if not data:
+            raise HandshakeError("the server hung up")
+        self._ws.receive(data)
+        for event in self._ws.take_events():
+            if isinstance(event, Ping):
+                self._send(self._ws.send_pong, event.data)
+            elif isinstance(event, Close):
+                raise HandshakeError(f"the server closed: {event.code} {event.reason}")
+            elif isinstance(event, str) and event.startswith("<"):
+                self.load.frames += 1
+                self.load.fragments += 1 + event.count("\n<")
+                while self.said and self.said[0][1] in event:
+                    self.load.latencies_ns.append(time.monotonic_ns() - self.said.popleft()[0])
+
+
+class _HtmlLoad:
+    """Seed 004's load test: readers of ``/app/ws/html`` that talk, *hz* lines a second in all."""
+
+    text = """\
+readers         {players} for {seconds:g} s, {hz:g} lines/s by all of them
+lines said      {events_sent:,}   seen by who said them {events_seen:,}
+fragments       {fragments_received:,}   in {frames_received:,} frames
+lost            {lost}   (server drops {server_drops})
+latency ms      p50 {p50:g}   p95 {p95:g}   p99 {p99:g}   max {max:g}
+tick overruns   {overruns} of {ticks:,}
+server          {server_cpu_s:g} s CPU, {server_rss_mb:g} MB resident"""
+
+    def __init__(self, url: str, players: int, hz: float, seconds: float) -> None:
+        self.url = url.rstrip("/") + "/app/ws/html"
+        self.hz = hz
+        self.seconds = seconds
+        self.sent = self.frames = self.fragments = 0
+        self.latencies_ns: list[int] = []
+        self.readers = [_HtmlReader(self) for _ in range(players)]
+
+    def run(self, show: bool) -> None:
+        """Let readers talk in turn for the time that was asked, then wait for the last words.
+
+        Raises:
+            HorizonError, OSError: a reader was disconnected.
+        """
+        loop = Loop()
+        for reader in self.readers:
+            loop.selector.register(reader._sock, _READ, reader.receive)
+        began = time.monotonic()
+        while (spent := time.monotonic() - began) < self.seconds + 2.0:
+            while spent < self.seconds and self.sent < spent * self.hz:
+                self._say_next()
+            if spent > self.seconds and not any(each.said for each in self.readers):
+                break
+            loop.run_once(min((self.sent + 1) / self.hz - spent, 0.1))
+        for reader in self.readers:
+            reader.close()
+
+    def _say_next(self) -> None:
+        reader = self.readers[self.sent % len(self.readers)]
+        text = f"line {self.sent} of {os.urandom(4).hex()}"
+        reader.said.append((time.monotonic_ns(), text))
+        reader.send({"namespace": "chat", "event": "message", "text": text})
+        self.sent += 1
+
+    def result(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+        """Return the figures; *before* and *after* are the server's reports."""
+        unseen = sum(len(each.said) for each in self.readers)
+        return {**_figures(self, self.readers, before, after, unseen), "events_sent": self.sent,
+                "events_seen": len(self.latencies_ns), "fragments_received": self.fragments}
 
 
 def _fetch_report(url: str) -> Any:
@@ -8943,7 +10517,8 @@ def _load(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with _own_server(args.hz) if args.url is None else contextlib.nullcontext(args.url) as url:
         try:
-            load = _Load(url, args.players, args.hz, args.seconds)
+            kind = _HtmlLoad if args.endpoint == "html" else _Load
+            load = kind(url, args.players, args.hz, args.seconds)
         except OSError as error:
             raise HandshakeError(f"{url}: {error.strerror or error}") from None
         before = _fetch_report(url)
@@ -8954,18 +10529,8 @@ def _load(args: argparse.Namespace) -> int:
         print("\r\033[K", end="", file=sys.stderr)
     latency = {name: math.nan if value is None else value
                for name, value in result["latency_ms"].items()}
-    print(json.dumps(result) if args.json else _LOAD_TEXT.format(**result, **latency))
+    print(json.dumps(result) if args.json else load.text.format(**result, **latency))
     return 1 if result["lost"] else 0
-
-
-_LOAD_TEXT = """\
-players         {players} at {hz:g} moves/s for {seconds:g} s
-events sent     {events_sent:,}   ({critical_sent} critical)
-events received {events_received:,}   in {frames_received:,} frames, {events_per_frame:g} per frame
-lost            {lost}   (server drops {server_drops}, coalesced {coalesced:,})
-latency ms      p50 {p50:g}   p95 {p95:g}   p99 {p99:g}   max {max:g}
-tick overruns   {overruns} of {ticks:,}
-server          {server_cpu_s:g} s CPU, {server_rss_mb:g} MB resident"""
 
 
 # -- the arguments --
@@ -9010,13 +10575,18 @@ _COMMANDS: dict[str, tuple[Any, str, str, str, dict[str, dict[str, Any]]]] = {
               "[app.py | module:name] [settings]", "app.py --port 9000", {
         "app": {"nargs": "?", "help": "app.py, or module:name"}}),
     "load": (_load, "drive a server with real WebSocket clients and measure it",
-             "[--url URL] [--players N] [--hz N] [--for SECONDS] [--json]",
+             "[--url URL] [--endpoint data|html] [--players N] [--hz N] [--for SECONDS] [--json]",
              "--players 100 --hz 50 --for 10", {
         "--url": {"help": "a running server; without it one is started"},
+        "--endpoint": {"choices": ("data", "html"), "default": "data",
+                       "help": "data: players that move; html: readers of fragments that talk"},
         "--players": _number(int, 1, 10_000, 100, "clients"),
         "--hz": _number(float, 0.1, 1000, 50.0, "moves per second each"),
         "--for": _number(float, 0.1, 86_400, 10.0, "how long", "SECONDS") | {"dest": "seconds"},
         "--json": {"action": "store_true", "help": "print one JSON object"}}),
+    "config": (_print_config, "print all settings, as TOML; --show says where each comes from",
+               "[--show] [settings]", "--show --config horizon.toml --profile dev", {
+        "--show": {"action": "store_true", "help": "say where each value comes from"}}),
     "proto": (_print_proto, "print the built-in .proto schema, or tidy and check your own",
               "[--check] [-I FOLDER] [FILE...]", "> horizon.proto", {
         "files": {"nargs": "*", "metavar": "FILE", "help": "proto3 files to print in one form"},
