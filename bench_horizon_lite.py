@@ -521,6 +521,145 @@ def _():
 
 
 # =============================================================================
+# 8, 12  TOPICS, TICKS
+# =============================================================================
+
+class TopicRouter:
+    """Seed 004's router as it stands there: topics, their clients' ids, and a call for each."""
+
+    def __init__(self, clients):
+        self.routes, self.clients = {}, clients
+
+    def subscribe(self, client, topic):
+        self.routes.setdefault(topic, []).append(client)
+
+    def route(self, topic, message):
+        for client in self.routes.get(topic, ()):
+            self.clients[client](message)
+
+
+class TopicFilter:
+    """Seed 004's multiplexing as it stands there: every client is asked for every message."""
+
+    def __init__(self, clients):
+        self.clients, self.topics = clients, {client: set() for client in clients}
+
+    def subscribe(self, client, topic):
+        self.topics[client].add(topic)
+
+    def route(self, topic, message):
+        for client, topics in self.topics.items():
+            if topic in topics:
+                self.clients[client](message)
+
+
+def routed(subscribe, publish, counts, times=100):
+    """Seed 004's benchmark: 1,000 clients of chat.messages, every tenth of presence.updates, too."""
+    for n in range(1000):
+        subscribe(n, "chat.messages")
+        if n % 10 == 0:
+            subscribe(n, "presence.updates")
+    best = 9e9
+    for _ in range(7):
+        counts[0] = 0
+        began = time.perf_counter()
+        publish("chat.messages", "presence.updates", times)
+        best = min(best, time.perf_counter() - began)
+        assert counts[0] == times * 1100
+    return best / times / 1100 * 1e9
+
+
+@bench("8.topics.publish_1000", "ns/delivery")
+def _():
+    """Messages of both topics to who subscribed; ours by batches, as the engine's sessions are, and one by one."""
+    counts = [0]
+
+    def one(message):
+        counts[0] += 1
+
+    def many(batch):
+        counts[0] += len(batch.items)
+
+    def ours(topics, batched, sink):
+        sinks = [functools.partial(sink) for _ in range(1000)]
+
+        def publish(chat, presence, times):
+            for _ in range(times):
+                topics.publish(chat, "test message")
+                topics.publish(presence, "test message")
+            topics.flush()
+        return routed(lambda n, topic: topics.subscribe(topic, sinks[n], batched=batched), publish, counts)
+
+    def theirs(kind):
+        router = kind({n: functools.partial(one) for n in range(1000)})
+
+        def publish(chat, presence, times):
+            for _ in range(times):
+                router.route(chat, b"test message")
+                router.route(presence, b"test message")
+        return routed(router.subscribe, publish, counts)
+    return {"horizon_lite": ours(hl.Topics(), True, many), "horizon_lite one by one": ours(hl.Topics(), False, one),
+            "seed's TopicRouter": theirs(TopicRouter), "seed's TopicFilter": theirs(TopicFilter)}
+
+
+@bench("8.topics.match_10000", "us")
+def _():
+    """Find the subscribers of a topic among 10,000 patterns; beside it asking each pattern."""
+    topics, patterns = hl.Topics(), []
+    for n in range(10_000):
+        pattern = (f"city{n % 100}.*.sensor{n}", f"*.house{n}.temp", f"city{n % 100}.house{n}.>", f"city{n % 100}.house{n}.sensor{n}")[n % 4]
+        patterns.append(pattern.split("."))
+        topics.subscribe(pattern, print)
+    names = [f"city{n % 100}.house{n}.{'temp' if n % 2 else f'sensor{n}'}" for n in range(0, 10_000, 1111)]
+
+    def naive(name):
+        tokens = name.split(".")
+        return sum(hl._contains(pattern, tokens) for pattern in patterns)
+    found = [len(topics.matching(name)) for name in names]
+    assert found == [naive(name) for name in names] and sum(found) > 0
+    return {"horizon_lite": best_ns(lambda: [topics.matching(name) for name in names]) / len(names) / 1000,
+            "asking each": best_ns(lambda: [naive(name) for name in names], repeats=3) / len(names) / 1000}
+
+
+@bench("8.topics.history", "ns")
+def _():
+    """Publish to a topic that keeps 100 messages, nobody else there; beside it one that keeps none."""
+    topics = hl.Topics()
+    topics.topic("kept", history=100)
+    payload = {"from": "ada", "text": "hello"}
+    result = compare(**{"horizon_lite": functools.partial(topics.publish, "kept", payload),
+                        "without history": functools.partial(topics.publish, "plain", payload)})
+    assert len(topics.history("kept")) == 100 and topics.history("kept")[-1].offset == topics.position("kept")["offset"]
+    return result
+
+
+@bench("8.topics.fragment_hit", "ns")
+def _():
+    """A fragment of ten lines from the cache; beside it rendering it."""
+    cache = hl.FragmentCache()
+
+    def render():
+        return hl.html("<ul>{lines}</ul>", lines=[hl.html("<li>{n}</li>", n=n) for n in range(10)])
+    assert cache.get("lines", render) == render().encode()
+    return compare(**{"horizon_lite": functools.partial(cache.get, "lines", render), "rendering": render})
+
+
+@bench("12.ticks.batcher", "ns")
+def _():
+    """Add an item to a batch of 20; beside it a list by hand, without a clock or a bound."""
+    got, plain = [0], []
+    batcher = hl.Batcher(lambda items: got.__setitem__(0, got[0] + len(items)))
+
+    def by_hand():
+        plain.append(1)
+        if len(plain) >= 20:
+            plain.clear()
+    result = compare(**{"horizon_lite": functools.partial(batcher.add, 1), "a list by hand": by_hand})
+    assert got[0] % 20 == 0 and got[0] > 1000
+    return result
+
+
+# =============================================================================
 # 13  PROTOCOLS
 # =============================================================================
 
@@ -986,6 +1125,51 @@ def _():
                 connect().close()
             return (process_stat(pid)[0] - before) / 3_000 * 1e6
     return in_turns(cost, 3)
+
+
+@functools.cache
+def rooms(users=2_000, size=20, per_s=5_000, seconds=8):
+    """Seed 004's hope: users in rooms of twenty, who say 5,000 messages a second in all."""
+    with server("horizon_lite") as (pid, connect), selectors.DefaultSelector() as selector:
+        socks = [connect() for _ in range(users)]
+        counts, rest = dict.fromkeys(socks, 0), dict.fromkeys(socks, b"")
+        for n, sock in enumerate(socks):
+            send_text(sock, '{"action":"subscribe","topic":"room.%d"}' % (n // size))
+            selector.register(sock, selectors.EVENT_READ)
+        texts = [hl._frame(1, b'{"action":"publish","topic":"room.%d","payload":"%b"}' % (n, b"x" * 80), b"\1\2\3\4")
+                 for n in range(users // size)]
+        time.sleep(0.5)
+        cpu, sent, began = process_stat(pid)[0], 0, time.monotonic()
+        while True:
+            spent = time.monotonic() - began
+            while sent < min(spent, seconds) * per_s:
+                n = sent * 7919 % users
+                socks[n].sendall(texts[n // size])
+                sent += 1
+            events = selector.select(0 if spent < seconds else 1)
+            for key, _ in events:
+                sock = key.fileobj
+                got, rest[sock] = frames_in(rest[sock] + sock.recv(65536))
+                counts[sock] += got
+            if spent >= seconds and not events:
+                break
+        figures = (process_stat(pid)[0] - cpu) * 1000 / seconds, process_stat(pid)[1] / 1e6
+        delivered = sum(counts.values())
+        for sock in socks:
+            sock.close()
+    assert delivered == sent * size, (delivered, sent * size)
+    print(f"    {users} users, {sent / seconds:.0f} messages/s in, {delivered / seconds:.0f}/s out, none lost", file=sys.stderr)
+    return figures
+
+
+@bench("20.engine.2000_users_cpu", "ms CPU/s")
+def _():
+    return {"horizon_lite": rooms()[0]}
+
+
+@bench("20.engine.2000_users_memory", "MB")
+def _():
+    return {"horizon_lite": rooms()[1]}
 
 
 # =============================================================================

@@ -9059,7 +9059,7 @@ class Engine:
             mark = re.fullmatch(r"([0-9a-f]{1,40}):(\d{1,18})", seen) or ("", "unknown", 0)
             options["since"] = {"epoch": mark[1], "seq": int(mark[2])}
         if self._act("subscribe", session, pattern, options) and seen is None:
-            connection.send(b"id: %b\n\n" % self.topics.gap(pattern).mark)
+            connection.send(b":\nid: %b\n\n" % self.topics.gap(pattern).mark)    # a place to begin
 
     def _enroll(self, session: Session) -> None:
         self.sessions[session.id] = session
@@ -10182,7 +10182,7 @@ def _print_config(args: argparse.Namespace) -> int:
         origin = next((where for where, layer in reversed(layers) if name in layer), "default")
         origin = {"said": f"--{name.replace('_', '-')}",
                   "environment": f"HORIZON_{name.upper()}"}.get(origin, origin)
-        print(f"{name} = {shown}{'  # ' + origin if args.show else ''}")
+        print(f"{name + ' = ' + shown:<40}  # {origin}" if args.show else f"{name} = {shown}")
     return 0
 
 

@@ -2381,6 +2381,375 @@ def test_presence_counts_users_not_connections():
     assert presence.take_changes() == {"type": "presence_update", "users": ["ada"], "joined": [], "left": ["bob"]}
     presence._check()
 
+def test_mqtt_wildcards_mean_the_same():
+    topics, got = hl.Topics(), []
+    for pattern in ("s.+.temp", "s.#", "s.*.temp"):
+        topics.subscribe(pattern, lambda message, pattern=pattern: got.append(pattern))
+    assert topics.publish("s.one.temp", 1) == 3 and topics.publish("s.one.two.temp", 1) == 1
+    assert {each.pattern for each in topics.matching("s.one.temp")} == {"s.*.temp", "s.>"}
+    with pytest.raises(hl.UsageError):
+        topics.subscribe("s.#.temp", print)
+
+
+def test_publishing_to_a_pattern_reaches_every_topic_there_is(rng):
+    topics, got = hl.Topics(), []
+    names = {".".join(rng.choice("abc") for _ in range(rng.randint(1, 4))) for _ in range(40)}
+    for name in names:
+        topics.subscribe(name, lambda message: got.append(message.topic))
+    for pattern in ("*", ">", "a.>", "a.*.b", "*.*", "b.#", "+.c"):
+        plain = pattern.replace("+", "*").replace("#", ">")
+        wanted = sorted(name for name in names if naive_matches(plain, name))
+        got.clear()
+        assert topics.publish(pattern, 1) == len(wanted) and sorted(got) == wanted == sorted(topics.live(pattern))
+    assert topics.publish("nobody.*.there", 1) == 0 and len(topics) == len(names)
+
+
+def test_feeds_hear_when_the_first_comes_and_the_last_goes():
+    told = []
+    topics = hl.Topics(on_occupied=lambda name, occupied: told.append((name, occupied)))
+    one, two = topics.subscribe("feed.a", print), topics.subscribe("feed.a", print)
+    one.remove()
+    one.remove()
+    assert told == [("feed.a", True)]
+    two.remove()
+    wild = topics.subscribe("feed.*", print)
+    assert told[1:] == [("feed.a", False), ("feed.*", True)]
+    topics.topic("feed.b")                      # declared: who listens by a wildcard counts
+    assert told[3:] == [("feed.b", True)]
+    both = topics.subscribe("feed.b", print)
+    wild.remove()
+    assert told[4:] == [("feed.*", False)]
+    other = topics.subscribe("feed.>", print)
+    both.remove()
+    other.remove()
+    assert told[5:] == [("feed.>", True), ("feed.>", False), ("feed.b", False)]
+    topics._check()
+
+
+def test_history_is_what_a_naive_one_says(rng):
+    """Whoever comes back by offset or by seq gets exactly what was missed, or hears of a gap."""
+    for _ in range(int(30 * SOAK)):
+        clock = FakeClock()
+        topics = hl.Topics(max_bytes=rng.choice([300, 1 << 20]), clock=clock)
+        limits = {}
+        for name in ("a.x", "a.y", "b"):
+            limits[name] = rng.choice([0, 1, 3, 10]), rng.choice([None, 5.0, 50.0])
+            topics.topic(name, history=limits[name][0], ttl=limits[name][1])
+        naive = {name: [] for name in limits}       # (when, seq, offset, payload, bytes)
+        for step in range(60):
+            clock.now_ns += rng.randrange(3) * 1_000_000_000
+            name = rng.choice(list(limits))
+            if rng.random() < .6:
+                got = []
+                watch = topics.subscribe(name, got.append)
+                topics.publish(name, payload := [step, "x" * rng.randrange(60)])
+                watch.remove()
+                message = got[0]
+                naive[name].append((clock.now_ns, message.seq, message.offset, payload, len(json.dumps(payload, separators=(",", ":"))) + 64))
+                assert message.offset == len(naive[name])
+
+            def kept(name):
+                count, ttl = limits[name]
+                items = naive[name][-count:] if count else []
+                items = [each for each in items if ttl is None or clock.now_ns - each[0] <= ttl * 1e9]
+                while sum(each[4] for each in items) > topics._max_bytes:
+                    items = items[1:]
+                return items
+
+            assert [each.payload for each in topics.history(name)] == [each[3] for each in kept(name)]
+            got = []
+            if rng.random() < .5:
+                since = rng.randrange(len(naive[name]) + 2)
+                subscription = topics.subscribe(name, got.append, since={"offset": since, "epoch": topics.position(name).get("epoch")})
+                missed = naive[name][since:]
+                gap = since > len(naive[name]) or missed != kept(name)[-len(missed):] and bool(missed)
+            else:
+                since = rng.randrange(1, 2 + max([each[1] for items in naive.values() for each in items], default=1))
+                subscription = topics.subscribe("a.*", got.append, since={"epoch": topics._epoch, "seq": since})
+                missed = sorted(each for name in ("a.x", "a.y") for each in naive[name] if each[1] > since)
+                missed.sort(key=lambda each: each[1])
+                gap = any(each not in kept("a.x") + kept("a.y") for each in missed) or (
+                    sum(each[4] for each in missed) > topics._max_bytes)
+            subscription.remove()
+            assert subscription.gap == gap
+            assert [each.payload for each in got if not each.gap] == ([] if gap else [each[3] for each in missed])
+            assert [each.gap for each in got] == [True] * gap + [False] * (0 if gap else len(missed))
+        topics._check()
+
+
+def test_what_is_repeated_for_newcomers():
+    topics, got = hl.Topics(), []
+    topics.topic("last", replay="last")
+    topics.topic("room.*", history=2, replay="all")
+    for number in range(4):
+        topics.publish("last", number)
+        topics.publish(f"room.{number % 2}", number)
+    topics.subscribe("last", lambda message: got.append(message.payload))
+    topics.subscribe("room.*", lambda message: got.append(message.payload))
+    assert got == [3, 0, 1, 2, 3]
+    late = topics.subscribe("last", lambda message: got.append((message.gap, message.payload)), since={"epoch": "other", "offset": 3})
+    assert late.gap and got[5][0] and got[6] == (False, 3)      # what can't be had is told, then the last
+    assert got[5][1] == {"topic": "last", "gap": True, "epoch": topics.position("last")["epoch"], "offset": 3}
+    for bad in ({"history": -1}, {"history": 1.5}, {"ttl": 0}, {"ttl": "1"}, {"replay": "first"}, {"replay": "all"}):
+        with pytest.raises(hl.UsageError):
+            topics.topic("t", **bad)
+    for since in ("1", -1, True, {}, {"offset": "1"}, {"seq": 1}, {"epoch": 5, "offset": 1}, [1]):
+        with pytest.raises(hl.UsageError):
+            topics.subscribe("last", print, since=since)
+    with pytest.raises(hl.UsageError):
+        topics.subscribe("room.*", print, since=3)
+    topics.topic("last", history=0)             # said again: it keeps nothing any more
+    assert topics.history("last") == []
+
+
+def test_history_that_strangers_fill_is_bounded(monkeypatch):
+    monkeypatch.setattr(hl, "_MAX_KEPT_BYTES", 100_000)
+    topics = hl.Topics()
+    topics.topic("room.>", history=1000)
+    topics.topic("room.mine", history=1000)
+    for number in range(2_000):
+        topics.publish(f"room.{number % 50}", "x" * 100)
+        if number < 100:
+            topics.publish("room.mine", number)
+    assert topics._kept <= 125_000 and len(topics.history("room.mine")) == 100
+    got = []
+    assert topics.subscribe("room.0", got.append, since=1).gap
+    topics.subscribe("room.0", print).remove()
+    assert all(record.kept == sum(item.size for item in record.history) for record in topics._topics.values())
+
+
+def test_conflation_hands_on_the_newest_at_its_rate():
+    clock, got, fast = FakeClock(), [], []
+    topics = hl.Topics(clock=clock)
+    clock.now_ns = 10**12
+    for batched in (False, True):
+        got.clear(), fast.clear()
+        step = 0
+        def sink(what):
+            got.extend((step, each.topic, each.payload) for each in (what.items if batched else [what]))
+        slow = topics.subscribe("s.*", sink, rate=0.5, keep="last", batched=batched)
+        every = topics.subscribe("s.a", lambda message: fast.append(message.payload), rate=2)
+        for step in range(100):                 # ten seconds, a tenth each
+            topics.publish("s.a", step)
+            topics.publish("s.b", step)
+            topics.flush()
+            clock.now_ns += 100_000_000
+        assert [each[0] for each in got] == [0] + [n for n in (20, 40, 60, 80) for _ in range(2)]
+        assert all(value in (when, when - 1) for when, _, value in got) and got[0][1:] == ("s.a", 0)
+        assert all({name for when, name, _ in got if when == n} == {"s.a", "s.b"} for n in (20, 40, 60, 80))
+        assert fast == list(range(len(fast))) and len(fast) >= 95       # all, though not at once
+        assert topics.wait_s() <= 2.0
+        topics.publish("s.a", "now", critical=True)     # never waits
+        topics.flush()
+        assert got[-1][1:] == ("s.a", "now")
+        topics.publish("s.a", "never")
+        slow.remove()
+        every.remove()
+        clock.now_ns += 10**11
+        topics.flush()
+        assert got[-1][1:] == ("s.a", "now") and topics.wait_s() == math.inf
+        topics._check()
+    for bad in ({"rate": 0}, {"rate": -1}, {"rate": "2"}, {"rate": math.nan}, {"keep": "first"}, {"rate": True}):
+        with pytest.raises(hl.UsageError):
+            topics.subscribe("t", print, **bad)
+
+
+def test_a_msg_id_counts_once_in_its_time():
+    clock, got = FakeClock(), []
+    topics = hl.Topics(dedup_ttl_s=10, clock=clock)
+    topics.subscribe(">", lambda message: got.append(message.payload))
+    say = lambda payload, msg_id, topic="t": topics.publish(topic, payload, msg_id=msg_id)
+    assert [say(1, "a"), say(2, "a"), say(3, "b"), say(4, "a", "u")] == [1, 0, 1, 1]
+    clock.now_ns += 9_999_999_999
+    assert say(5, "a") == 0 and topics.duplicates == 2          # it does not begin again
+    clock.now_ns += 1
+    assert say(6, "a") == 1 and say(7, "a") == 0
+    with pytest.raises(hl.UsageError):
+        topics.topic("kept", history=1) or say({1}, "c", "kept")    # it was not published: it may be said again
+    assert say(8, "c", "kept") == 1 and got == [1, 3, 4, 6, 8]
+    for bad in ("", 5, "x" * 129):
+        with pytest.raises(hl.UsageError):
+            say(1, bad)
+    for number in range(hl._MAX_MSG_IDS + 100):
+        say(number, str(number))
+    assert len(topics._topics["t"].ids) == hl._MAX_MSG_IDS
+    clock.now_ns += 11 * 10**9
+    topics.sweep()
+    assert not topics._topics["t"].ids and not topics._topics["u"].ids
+
+
+def test_subscribers_that_publish_in_a_loop_are_stopped(caplog):
+    topics, count = hl.Topics(), [0, 0]
+
+    @functools.partial(topics.subscribe, "ping")
+    def ping(message):
+        count[0] += 1
+        topics.publish("pong", 1)
+        topics.publish("pong", 2)               # without a limit this would never end
+
+    @functools.partial(topics.subscribe, "pong")
+    def pong(message):
+        count[1] += 1
+        topics.publish("ping", 1)
+        topics.publish("ping", 2)
+
+    assert topics.publish("ping", 0) == 1
+    assert sum(count) == 32 and topics.loops == 1 and 0 < topics.errors <= 32
+    assert "in a loop" in caplog.text and caplog.text.count("Traceback") <= 1
+    got = []
+    topics.subscribe("quiet", got.append)
+    assert topics.publish("quiet", 1) == 1 and len(got) == 1    # all is as before
+    topics.publish("ping", 0)
+    assert topics.loops == 2
+
+
+def test_thousands_come_and_go_and_leave_nothing(rng):
+    clock = FakeClock()
+    topics, presence = hl.Topics(clock=clock), hl.Presence(clock=clock)
+    topics.topic("room.*", history=3, ttl=5)
+    here = {}
+    for step in range(int(8_000 * SOAK)):
+        clock.now_ns += 1_000_000
+        if here and rng.random() < .5:
+            key = rng.choice(list(here)[:50])
+            for subscription in here.pop(key):
+                subscription.remove()
+            presence.leave(key)
+        else:
+            patterns = {rng.choice(["room.*", "*.1", f"room.{rng.randrange(9)}", "a.>", f"own.{step}"]) for _ in range(3)}
+            here[step] = [topics.subscribe(each, lambda message: None, rate=rng.choice([None, 100]), keep=rng.choice(["all", "last"]),
+                                           since=rng.choice([None, {"epoch": topics._epoch, "seq": 1}])) for each in patterns]
+            presence.join(f"user {step % 100}", step)
+        topics.publish(f"room.{step % 9}", step, msg_id=str(step))
+        if step % 100 == 0:
+            topics.sweep()
+            topics.flush()
+            presence.take_changes()
+    for key, subscriptions in here.items():
+        for subscription in subscriptions:
+            subscription.remove()
+        presence.leave(key)
+    clock.now_ns += 10**12
+    topics.sweep()
+    presence.take_changes()
+    topics._check()
+    presence._check()
+    assert presence.online() == 0 == topics._kept and not topics._aging and not presence._told
+
+
+def test_a_reload_is_silent_and_leaving_is_told_once():
+    clock = FakeClock()
+    presence = hl.Presence(debounce_s=5, clock=clock)
+    presence.join("ada", 1, metadata={"kind": "tab"})
+    assert presence.take_changes() == {"type": "presence_update", "users": ["ada"], "joined": ["ada"], "left": []}
+    presence.leave(1)
+    clock.now_ns += 4_900_000_000
+    assert presence.take_changes() is None and presence.users() == ["ada"] and presence.connections("ada") == []
+    presence.join("ada", 2)
+    clock.now_ns += 10**10
+    assert presence.take_changes() is None
+    presence.leave(2)
+    presence.join("bob", 3)
+    clock.now_ns += 5_000_000_000
+    assert presence.take_changes() == {"type": "presence_update", "users": ["bob"], "joined": ["bob"], "left": ["ada"]}
+    presence.join("guest", 4, heartbeat_s=1, metadata={"n": 1})
+    presence.join("cyd", 4)                     # the same connection by another name: no debounce
+    assert presence.users() == ["bob", "cyd"] and presence.connections("cyd")[0]["metadata"] == {"n": 1}
+    clock.now_ns += 10**9
+    assert presence.take_changes()["joined"] == ["cyd"]
+    presence.leave(3, at_once=True)
+    assert presence.users() == ["cyd"]
+    presence._check()
+
+
+def test_states_are_recorded_at_once_and_told_ten_times_a_second():
+    clock = FakeClock()
+    presence = hl.Presence(debounce_s=0, clock=clock)
+    presence.set_state("nobody", {"status": "away"})
+    presence.join("ada", 1)
+    updates = 0
+    for step in range(100):                     # a second
+        clock.now_ns += 10_000_000
+        presence.set_state("ada", {"n": step})
+        presence.join(f"user {step}", 100 + step)
+        assert presence.state("ada") == {"n": step} and presence.online() == step + 2
+        updates += presence.take_changes() is not None
+    assert 9 <= updates <= 11
+    clock.now_ns += 10**9
+    last = presence.take_changes()
+    assert last["states"] == {"ada": {"n": 99}} and presence.take_changes() is None
+    presence.set_state("ada", None)
+    clock.now_ns += 10**9
+    assert presence.take_changes()["states"] == {"ada": None} and presence.snapshot()["users"][0] == "ada"
+    presence.join("eve", 7)
+    presence.leave(7)
+    clock.now_ns += 10**9
+    assert presence.take_changes() is None      # came and went
+    assert presence.state("nobody") is None
+
+
+def test_who_promised_heartbeats_and_is_silent_is_swept():
+    clock = FakeClock()
+    presence = hl.Presence(debounce_s=0, clock=clock)
+    presence.join("phone", 1, heartbeat_s=60, multiplier=5)
+    presence.join("desk", 2, heartbeat_s=30)
+    presence.join("quiet", 3)
+    for _ in range(3):
+        clock.now_ns += 80 * 10**9
+        assert presence.heartbeat(2)
+        presence.sweep()
+    assert presence.users() == ["desk", "phone", "quiet"]
+    clock.now_ns += 61 * 10**9
+    presence.sweep()
+    assert presence.users() == ["desk", "quiet"] and presence.swept == 1 and not presence.heartbeat(1)
+    clock.now_ns += 10**12
+    presence.sweep()
+    assert presence.users() == ["quiet"]
+
+
+def test_html_escapes_what_is_put_in_and_only_that():
+    evil = "<script>'\"&"
+    assert hl.html('<p title="{x}">{x}</p>', x=evil) == '<p title="&lt;script&gt;&#x27;&quot;&amp;">&lt;script&gt;&#x27;&quot;&amp;</p>'
+    assert hl.html("{a}{b}", a=hl.Safe("<b>"), b=hl.html("<i>{x}</i>", x="<")) == "<b><i>&lt;</i>"
+    assert hl.html("{x}", x=[hl.Safe("<br>"), "<", 1]) == "<br>&lt;1" == hl.html("{x}", x=(each for each in (hl.Safe("<br>"), "<", 1)))
+    assert hl.html("{n:.2f} {n:>8} {s:>5}|{s!r} {d[k]} {o.real}", n=1.5, s="<", d={"k": "<"}, o=3) == "1.50      1.5     &lt;|&#x27;&lt;&#x27; &lt; 3"
+    assert hl.html("{{}} {x}", x=None) == "{} None"
+    assert hl.escape("<") == "&lt;" and hl.escape(hl.escape("<")) == "&lt;" and isinstance(hl.escape(5), hl.Safe)
+    class Foreign:
+        def __html__(self):
+            return "<hr>"
+    assert hl.html("{x}{y}", x=Foreign(), y=hl.Fragment(b"<br>")) == "<hr><br>"
+    assert hl.html("{x!s} {x:>4}", x=Foreign()) == "<hr> <hr>"
+    for template in ("{missing}", "{", "{0}", "{x[1]}"):
+        with pytest.raises(hl.UsageError, match="template"):
+            hl.html(template, x={})
+
+
+def test_the_fragment_cache_keeps_the_recent_for_their_time():
+    clock, rendered, times = FakeClock(), [], []
+    cache = hl.FragmentCache(max_entries=2, ttl_s=10, clock=clock, on_render=times.append)
+    def get(key, ttl_s=None):
+        return cache.get(key, lambda: rendered.append(key) or f"<b>{key}</b>", ttl_s)
+    assert get("a") == b"<b>a</b>" and get("a") is get("a") and rendered == ["a"]
+    get("b"), get("a"), get("c"), get("a"), get("b")            # c sends b away, b sends c away
+    assert rendered == ["a", "b", "c", "b"] and len(cache) == 2
+    assert (cache.hits, cache.misses, cache.evictions) == (4, 4, 2) and len(times) == 4
+    clock.now_ns += 10 * 10**9
+    get("a")
+    assert rendered[-1] == "a" and len(rendered) == 5
+    get("d", 0)
+    clock.now_ns += 10**15
+    get("d", 0)
+    assert rendered[-1] == "d" and len(rendered) == 6           # for ever
+    with pytest.raises(hl.UsageError, match="asks for itself"):
+        cache.get("loop", lambda: cache.get("loop", str))
+    for bad in (None, 5, {}):
+        with pytest.raises(hl.UsageError, match="str or bytes"):
+            cache.get("bad", lambda: bad)
+    with pytest.raises(ZeroDivisionError):
+        cache.get("boom", lambda: 1 / 0)
+    assert cache.get("boom", lambda: hl.html("{x}", x="<")) == b"&lt;"      # what failed is not kept
+
 
 # =============================================================================
 # 11  REPLICATION
@@ -2558,6 +2927,80 @@ def test_an_outbox_agrees_with_a_naive_one(rng):
                     plain.remove(rest[0])
                 outbox.put(item)
                 assert sorted(outbox.items, key=lambda each: each.seq) == plain and outbox.size == sum(each.size for each in plain)
+
+def test_batches_are_what_a_naive_batcher_makes(rng):
+    for _ in range(int(60 * SOAK)):
+        clock, got, added = FakeClock(), [], 0
+        size, wait = rng.randint(1, 6), rng.choice([0, 5, 20])
+        batcher = hl.Batcher(lambda items: got.append((clock.now_ns, items)), size, wait, clock=clock)
+        since = {}
+        for _ in range(100):
+            clock.now_ns += rng.randrange(8) * 1_000_000
+            if batcher.due():
+                assert batcher.wait_s() == 0 and batcher.flush() is True
+            if rng.random() < .7:
+                since[added] = clock.now_ns
+                batcher.add(added, immediate=rng.random() < .1)
+                added += 1
+            assert len(batcher) < size and batcher.wait_s() <= wait / 1000 or not batcher
+        batcher.flush()
+        assert [item for _, items in got for item in items] == list(range(added))
+        assert all(0 < len(items) <= size for _, items in got) and len({id(items) for _, items in got}) == len(got)
+        assert all(when - since[items[0]] <= (wait + 8) * 10**6 for when, items in got[:-1])
+    assert hl.Batcher(print).wait_s() == math.inf
+
+
+def test_a_batch_is_never_given_twice_and_what_is_refused_waits():
+    clock, got, free = FakeClock(), [], [True]
+    def take(items):
+        if not free[0]:
+            return False
+        got.append(items)
+    batcher = hl.Batcher(take, max_size=3, max_wait_ms=5, max_pending=5, clock=clock)
+    for n in range(3):
+        batcher.add(n)
+    first = got[0]
+    free[0] = False
+    for n in range(3, 10):
+        batcher.add(n)
+    clock.now_ns += 10**9
+    assert first == [0, 1, 2] and len(batcher) == 5 and batcher.dropped == 2 and not batcher.due() and batcher.wait_s() == math.inf
+    assert not batcher.flush()
+    free[0] = True
+    assert batcher.flush() and got == [[0, 1, 2], [5, 6, 7], [8, 9]] and first is got[0]
+    batcher.add("a")
+    batcher.add("b", immediate=True)
+    assert got[-1] == ["a", "b"]
+    for overflow, kept in (("newest", [0, 1, 2]), ("refuse", [0, 1, 2])):
+        free[0] = False
+        batcher = hl.Batcher(take, max_size=2, max_pending=3, overflow=overflow, clock=clock)
+        for n in range(4):
+            if n == 3 and overflow == "refuse":
+                with pytest.raises(hl.LimitError):
+                    batcher.add(n)
+            else:
+                batcher.add(n)
+        free[0] = True
+        batcher.flush()
+        assert [*got[-2], *got[-1]] == kept and batcher.dropped == (overflow == "newest")
+    for bad in ({"max_size": 0}, {"max_size": 1.5}, {"max_wait_ms": -1}, {"max_size": 5, "max_pending": 4}, {"overflow": "latest"}):
+        with pytest.raises(hl.UsageError):
+            hl.Batcher(print, **bad)
+
+
+def test_a_batch_that_fails_is_told_to_who_added_and_the_rest_goes_on():
+    got = []
+    def take(items):
+        if "boom" in items:
+            raise ValueError(items)
+        got.append(items)
+    batcher = hl.Batcher(take, max_size=2, max_wait_ms=0)
+    batcher.add(1)
+    with pytest.raises(ValueError):
+        batcher.add("boom")
+    batcher.add(2)
+    batcher.flush()
+    assert got == [[2]]
 
 
 # =============================================================================
@@ -3166,6 +3609,69 @@ def test_a_bad_file_is_named(tmp_path):
     assert hl.Config.load(None, {}, host="0.0.0.0", insecure=True).host == "0.0.0.0"
 
 
+SEED_CONFIG = """
+# config.toml - Network optimization settings
+[server]
+bind_address = "0.0.0.0:8080"
+max_connections = 10000        # Based on available memory
+connection_timeout = 60        # Seconds before idle timeout
+use_reuse_port = true         # Enable SO_REUSEPORT for Linux
+tick_interval_ms = 16         # 60 FPS server tick rate
+
+[server.security]
+enable_rate_limiting = true
+max_requests_per_minute = 120  # 2 requests per second per connection
+max_message_size = 65536      # 64KB message limit
+"""
+
+
+def test_the_second_seeds_file_loads_as_it_stands(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(SEED_CONFIG)
+    config = hl.Config.load(path, {})
+    assert (config.host, config.port, config.max_connections, config.idle_s, config.reuse_port) == ("0.0.0.0", 8080, 10_000, 60, True)
+    assert (config.tick_hz, config.max_messages_per_s, config.max_message_bytes, config.firm_port) == (62.5, 2, 65536, True)
+    for line, key, value in (("enable_rate_limiting = false\nmax_requests_per_minute = 60", "max_messages_per_s", 0),
+                             ("max_requests_per_minute = 60\nenable_rate_limiting = false", "max_messages_per_s", 0),
+                             ("tick_interval_ms = 0", "tick_hz", 0), ("max_batch_delay = 16", "batch_wait_ms", 16),
+                             ("batch_size = 32", "batch_size", 32), ("bind_address = '[::1]:9'", "host", "::1"),
+                             ("max_string_length = 1024\nmax_collection_size = 100", "max_json_items", 100),
+                             ("banned_ips = ['10.0.0.1']\nmax_connections_per_ip = 10", "banned", ("10.0.0.1",))):
+        path.write_text(line)
+        assert getattr(hl.Config.load(path, {}), key) == value
+    for line in ("bind_address = 5", "bind_address = 'here'", "tick_interval_ms = 'fast'", "enable_rate_limiting = 'perhaps'",
+                 "max_message_size = 1\nmax_message_bytes = 2", "max_requests_per_minute = []"):
+        path.write_text(line)
+        with pytest.raises(hl.ConfigError):
+            hl.Config.load(path, {})
+    path.write_text("[server]\nbind_adress = '1.1.1.1:1'")
+    with pytest.raises(hl.ConfigError, match="bind_adress"):
+        hl.Config.load(path, {})
+
+
+def test_the_readmes_table_of_presets_is_true():
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \| (\S+) \| (\S+) \|", README.read_text(), re.M)
+    told = {key: values for key, *values in rows if key in hl._CONFIG_TYPES}
+    presets = {name: hl.Config.load(None, {}, profile=name) for name in ("dev", "prod", "high-scale")}
+    for key in hl._CONFIG_TYPES:
+        values = [getattr(config, key) for config in presets.values()]
+        if key != "profile" and len(set(values)) > 1:
+            assert key in told, f"the README does not say that {key} is {values}"
+    assert {"batch_size", "batch_wait_ms", "cache_ttl_s", "log_level", "metrics", "max_connections", "max_memory_mb"} <= told.keys()
+    for key, values in told.items():
+        assert values == [str(value).lower().removesuffix(".0") for value in (getattr(config, key) for config in presets.values())], key
+    for key in told.keys() - {"log_level", "metrics", "batch_wait_ms"}:
+        assert key == "cache_ttl_s" or getattr(presets["high-scale"], key) >= getattr(presets["prod"], key)
+
+
+def test_every_layer_of_settings_is_over_the_one_below(tmp_path):
+    path = tmp_path / "h.toml"
+    path.write_text("[cache]\ncache_ttl_s = 7\nbatch_size = 8\nprofile = 'dev'\n")
+    config = hl.Config.load(path, {"HORIZON_BATCH_SIZE": "9"}, log_level="error")
+    assert (config.batch_wait_ms, config.cache_ttl_s, config.batch_size, config.log_level) == (10, 7, 9, "error")
+    assert hl.Config.load(path, {"HORIZON_PROFILE": "high-scale"}).batch_wait_ms == 2
+
+
 # =============================================================================
 # 20  ENGINE - over real sockets on loopback
 # =============================================================================
@@ -3226,8 +3732,8 @@ UPGRADE = (b"GET /ws/data HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nC
            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n")
 
 
-def raw_websocket(app, extra=b"", small=False):
-    sock = raw(app, UPGRADE + extra + b"\r\n", small)
+def raw_websocket(app, extra=b"", small=False, path=b"/ws/data"):
+    sock = raw(app, UPGRADE.replace(b"/ws/data", path) + extra + b"\r\n", small)
     answer = b""
     while b"\r\n\r\n" not in answer:
         answer += sock.recv(1)
@@ -4632,7 +5138,7 @@ class Events:
 
     def __init__(self, app, pattern, extra=b""):
         self.sock = raw(app, b"GET /sub/" + pattern.encode() + b" HTTP/1.1\r\nHost: localhost\r\n" + extra + b"\r\n")
-        self.data = b""
+        self.data, self.last_id = b"", None
         self.head = self._until(b"\r\n\r\n")
 
     def _until(self, mark):
@@ -4644,10 +5150,11 @@ class Events:
         return part
 
     def next(self):
-        while (block := self._until(b"\n\n").decode()).startswith(":"):
-            pass
-        fields = dict(line.split(": ", 1) for line in block.split("\n"))
-        return fields.get("id"), json.loads(fields["data"])
+        while True:
+            fields = dict(line.split(": ", 1) for line in self._until(b"\n\n").decode().split("\n") if line[:1] != ":")
+            self.last_id = fields.get("id", self.last_id)
+            if "data" in fields:
+                return fields.get("id"), json.loads(fields["data"])
 
 
 def test_curl_is_a_client():
@@ -4677,7 +5184,8 @@ def test_curl_is_a_client():
         on_loop(app, session.send, "text")
         assert events.next()[1] == {"direct": 1} and events.next()[1] == "text"
         resumed = Events(app, "chat.*", b"Last-Event-ID: 7\r\n")
-        assert resumed.next()[1] == {"topic": "chat.*", "gap": True}
+        gap = resumed.next()[1]
+        assert (gap["topic"], gap["gap"], gap["epoch"]) == ("chat.*", True, app.topics._epoch)
         resumed.sock.close()
         on_loop(app, session.close)
         with pytest.raises(AssertionError, match="ended"):
@@ -5531,6 +6039,552 @@ def test_another_library_talks_to_the_server():
         wait_until(lambda: not app.sessions)
 
 
+# -- topics over the wire: history, conflation, batches, presence, HTML --
+
+def test_a_client_that_comes_back_gets_what_it_missed_and_once():
+    with running() as app:
+        app.topic("chat.*", history=5)
+        with hl.connect(app.url) as client, hl.connect(app.url, protocol="proto") as proto:
+            for each in (client, proto):
+                each.subscribe("chat.a")
+                each.subscribe("chat.*") if each is client else None
+            for n in range(3):
+                on_loop(app, app.publish, "chat.a", n)
+            assert [client.recv(5)["payload"] for _ in range(3)] == [0, 1, 2]       # once, though it matches twice
+            assert [proto.recv(5).topic_message.offset for _ in range(3)] == [1, 2, 3]
+            positions, other = client.positions, proto.positions
+            assert positions["chat.a"] == other["chat.a"] == {"epoch": app.topics.position("chat.a")["epoch"], "offset": 3}
+        for n in range(3, 6):
+            on_loop(app, app.publish, "chat.a" if n < 5 else "chat.b", n)
+        with hl.connect(app.url) as client, hl.connect(app.url) as wild, hl.connect(app.url, protocol="proto") as proto:
+            client.subscribe("chat.a", since=positions["chat.a"])
+            wild.subscribe("chat.*", since=positions["chat.*"])
+            proto.subscribe("chat.a", since=other["chat.a"])
+            assert [client.recv(5)["offset"] for _ in range(2)] == [4, 5]
+            assert [(m["topic"], m["payload"]) for m in (wild.recv(5) for _ in range(3))] == [("chat.a", 3), ("chat.a", 4), ("chat.b", 5)]
+            assert [proto.recv(5).topic_message.offset for _ in range(2)] == [4, 5]
+            for n in range(6, 12):
+                on_loop(app, app.publish, "chat.a", n)
+            for each in (client, wild, proto):      # what comes now comes once
+                assert [getattr(m, "topic_message", None) or m["payload"] for m in [each.recv(5) for _ in range(6)]]
+        with hl.connect(app.url) as client, hl.connect(app.url, protocol="proto") as proto:
+            client.subscribe("chat.a", since=positions["chat.a"])       # five are kept: what came before is lost
+            proto.subscribe("chat.a", since=other["chat.a"])
+            on_loop(app, app.publish, "chat.a", "on")
+            at = {"epoch": positions["chat.a"]["epoch"], "offset": 11}
+            assert client.recv(5) == {"topic": "chat.a", "gap": True, **at} and client.recv(5)["payload"] == "on"
+            gap = proto.recv(5).topic_message
+            assert (gap.topic, gap.gap, gap.offset, gap.epoch) == ("chat.a", True, 11, at["epoch"])
+            assert proto.recv(5).topic_message.payload == b'"on"'
+            assert client.positions["chat.a"] == proto.positions["chat.a"] == {**at, "offset": 12}
+            for since in (7, {"offset": 12}, {"epoch": "00", "offset": 1}):
+                client.unsubscribe("chat.a")
+                client.subscribe("chat.a", since=since)
+            assert [message.get("gap", message.get("offset")) for message in (client.recv(5) for _ in range(6))] == [8, 9, 10, 11, 12, True]
+            client.send({"action": "subscribe", "topic": "chat.*", "since": {"offset": 5}, "id": 1})
+            answer = client.recv(5)
+            assert (answer["id"], answer["error"]["code"]) == (1, "bad_request")
+
+
+def test_every_offset_is_seen_once_however_often_the_socket_is_cut(rng):
+    """The Python client by exact topic, by pattern, in both protocols, and Server-Sent Events."""
+    total = int(300 * SOAK)
+    with running(outbox_messages=50) as app:
+        app.topic("t.*", history=10_000)
+        seen = {name: [] for name in ("exact", "wild", "proto", "events")}
+        done = threading.Event()
+
+        def listen(name, topic, protocol):
+            with hl.connect(app.url, protocol=protocol, reconnect=30.0) as client:
+                client.subscribe(topic)
+                ready.release()
+                while len(seen[name]) < total:
+                    message = client.recv(20)
+                    message = message.topic_message.to_dict() if protocol == "proto" else message
+                    assert not message.get("gap"), message
+                    seen[name].append((message["topic"], message["offset"]))
+
+        def read_events():
+            mark = b""
+            while len(seen["events"]) < total:
+                events = Events(app, "t.*", mark)
+                ready.release()
+                with contextlib.suppress(AssertionError, OSError):
+                    while len(seen["events"]) < total:
+                        message = events.next()[1]
+                        seen["events"].append((message["topic"], message["offset"]))
+                if events.last_id:
+                    mark = f"Last-Event-ID: {events.last_id}\r\n".encode()
+                events.sock.close()
+
+        ready = threading.Semaphore(0)
+        threads = [threading.Thread(target=listen, args=args) for args in (
+            ("exact", "t.a", "json"), ("wild", "t.*", "json"), ("proto", "t.*", "proto"))] + [threading.Thread(target=read_events)]
+        for thread in threads:
+            thread.start()
+        for _ in threads:
+            assert ready.acquire(timeout=5)
+        wait_until(lambda: len(app.sessions) == 4)
+
+        def step():
+            if published[0] < total:
+                for _ in range(rng.randrange(5)):
+                    if published[0] < total:
+                        published[0] += 1
+                        app.publish("t.a", "x" * rng.randrange(2000), critical=rng.random() < .05)
+            if rng.random() < .3 and app.sessions:
+                rng.choice(list(app.sessions.values())).connection.abort("cut")
+                cuts[0] += 1
+            if published[0] < total:
+                app.loop.call_later(rng.choice([0, .003, .03]), step)
+
+        published, cuts = [0], [0]
+        on_loop(app, step)
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive(), {name: len(each) for name, each in seen.items()}
+        assert set(map(tuple, seen.values())) == {tuple(("t.a", n) for n in range(1, total + 1))}
+        assert app.drops.total() == 0 and cuts[0] > 10
+
+
+def test_events_resume_where_they_were():
+    with running() as app:
+        app.topic("t", history=3)
+        app.topic("v", replay="last")
+        first = Events(app, "t")
+        begin = first._until(b"\n\n").decode()              # an id without data: before the first message
+        assert re.fullmatch(r":\nid: [0-9a-f]{8}:\d+", begin)
+        begin = begin[6:]
+        for n in range(3):
+            on_loop(app, app.publish, "t", n)
+        marks = [first.next()[0] for _ in range(3)]
+        again = Events(app, "t", f"Last-Event-ID: {marks[0]}\r\n".encode())
+        assert [again.next()[1]["payload"] for _ in range(2)] == [1, 2]
+        from_begin = Events(app, "t", f"Last-Event-ID: {begin}\r\n".encode())
+        assert [from_begin.next()[1]["payload"] for _ in range(3)] == [0, 1, 2]
+        on_loop(app, app.publish, "t", 3)
+        for mark in (begin, "00000000:1", "nonsense", "5"):
+            late = Events(app, "t", f"Last-Event-ID: {mark}\r\n".encode())
+            number, message = late.next()
+            assert message["gap"] and message["offset"] == 4, mark
+            on_loop(app, app.publish, "v", mark)
+            on_loop(app, app.publish, "t", 4)
+            assert late.next()[1]["payload"] == 4
+            after = Events(app, "t", f"Last-Event-ID: {number}\r\n".encode())       # the gap's id is a place, too
+            assert after.next()[1]["payload"] == 4
+            app.topics._topics["t"].offset -= 1
+            app.topics._topics["t"].history.pop()
+            app.topics._topics["t"].kept = sum(each.size for each in app.topics._topics["t"].history)
+            app.topics._kept = sum(each.kept for each in app.topics._topics.values())
+        last = Events(app, "v", b"Last-Event-ID: nonsense\r\n")
+        assert last.next()[1]["gap"] and last.next()[1]["payload"] == "5"
+
+
+def test_who_asks_for_less_gets_the_newest_at_its_rate():
+    with running(tick_hz=200) as app, hl.connect(app.url) as fast, hl.connect(app.url) as slow, hl.connect(app.url, protocol="proto") as proto:
+        fast.subscribe("v.*")
+        slow.subscribe("v.*", rate=5)
+        proto.subscribe("v.*", rate=5)
+        for n in range(200):
+            on_loop(app, app.publish, "v.a", n)
+            time.sleep(.003)
+        assert [fast.recv(5)["payload"] for _ in range(200)] == list(range(200))
+        time.sleep(.25)
+        for client, value in ((slow, lambda m: m["payload"]), (proto, lambda m: int(m.topic_message.payload))):
+            got = []
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    got.append(value(client.recv(.05)))
+            assert got[0] < 10 and got[-1] == 199 and 3 <= len(got) <= 12 and got == sorted(got), got
+        slow.subscribe("v.*", rate=100)                 # asked again with another rate: that one counts
+        assert len(app.topics.matching("v.a")) == 3
+        for rate in (0.0001, -1, "fast", True):
+            slow.send({"action": "subscribe", "topic": "v.*", "rate": rate, "id": 1})
+            assert slow.recv(5)["error"]["code"] == "bad_request"
+
+
+def test_without_ticks_conflated_messages_still_come():
+    with running(tick_hz=0) as app, hl.connect(app.url) as client:
+        client.subscribe("v", rate=10)
+        on_loop(app, app.publish, "v", 1)
+        on_loop(app, app.publish, "v", 2)
+        on_loop(app, app.publish, "v", 3)
+        assert [client.recv(5)["payload"], client.recv(5)["payload"]] == [1, 3]
+
+
+def test_one_message_reaches_everybody_in_their_form_and_is_rendered_once_per_form():
+    with running(tick_hz=20) as app:
+        got, rendered = [], []
+        app.subscribe("news")(lambda message: got.append((message.payload, message.offset)))
+
+        @app.html("news")
+        def news(message):
+            rendered.append(message.payload)
+            return hl.html('<p id="news">{m}</p>', m=message.payload["text"])
+
+        with contextlib.ExitStack() as stack:
+            plain = [stack.enter_context(hl.connect(app.url + path)) for path in ("/ws/data", "/app/ws/data")]
+            proto = [stack.enter_context(hl.connect(app.url, protocol="proto")) for _ in range(3)]
+            pages = [stack.enter_context(hl.connect(app.url + path)) for path in ("/ws/html", "/app/ws/html", "/ws/html")]
+            events = [Events(app, "news") for _ in range(2)]
+            for client in (*plain, *proto):
+                client.subscribe("news")
+            wait_until(lambda: len(app.sessions) == 10)
+            before = dict(app.renders)
+            on_loop(app, lambda: [app.publish("news", {"text": text}) for text in ("old", "1 < 2")])
+            for client in plain:
+                assert [client.recv(5)["payload"]["text"] for _ in range(2)] == ["old", "1 < 2"]
+            for client in proto:
+                assert [json.loads(client.recv(5).topic_message.payload)["text"] for _ in range(2)] == ["old", "1 < 2"]
+            for client in pages:
+                assert client.recv(5) == '<p id="news">1 &lt; 2</p>'
+            for each in events:
+                assert [each.next()[1]["offset"] for _ in range(2)] == [1, 2]
+            assert got == [({"text": "old"}, 1), ({"text": "1 < 2"}, 2)] and rendered == [{"text": "1 < 2"}]
+            forms = {form: count - before.get(form, 0) for form, count in app.renders.items()}
+            assert forms == {"horizon.json.v1": 1, "horizon.proto.v1": 1, "html": 1, "events": 1}
+            assert app.metrics['horizon_renders_total{form="html"}'] == app.renders["html"]
+
+
+def test_broadcasts_and_sends_go_to_one_endpoint_or_one_user():
+    with running() as app, contextlib.ExitStack() as stack:
+        data = [stack.enter_context(hl.connect(app.url)) for _ in range(2)]
+        page = [stack.enter_context(hl.connect(app.url + "/ws/html")) for _ in range(2)]
+        wait_until(lambda: len(app.sessions) == 4)
+        first = {form: next(each for each in app.sessions.values() if each.endpoint == form) for form in ("data", "html")}
+        for session in first.values():
+            on_loop(app, setattr, session, "user", "ada")
+        assert on_loop(app, app.broadcast, {"n": 1}) == 2 and on_loop(app, app.broadcast, "<p id=a>1</p>", endpoint="html") == 2
+        assert on_loop(app, app.send, "ada", {"n": 2}) == 1 and on_loop(app, app.send, "ada", hl.html("<p id=a>{n}</p>", n="<"), endpoint="html") == 1
+        assert on_loop(app, app.send, first["html"], "<p id=a>3</p>") == 1 and on_loop(app, app.send, first["html"].id, {"n": 4}) == 1
+        assert [data[0].recv(5), data[0].recv(5), data[1].recv(5)] == [{"n": 1}, {"n": 2}, {"n": 1}]
+        texts = [page[0].recv(5)]
+        while len("".join(map(str, texts))) < 50:
+            texts.append(page[0].recv(5))
+        assert "\n".join(json.dumps(each, separators=(",", ":")) if isinstance(each, dict) else each for each in texts) == (
+            '<p id=a>1</p>\n<p id=a>&lt;</p>\n<p id=a>3</p>\n{"n":4}')
+        assert page[1].recv(5) == "<p id=a>1</p>"
+        for call in (functools.partial(app.broadcast, "x", endpoint="web"), functools.partial(app.send, "ada", "x", endpoint=None),
+                     functools.partial(app.broadcast, {"n": 1}, endpoint="html"), functools.partial(app.send, first["data"], {1})):
+            with pytest.raises(hl.UsageError):
+                on_loop(app, call)
+        count = app.renders["html"]
+        on_loop(app, app.broadcast, b"<p id=b></p>", endpoint="html")
+        assert [each.recv(5) for each in page] == ["<p id=b></p>"] * 2
+        assert app.renders["html"] == count + 1
+
+
+def test_fragments_are_sent_when_they_differ_and_to_whom_they_may():
+    with running() as app:
+        app.allow("secret", subscribe="ann")
+        app.allow("presence", subscribe=True)
+        app.allow("room.*", subscribe=True)
+        state, calls = {"n": 0}, []
+
+        @app.html("secret")
+        def secret():
+            return "<p id=secret></p>"
+
+        @app.html("room.a")
+        def room():
+            calls.append(1)
+            return hl.html("<p id=room>{n}</p>", n=state["n"] // 10)
+
+        @app.html("room.*")
+        def rooms(message):
+            if message.payload == "boom":
+                raise ValueError("boom")
+            return hl.html("<p id={t}>{n}</p>", t=message.topic.replace(".", "-"), n=message.payload)
+
+        with hl.connect(app.url + "/ws/html") as page, hl.connect(app.url + "/ws/html?topics=room.a,unknown,a..b") as one:
+            assert page.recv(5) == one.recv(5) == "<p id=room>0</p>"
+            count = len(calls)
+            for _ in range(3):
+                on_loop(app, app.publish, "room.a", "x")
+            assert page.recv(5) == "<p id=room-a>x</p>"
+            assert len(calls) > count and app.unchanged >= 1
+            on_loop(app, app.publish, "room.b", "<i>")
+            assert page.recv(5) == "<p id=room-b>&lt;i&gt;</p>"
+            on_loop(app, app.publish, "room.c", "boom")
+            state["n"] = 10
+            on_loop(app, app.publish, "room.a", "y")
+            assert page.recv(5) == "<p id=room>1</p>\n<p id=room-a>y</p>" and one.recv(5) == "<p id=room>1</p>"
+            assert app.metrics["horizon_html_errors_total"] == 1 and app.metrics["horizon_html_unchanged_total"] == app.unchanged
+            one.send({"action": "subscribe", "topic": "secret", "id": 1})
+            assert one.recv(5)["error"]["code"] == "forbidden"
+            one.send({"action": "subscribe", "topic": "presence", "id": 2})
+            answer = one.recv(5)["error"]
+            assert answer["code"] == "no_fragment" and "room.a" in answer["message"]
+            one.unsubscribe("room.a")
+            one.subscribe("room.*")                     # gets all there are
+            assert sorted(one.recv(5).split("\n")) == ["<p id=room-a>y</p>", "<p id=room-b>&lt;i&gt;</p>"]
+        wait_until(lambda: not app.sessions)
+        assert not app.topics.matching("room.a") and not any(view.shown for views in app._views.values() for view in views)
+
+
+def test_a_page_that_reads_slowly_gets_the_newest_fragment():
+    with running(outbox_bytes=1 << 16) as app:
+        value = [0]
+        app.html("big")(lambda: f"<p id=big>{value[0]}{'x' * 50_000}</p>")
+        app.html("small")(lambda: f"<p id=small>{value[0]}</p>")
+        page = raw_websocket(app, path=b"/ws/html")
+        time.sleep(.1)
+        session, = app.sessions.values()
+        while not session.connection.unsent:
+            value[0] += 1
+            on_loop(app, app.publish, "big", 1)
+            time.sleep(.005)
+        for _ in range(30):
+            value[0] += 1
+            on_loop(app, lambda: [app.publish(name, 1) for name in ("big", "small")])
+            time.sleep(.03)
+        assert len(session.outbox.items) <= 2
+        wanted = f"<p id=small>{value[0]}</p>".encode()
+        page.settimeout(5)
+        data = b""
+        while wanted not in data or f"<p id=big>{value[0]}x".encode() not in data:
+            data = data[-200_000:] + page.recv(1 << 20)
+        page.close()
+
+
+def test_handlers_by_batches_run_here_in_threads_and_on_asyncio():
+    with running() as app:
+        got = {"sync": [], "thread": [], "async": [], "waiting": []}
+
+        @app.on_client("game", "fire", batch=4, wait_ms=30)
+        def here(events):
+            got["sync"].append([event.data for event in events])
+            if events[0].data == 0:
+                raise ValueError("boom")
+
+        @app.on_client("game", "fire", batch=True, wait_ms=0, blocking=True)
+        def thread(events):
+            assert threading.current_thread() is not app._thread and not running_now.locked()
+            with running_now:
+                time.sleep(.01)
+            got["thread"].append([event.data for event in events])
+
+        @app.on_client("game", "fire", batch=8, wait_ms=5)
+        async def coroutine(events):
+            got["async"].append([event.data for event in events])
+            with pytest.raises(hl.StateError):
+                events[0].cancel()
+
+        @app.on_client("game", "fire", batch=1000, wait_ms=10**6, blocking=True)
+        def at_the_end(events):
+            time.sleep(.1)
+            got["waiting"].append([event.data for event in events])
+
+        running_now = threading.Lock()
+        app.on_client("game", "fire", filter=lambda event: event.data == 3)(lambda event: event.cancel("three"))
+        with hl.connect(app.url) as client:
+            for n in range(6):
+                client.send({"namespace": "game", "event": "fire", "data": n, "id": n})
+            answers = [client.recv(5) for _ in range(6)]
+            assert [answer.get("ok") for answer in answers] == [True, True, True, None, True, True]
+            wanted = [0, 1, 2, 4, 5]                    # what was cancelled is not among them
+            for name in ("sync", "thread", "async"):
+                wait_until(lambda: [n for each in got[name] for n in each] == wanted)
+            assert got["sync"] == [[0, 1, 2, 4], [5]]
+            statistics = app.bus.stats()["client:game:fire"]["handlers"]
+            assert next(each for each in statistics if each["name"].endswith(".here"))["errors"] == 1
+            assert not got["waiting"]
+    assert got["waiting"] == [wanted]                   # stop() waits for it
+    assert app.metrics["horizon_batch_dropped_total"] == 0
+    bus = hl.Bus()
+    with pytest.raises(hl.UsageError):
+        bus.on("a:b", print, batch=3)
+    bus = hl.Bus(spawn=print)
+    for bad in ({"batch": -1}, {"batch": "3"}, {"batch": 3, "wait_ms": -1}, {"batch": 3, "once": True}):
+        with pytest.raises(hl.UsageError):
+            bus.on("a:b", print, **bad)
+
+
+def test_a_batch_that_is_too_slow_drops_and_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(hl, "_MAX_PENDING", 10)
+    with running() as app:
+        gate = threading.Event()
+        handler = app.on("client:game:fire", lambda events: gate.wait(5), batch=2, wait_ms=0, blocking=True)
+        for n in range(20):
+            on_loop(app, app.emit_client, "game", "fire", n)
+        wait_until(lambda: app.report()["alerts"], 5)
+        dropped = app.metrics["horizon_batch_dropped_total"]
+        assert dropped in (8, 9) and "alert" in caplog.text         # ten wait, one or two are under way
+        on_loop(app, handler.remove)
+        gate.set()
+        wait_until(lambda: not app._worker._batchers, 5)
+        assert app.metrics["horizon_batch_dropped_total"] == dropped
+
+
+def test_presence_of_a_user_with_several_connections():
+    with running(presence_debounce_s=.3) as app, hl.connect(app.url) as watcher:
+        @app.on_core("player_connected")
+        def name(event):
+            event.client.user = "ada"
+        watcher.subscribe("presence")
+        watcher.subscribe("presence.changes")
+        me = watcher.recv(5)["users"][0]
+        while len(app.presence._changed):
+            time.sleep(.01)
+        with hl.connect(app.url), hl.connect(app.url + "/ws/html"):
+            update = next(m for m in iter(lambda: watcher.recv(5), None) if m.get("users") and "ada" in m["users"])
+            assert update == {"type": "presence_update", "users": ["ada", me], "joined": ["ada"], "left": []}
+            code, head, body = get(app, "/presence")
+            assert json.loads(body) == {"count": 2, "users": ["ada", me], "states": {}}
+            assert len(json.loads(get(app, "/presence/ada")[2])["connections"]) == 2
+        with hl.connect(app.url):                       # a reload
+            time.sleep(.5)
+            assert app.presence.users() == ["ada", me]
+        assert app.presence.users() == ["ada", me]
+        wait_until(lambda: app.presence.users() == [me])
+        got = []
+        while sum("ada" in each["left"] for each in got) < 2:
+            got.append(watcher.recv(5))
+        assert {"type": "presence_update", "joined": ["ada"], "left": []} in got
+        assert [each for each in got if each["left"]] == [
+            {"type": "presence_update", "users": [me], "joined": [], "left": ["ada"]},
+            {"type": "presence_update", "joined": [], "left": ["ada"]}]
+        assert get(app, "/presence/ada")[0] == 404 and json.loads(get(app, "/presence/ada")[2])["online"] is False
+
+
+def test_heartbeats_are_kept_or_the_client_is_gone():
+    with running() as app, hl.connect(app.url) as client, hl.connect(app.url) as other:
+        def beat(data, id=1):
+            client.send({"namespace": "system", "event": "heartbeat", "data": data, "id": id})
+            return client.recv(5)
+        user = json.loads(get(app, "/presence")[2])["users"]
+        assert beat({"interval_s": .2, "multiplier": 2, "state": {"status": "away"}, "metadata": {"kind": "mobile"}})["ok"]
+        mine = next(each for each in app.sessions.values() if each.beats).user
+        about = json.loads(get(app, f"/presence/{mine}")[2])
+        assert about["state"] == {"status": "away"} and about["connections"][0]["metadata"] == {"kind": "mobile"}
+        assert json.loads(get(app, "/presence")[2])["states"] == {mine: {"status": "away"}}
+        for _ in range(6):                              # any message is a sign of life
+            client.send({"namespace": "system", "event": "ping"})
+            client.recv(5)
+            time.sleep(.2)
+            assert app.presence.users() == user
+        wait_until(lambda: mine not in app.presence.users(), 5)
+        assert app.metrics["horizon_presence_swept_total"] == 1 and len(app.sessions) == 2
+        client.send({"namespace": "system", "event": "ping"})
+        wait_until(lambda: mine in app.presence.users(), 5)         # there it is again
+        client.recv(5)
+        for bad in (5, {"interval_s": "1"}, {"interval_s": -1}, {"multiplier": 0}, {"interval_s": True}, {"what": 1},
+                    {"state": "x" * 2000}, {"metadata": ["x" * 2000]}, {"interval_s": 10**400}):
+            assert beat(bad, 7)["error"]["code"] == "bad_request", bad
+        assert beat(None)["ok"] and beat({"state": None})["ok"] and app.presence.state(mine) is None
+
+
+def test_a_repeated_publication_is_acknowledged_and_not_delivered():
+    with running(dedup_ttl_s=.5) as app, hl.connect(app.url) as client, hl.connect(app.url, protocol="proto") as proto:
+        client.subscribe("t")
+        for each in (client, proto):
+            each.publish("t", 1, msg_id="m1")
+            each.publish("t", 1, msg_id="m1")
+        ask = urllib.request.Request(app.url + "/pub/t?msg_id=m1", b"1", method="POST")
+        with urllib.request.urlopen(ask) as answer:
+            assert (answer.status, json.load(answer)) == (202, {"delivered": 0})
+        assert client.recv(5)["offset"] == 1 and app.metrics["horizon_topics_duplicates_total"] == 4
+        client.publish("t", 2)
+        assert client.recv(5)["offset"] == 2
+        time.sleep(.6)
+        client.publish("t", 3, msg_id="m1")
+        assert client.recv(5)["payload"] == 3
+        client.send({"action": "publish", "topic": "t", "payload": 1, "msg_id": ["x"], "id": 9})
+        assert client.recv(5)["error"]["code"] == "bad_request"
+
+
+def test_clients_publish_to_patterns_within_bounds():
+    with running(burst=3, max_messages_per_s=0) as app, hl.connect(app.url) as client:
+        for name in ("a.x", "a.y", "system.own", "b.1", "b.2", "b.3", "b.4"):
+            on_loop(app, app.topics.subscribe, name, lambda message: got.append(message.topic))
+        got = []
+        client.publish("a.*", 1)
+        client.publish("*.x", 1)
+        assert got == ["a.x", "a.y", "a.x"]
+        with pytest.raises(hl.UsageError, match="too_many_topics"):
+            client.publish("b.*", 1)
+        client.publish("*.own", 1)
+        assert len(got) == 3                            # nobody publishes under system
+        app.allow("a.x", publish=True)
+        with pytest.raises(hl.UsageError, match="forbidden"):
+            client.publish("a.*", 1)
+
+
+def test_topics_are_told_when_somebody_listens():
+    with running() as app:
+        told = []
+        app.on_core("topic.occupied")(lambda event: told.append("+" + event.data["topic"]))
+        app.on_core("topic.vacated")(lambda event: told.append("-" + event.data["topic"]))
+        app.topic("feed.a")
+        with hl.connect(app.url) as one, hl.connect(app.url) as two:
+            one.subscribe("feed.*")
+            two.subscribe("feed.a")
+            one.unsubscribe("feed.*")
+            assert told == ["+feed.*", "+feed.a", "-feed.*"]
+        wait_until(lambda: told[3:] == ["-feed.a"])
+
+
+def test_too_many_subscriptions_of_one_client_are_refused():
+    with running() as app, hl.connect(app.url) as client:
+        for n in range(1_500):
+            client.send({"action": "subscribe", "topic": f"t.{n}", "id": n})
+        answers = [client.recv(5) for _ in range(1_500)]
+        assert sum(answer.get("ok", False) for answer in answers) == 1_000
+        assert answers[-1]["error"]["code"] == "too_many_subscriptions" and answers[-1]["id"] == 1_499
+        assert app.metrics['horizon_requests_refused_total{code="too_many_subscriptions"}'] == 500
+        assert len(app.topics) >= 1_000
+    on_loop_free = app.topics
+    on_loop_free._check()
+
+
+def test_clients_that_come_and_go_leave_no_trace(rng):
+    with running() as app:
+        app.topic("t.*", history=5)
+        app.html("t.1")(lambda: "<p id=t></p>")
+        for _ in range(int(3 * SOAK)):
+            clients = [hl.connect(app.url + rng.choice(["/ws/data", "/ws/html"])) for _ in range(30)]
+            for client in clients:
+                if "html" not in client.url:
+                    for _ in range(rng.randrange(3)):
+                        client.subscribe(rng.choice(["t.*", "t.1", ">", "presence", "world.moves"]), **rng.choice([{}, {"rate": 5}]))
+                    client.send({"namespace": "system", "event": "heartbeat", "data": {"interval_s": 1}})
+                    client.publish("t.1", 1)
+            rng.shuffle(clients)
+            for client in clients:
+                client._sock.close() if rng.random() < .5 else client.close()
+        wait_until(lambda: not app.sessions)
+        on_loop(app, app.topics._check)
+        assert not app.topics.matching("t.1") and app.presence.online() == 0
+        assert not app._waiting and not app._urgent and not app._users and app._present.total() == 0
+
+
+def test_above_its_memory_a_server_takes_in_nobody_more(caplog):
+    with running() as app, hl.connect(app.url) as old:
+        alerts = []
+        app.on_core("alert")(lambda event: alerts.append((event.data["name"], event.data["active"])))
+        small, large = (hl.Config(max_memory_mb=limit) for limit in (1, 100_000))
+        app.config = small
+        wait_until(lambda: app.server.full, 5)
+        assert status_of(app, "/healthz") == 503 and app.metrics['horizon_refused_total{reason="max_memory"}'] >= 1
+        old.send({"namespace": "system", "event": "ping"})
+        assert old.recv(5)["event"] == "pong" and "memory" in app.report()["alerts"] and not app.report()["healthy"]
+        app.config = large
+        wait_until(lambda: not app.server.full, 5)
+        assert status_of(app, "/healthz") == 200 and alerts == [("memory", True), ("memory", False)]
+        assert caplog.text.count("alert:") == 1
+
+
+def test_fragments_of_the_engine_are_cached_and_counted():
+    app = hl.Engine(port=0, cache_entries=2, cache_ttl_s=60)
+    calls = []
+    for key in ("a", "a", "b", "c", "a"):
+        assert app.fragment(f"f:{key}", lambda: calls.append(key) or hl.html("<b>{k}</b>", k=key)) == f"<b>{key}</b>".encode()
+    assert calls == ["a", "b", "c", "a"]
+    figures = [app.metrics[f"horizon_fragment{name}"] for name in ("_hits_total", "_misses_total", "_evictions_total", "s_cached", "_render_seconds_count")]
+    assert figures == [1, 4, 2, 2, 4]
+    app.stop()
+
+
 # =============================================================================
 # 21  CLIENT
 # =============================================================================
@@ -5875,6 +6929,34 @@ def test_load_drives_a_server_of_its_own_and_loses_nothing():
     assert result["latency_samples"] > sent / 4
 
 
+def test_load_by_html_sees_every_line_that_was_said():
+    done = run_cli("load", "--endpoint", "html", "--players", "20", "--hz", "40", "--for", "1", "--json")
+    assert done.returncode == 0, done
+    result = json.loads(done.stdout)
+    assert result["players"] == 20 and 30 <= result["events_sent"] == result["events_seen"] and result["lost"] == 0
+    assert result["fragments_received"] >= result["frames_received"] > 20 * 10 and result["latency_ms"]["p99"] > 0
+    with program("serve", "--port", "0") as (process, url):
+        text = run_cli("load", "--url", url, "--endpoint", "html", "--players", "2", "--for", "0.3").stdout
+        assert "readers" in text and "latency ms" in text and "nan" not in text
+
+
+def test_config_shows_every_setting_and_where_it_comes_from(tmp_path):
+    path = tmp_path / "h.toml"
+    path.write_text("[network]\ntick_hz = 30\nbatch_size = 4\n")
+    done = run_cli("config", "--show", "--config", str(path), "--profile", "dev", "--port", "9000", env={**os.environ, "HORIZON_BATCH_SIZE": "6"})
+    lines = dict(re.fullmatch(r"(\w+) = (.*\S) +# (.*)", line).group(1, 0) for line in done.stdout.splitlines())
+    assert lines.keys() == hl._CONFIG_TYPES.keys()
+    told = {name: tuple(map(str.strip, line.partition(" = ")[2].split("#"))) for name, line in lines.items()}
+    assert told["tick_hz"] == ("30.0", str(path)) and told["batch_size"] == ("6", "HORIZON_BATCH_SIZE")
+    assert told["batch_wait_ms"] == ("10.0", "profile dev") and told["port"] == ("9000", "--port") and told["idle_s"] == ("60.0", "default")
+    plain = run_cli("config", "--profile", "high-scale")
+    path.write_text(plain.stdout)                       # what it prints is a file that says the same
+    assert hl.Config.load(path, {}).max_memory_mb == 2048 and "metrics = false" in plain.stdout
+    path.write_text("tick_hx = 5")
+    wrong = run_cli("config", "--config", str(path))
+    assert wrong.returncode == 3 and "tick_hz" in wrong.stderr
+
+
 def test_load_drives_a_running_server_and_speaks_to_people():
     with program("--port", "0") as (_, url):
         done = run_cli("load", "--url", url, "--players", "3", "--for", "1")
@@ -6061,3 +7143,85 @@ def test_a_steady_engine_keeps_no_memory():
         grown = tracemalloc.get_traced_memory()[0] - before
         tracemalloc.stop()
         assert grown < 100_000 and app.drops.total() == 0
+
+
+def test_html_fragments_live_in_a_real_browser(chromium):
+    port = free_port()
+    with contextlib.ExitStack() as server:
+        _, url = server.enter_context(program("serve", "--port", str(port), "--presence-debounce-s", "0"))
+        one, two = Tab(chromium, url + "/html"), Tab(chromium, url + "/html")
+        for tab in (one, two):
+            tab.wait("document.querySelector('#online')?.textContent.startsWith('2 online')")
+        say = "document.querySelector('input[name=text]').value = '%s'; document.querySelector('form').requestSubmit()"
+        one.eval(say % "1 < 2 & <b>so</b>")
+        for tab in (one, two):
+            tab.wait("document.querySelector('#log li')?.textContent.endsWith('1 < 2 & <b>so</b>')")
+        assert one.eval("document.querySelector('input[name=text]').value") == "" and not one.eval("!!document.querySelector('#log li b b')")
+        one.eval("document.addEventListener('horizon:reply', event => { window.reply = event.detail; })")
+        one.eval(say % "   ")
+        one.wait("window.reply?.error?.code === 'cancelled'")
+        server.close()
+        server.enter_context(program("serve", "--port", str(port)))
+        for tab in (one, two):                          # it comes back by itself
+            tab.wait("document.querySelector('#online').textContent.startsWith('2 online') && !document.querySelector('#log li')")
+        assert one.errors == two.errors == []
+
+
+def test_the_page_asks_for_the_chat_that_it_missed(chromium):
+    with running() as app:
+        app.topic("chat.lobby", history=3)
+        tab = Tab(chromium, app.url)
+        tab.wait("document.querySelector('#status')?.textContent === 'connected'")
+        wait_until(lambda: app.topics.matching("chat.lobby"))
+        say = lambda n: app.publish("chat.lobby", {"from": "ada", "text": str(n)})
+        log = "[...document.querySelectorAll('#log li')].map(each => each.textContent.slice(-1)).join('')"
+        on_loop(app, lambda: (say(1), say(2)))
+        tab.wait(f"{log} === '12'")
+        session, = app.sessions.values()
+        on_loop(app, lambda: (session.connection.abort("cut"), say(3), say(4)))
+        tab.wait(f"{log} === '1234'")
+        session, = app.sessions.values()
+        on_loop(app, lambda: (session.connection.abort("cut"), [say(n) for n in range(5, 10)]))
+        tab.wait(f"{log} === '1234)'")                  # "(what was said before is lost)"
+        on_loop(app, say, 0)
+        tab.wait(f"{log} === '1234)0'")
+        tab.client.close()
+
+
+def node_module(path):
+    node = shutil.which("node")
+    found = subprocess.run([node, "-p", f"require.resolve({path!r})"], capture_output=True, text=True) if node else None
+    if found is None or found.returncode:
+        pytest.skip(f"install Node, npm install {path.split('/')[0]}, and set NODE_PATH to its node_modules")
+    return Path(found.stdout.strip())
+
+
+def test_htmx_puts_our_fragments_in_their_places(chromium):
+    scripts = [node_module("htmx.org/dist/htmx.js"), node_module("htmx-ext-ws/dist/ws.js")]
+    with running() as app:
+        for number, script in enumerate(scripts):
+            app.get(f"/{number}.js")(lambda request, script=script: hl.Response(script.read_text(), content_type="text/javascript"))
+        app.topic("chat.lobby", history=10)
+
+        @app.html("presence")
+        def online():
+            return hl.html('<p id="online">{n}</p>', n=app.presence.online())
+
+        @app.html("chat.lobby")
+        def log(message):
+            return hl.html('<ul id="log" hx-swap-oob="beforeend"><li>{x}</li></ul>', x=message.payload)
+
+        app.on_client("chat", "message")(lambda event: app.publish("chat.lobby", event.data["text"]))
+        app.get("/own")(lambda request: hl.Response("""<!doctype html><script src="/0.js"></script><script src="/1.js"></script>
+            <body hx-ext="ws" ws-connect="/ws/html"><p id="online"></p><ul id="log"></ul>
+            <form ws-send><input type="hidden" name="namespace" value="chat"><input type="hidden" name="event" value="message">
+            <input name="text"></form></body>""", content_type="text/html; charset=utf-8"))
+        tab = Tab(chromium, app.url + "/own")
+        tab.wait("document.querySelector('#online')?.textContent === '1'")
+        for text in ("one", "<two>"):
+            tab.eval(f"document.querySelector('input[name=text]').value = {text!r}; document.querySelector('form').requestSubmit()")
+            tab.wait(f"document.querySelector('#log li:last-child')?.textContent === {text!r}")
+        assert tab.eval("document.querySelectorAll('#log li').length") == 2 and tab.errors == []
+        with hl.connect(app.url):
+            tab.wait("document.querySelector('#online')?.textContent === '2'")
+        tab.client.close()
