@@ -4586,7 +4586,7 @@ def test_a_slow_download_is_not_cut():
             got, began = b"", time.monotonic()
             while piece := sock.recv(1 << 20):
                 got += piece
-                if len(got) < 6_000_000 and time.monotonic() - began < 1.5:
+                if len(got) < 6_000_000 and time.monotonic() - began < 0.9:
                     time.sleep(0.01)
         assert len(got) > 8_000_000
 
@@ -5487,9 +5487,9 @@ def test_a_failing_body_or_a_vanished_reader_touches_nobody_else(caplog):
 def test_a_body_that_makes_progress_is_neither_idle_nor_late():
     def drip():
         for _ in range(15):
-            time.sleep(0.06)
+            time.sleep(0.03)
             yield b"x" * 20
-    with running(idle_s=0.3, handshake_s=0.3) as app:
+    with running(idle_s=0.15, handshake_s=0.15) as app:
         app.get("/drip")(lambda request: hl.Response(drip(), length=300))
         app.get("/end")(lambda request: drip())
         ask = b"GET /drip HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -5597,7 +5597,7 @@ def test_a_reader_that_pauses_has_the_time_it_was_promised():
     on_loop(app, app.send, session, "x" * 8_000_000)
     stopping = threading.Thread(target=app.stop, args=(9,))
     stopping.start()
-    time.sleep(1.8)                                         # longer than a goodbye takes
+    time.sleep(1.0)                                         # longer than a goodbye takes
     data = b""
     while b"\x88" not in data[-40:]:
         piece = slow.recv(1 << 20)
@@ -5803,10 +5803,10 @@ def test_slowloris_gets_its_time_and_no_more():
 
 
 def test_slow_frames_are_a_dead_peer_when_they_stop():
-    with running(ping_s=0.3) as app, hl.connect(app.url) as other:
+    with running(ping_s=0.2) as app, hl.connect(app.url) as other:
         sock = raw_websocket(app)
         frame = masked(0x81, b"x" * 20_000, b"\xfe\x4e\x20")
-        for at in range(20):
+        for at in range(13):
             sock.sendall(frame[at:at + 1])
             time.sleep(0.05)                                # each byte is a sign of life
         assert len(app.sessions) == 2 and alive(other)
@@ -6337,7 +6337,7 @@ def test_a_page_that_reads_slowly_gets_the_newest_fragment():
             value[0] += 1
             on_loop(app, app.publish, "big", 1)
             time.sleep(.005)
-        for _ in range(30):
+        for _ in range(10):
             value[0] += 1
             on_loop(app, lambda: [app.publish(name, 1) for name in ("big", "small")])
             time.sleep(.03)
@@ -6410,7 +6410,8 @@ def test_a_batch_that_is_too_slow_drops_and_says_so(monkeypatch, caplog):
         handler = app.on("client:game:fire", lambda events: gate.wait(5), batch=2, wait_ms=0, blocking=True)
         for n in range(20):
             on_loop(app, app.emit_client, "game", "fire", n)
-        wait_until(lambda: app.report()["alerts"], 5)
+        on_loop(app, app._check_alerts)
+        assert app.report()["alerts"]
         dropped = app.metrics["horizon_batch_dropped_total"]
         assert dropped in (8, 9) and "alert" in caplog.text         # ten wait, one or two are under way
         on_loop(app, handler.remove)
@@ -6456,17 +6457,20 @@ def test_heartbeats_are_kept_or_the_client_is_gone():
             client.send({"namespace": "system", "event": "heartbeat", "data": data, "id": id})
             return client.recv(5)
         user = json.loads(get(app, "/presence")[2])["users"]
-        assert beat({"interval_s": .2, "multiplier": 2, "state": {"status": "away"}, "metadata": {"kind": "mobile"}})["ok"]
+        assert beat({"interval_s": .15, "multiplier": 2, "state": {"status": "away"}, "metadata": {"kind": "mobile"}})["ok"]
         mine = next(each for each in app.sessions.values() if each.beats).user
         about = json.loads(get(app, f"/presence/{mine}")[2])
         assert about["state"] == {"status": "away"} and about["connections"][0]["metadata"] == {"kind": "mobile"}
         assert json.loads(get(app, "/presence")[2])["states"] == {mine: {"status": "away"}}
-        for _ in range(6):                              # any message is a sign of life
+        for _ in range(4):                              # any message is a sign of life
             client.send({"namespace": "system", "event": "ping"})
             client.recv(5)
-            time.sleep(.2)
+            time.sleep(.1)
+            on_loop(app, app.presence.sweep)            # as each second
             assert app.presence.users() == user
-        wait_until(lambda: mine not in app.presence.users(), 5)
+        time.sleep(.35)
+        on_loop(app, app.presence.sweep)
+        assert mine not in app.presence.users()
         assert app.metrics["horizon_presence_swept_total"] == 1 and len(app.sessions) == 2
         client.send({"namespace": "system", "event": "ping"})
         wait_until(lambda: mine in app.presence.users(), 5)         # there it is again
@@ -6567,12 +6571,12 @@ def test_above_its_memory_a_server_takes_in_nobody_more(caplog):
         app.on_core("alert")(lambda event: alerts.append((event.data["name"], event.data["active"])))
         small, large = (hl.Config(max_memory_mb=limit) for limit in (1, 100_000))
         app.config = small
-        wait_until(lambda: app.server.full, 5)
+        on_loop(app, app._check_alerts)             # as each second
         assert status_of(app, "/healthz") == 503 and app.metrics['horizon_refused_total{reason="max_memory"}'] >= 1
         old.send({"namespace": "system", "event": "ping"})
         assert old.recv(5)["event"] == "pong" and "memory" in app.report()["alerts"] and not app.report()["healthy"]
         app.config = large
-        wait_until(lambda: not app.server.full, 5)
+        on_loop(app, app._check_alerts)
         assert status_of(app, "/healthz") == 200 and alerts == [("memory", True), ("memory", False)]
         assert caplog.text.count("alert:") == 1
 
@@ -6741,27 +6745,27 @@ def test_a_client_that_polls_comes_back_too_and_drops_what_is_refused(caplog):
         client.close()
 
     def says_nothing(sock):
-        time.sleep(3)
+        time.sleep(1.8)
     with bad_server(b"\x88\x02\x03\xf4", says_nothing) as (url, _), hl.connect(url, reconnect=60) as client:
         began = time.monotonic()
         with pytest.raises(TimeoutError):
             client.recv(0.6)                                # not timeout_s, which is ten seconds
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 1.7
 
 
 def test_a_client_comes_back_and_keeps_to_its_timeout():
     with bad_server(b"\x88\x02\x03\xf4", b"\x81\x01" + b"2") as (url, _), hl.connect(url, reconnect=5, timeout_s=0.5) as client:
         assert client.recv(5) == 2 and client.reconnects == 1       # 1012: the server restarts
     def deaf(sock):
-        time.sleep(4)
-    with bad_server(deaf) as (url, _), hl.connect(url, timeout_s=1.0) as client:
+        time.sleep(1.5)
+    with bad_server(deaf) as (url, _), hl.connect(url, timeout_s=0.5) as client:
         client._sock.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             while True:
                 client._sock.send(b"x" * 8_000)             # until nothing goes out any more
         began = time.monotonic()
         client.close()
-        assert time.monotonic() - began < 1.8
+        assert time.monotonic() - began < 1.2
     port = free_port()
     with hl.Engine(port=port, handshake_s=1) as app:
         client = hl.connect(app.url, reconnect=1.0)
@@ -6933,10 +6937,10 @@ def test_load_drives_a_server_of_its_own_and_loses_nothing():
 
 
 def test_load_by_html_sees_every_line_that_was_said():
-    done = run_cli("load", "--endpoint", "html", "--players", "20", "--hz", "40", "--for", "1", "--json")
+    done = run_cli("load", "--endpoint", "html", "--players", "20", "--hz", "60", "--for", "0.5", "--json")
     assert done.returncode == 0, done
     result = json.loads(done.stdout)
-    assert result["players"] == 20 and 30 <= result["events_sent"] == result["events_seen"] and result["lost"] == 0
+    assert result["players"] == 20 and 25 <= result["events_sent"] == result["events_seen"] and result["lost"] == 0
     assert result["fragments_received"] >= result["frames_received"] > 20 * 10 and result["latency_ms"]["p99"] > 0
     with program("serve", "--port", "0") as (process, url):
         text = run_cli("load", "--url", url, "--endpoint", "html", "--players", "2", "--for", "0.3").stdout
