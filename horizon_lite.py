@@ -4573,6 +4573,7 @@ class Moves:
     key = "movement"
     critical = False
     topic = "world.moves"
+    mark = b""                      # see Publication
     seq = sys.maxsize               # after all that was published in its tick
 
     def __init__(self, movement: Movement, players: dict[bytes, _Position], full: bool) -> None:
@@ -6977,7 +6978,7 @@ class Config:
     batch_size: int = _setting(20, "events of a handler with batch=True")
     batch_wait_ms: float = _setting(5.0, "how long the first of them waits")
     presence_debounce_s: float = _setting(5.0, "time to come back before one has left")
-    dedup_ttl_s: float = _setting(60.0, "how long a topic knows a msg_id again")
+    dedup_ttl_s: float = _setting(60.0, "how long a topic knows a msg_id again; 0: never")
     cache_ttl_s: float = _setting(30.0, "how long a fragment is kept, if it does not say so")
     cache_entries: int = _setting(1_000, "fragments kept")
     compress: bool = _setting(True, "permessage-deflate for clients that offer it")
@@ -7760,7 +7761,8 @@ class Session:
     """
 
     __slots__ = ("id", "player", "_user", "connection", "render", "form", "packed", "outbox",
-                 "engine", "handler", "subscriptions", "goodbye", "beats", "_metadata", "_told_ns")
+                 "engine", "handler", "subscriptions", "goodbye", "beats", "endpoint",
+                 "_metadata", "_told_ns")
 
     def __init__(self, engine: Engine, connection: Connection, user: str, form: str = "",
                  deflate: Deflate | None = None,
@@ -7778,15 +7780,10 @@ class Session:
         self.subscriptions: dict[str, Callable[[], object]] | None = None   # and what ends each
         self.goodbye: tuple[int, str] | None = None     # to be said when it has read the rest
         self.beats = False                      # it promised heartbeats
+        # where broadcasts reach it: "" for streams and other WebSockets
+        self.endpoint = "" if handler or form == _EVENTS else "html" if form == _HTML else "data"
         self._metadata: dict[str, Any] | None = None
         self._told_ns = 0                       # when it was last said that this one is slow
-
-    @property
-    def endpoint(self) -> str:
-        """Where broadcasts reach it: "data" or "html", or "" for other WebSockets and streams."""
-        if self.handler is not None or self.form == _EVENTS:
-            return ""
-        return "html" if self.form == _HTML else "data"
 
     @property
     def user(self) -> str:
@@ -8717,6 +8714,7 @@ class Engine:
                 connection.abort("stopped")
         self.server.stop_accepting()
         self._gc.stop()
+        self._worker.flush(all=True)
         self._worker.stop()
         self.loop.close()
         self._thread_id = None
@@ -9242,6 +9240,7 @@ class Engine:
             message = {name: getattr(asked, name) for name in _ENVELOPES.get(kind, ())}
             for name in message.keys() & {"data", "payload"}:       # JSON, or nothing
                 message[name] = self._parse(_text(message[name])) if message[name] else None
+            message["rate"] = message.get("rate") or None
             if (since := message.get("since")) is not None:
                 by = "seq" if since.seq else "offset"
                 message["since"] = {"epoch": since.epoch, by: getattr(since, by)}
@@ -9342,20 +9341,21 @@ class Engine:
     def _subscribe(self, session: Session, topic: str, message: dict[str, Any]) -> dict[str, Any]:
         """Subscribe; again with other options changes it. Returns where it begins, if kept."""
         mine = session.subscriptions = session.subscriptions or {}
-        options = {each: message[each] for each in ("since", "rate") if message.get(each)}
+        options = {each: message[each] for each in ("since", "rate")
+                   if message.get(each) is not None}
         if topic in mine and not options:
             return self.topics.position(topic)      # asking twice is harmless
         self._check_subscription(session, topic)
-        if topic == Moves.topic:
-            self._subscribe_moves(session, message.get("packed") or "")
-            mine[topic] = functools.partial(self._movers.pop, session, None)
-        elif session.form == _HTML:
+        if session.form == _HTML:
             if topic not in self._views:
                 raise _Refused("no_fragment", f"nothing renders {topic[:80]!r}; "
                                               f"{', '.join(self._views) or 'nothing'} has a form")
             for view in self._views[topic]:
                 self._look(view, session)
             mine[topic] = functools.partial(self._look_away, topic, session)
+        elif topic == Moves.topic:
+            self._subscribe_moves(session, message.get("packed") or "")
+            mine[topic] = functools.partial(self._movers.pop, session, None)
         else:
             dropped = session.outbox.dropped if session.outbox else 0
             subscription = self.topics.subscribe(

@@ -6201,7 +6201,7 @@ def test_who_asks_for_less_gets_the_newest_at_its_rate():
             assert got[0] < 10 and got[-1] == 199 and 3 <= len(got) <= 12 and got == sorted(got), got
         slow.subscribe("v.*", rate=100)                 # asked again with another rate: that one counts
         assert len(app.topics.matching("v.a")) == 3
-        for rate in (0.0001, -1, "fast", True):
+        for rate in (0.0001, 0, -1, "fast", True):
             slow.send({"action": "subscribe", "topic": "v.*", "rate": rate, "id": 1})
             assert slow.recv(5)["error"]["code"] == "bad_request"
 
@@ -6515,6 +6515,31 @@ def test_clients_publish_to_patterns_within_bounds():
         app.allow("a.x", publish=True)
         with pytest.raises(hl.UsageError, match="forbidden"):
             client.publish("a.*", 1)
+
+
+def test_every_form_takes_whatever_there_is():
+    with running() as app, hl.connect(app.url + "/ws/html") as page:
+        app.topic("t", history=2)
+        events = Events(app, "world.moves")
+        on_loop(app, app.movement.move, b"a" * 16, 1, 2, 3)
+        told = [events.next()]
+        while not told[-1][1]["payload"]["players"]:            # it may have come before the move
+            told.append(events.next())
+        assert told[-1][0] is None and told[0][1]["payload"]["full"]
+        assert told[-1][1]["payload"]["players"] == {"61616161-6161-6161-6161-616161616161": [1, 2, 3]}
+        who = Events(app, "presence")
+        assert len(who.next()[1]["users"]) == 1
+        for topic in ("world.moves", "presence", "t"):
+            page.send({"action": "subscribe", "topic": topic, "id": 1})
+            assert page.recv(5)["error"]["code"] == "no_fragment"
+        on_loop(app, app.publish, "t", 1)
+        with hl.connect(app.url) as client:
+            client.send({"action": "subscribe", "topic": "t", "since": 0, "id": 1})     # from the first
+            answer = client.recv(5)
+            assert answer == {"id": 1, "ok": True, "epoch": answer["epoch"], "offset": 0} and client.recv(5)["offset"] == 1
+        for session in list(app.sessions.values()):
+            on_loop(app, session.send, {"n": 1})
+        assert page.recv(5) == {"n": 1} and who.next() == (None, {"n": 1})
 
 
 def test_topics_are_told_when_somebody_listens():
