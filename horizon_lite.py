@@ -2954,14 +2954,14 @@ class BufferPool:
 
 _SAMPLE_MASK = 63
 _MAX_STRANGE_KEYS = 1024            # remembered look-ups of keys without a registration
-_KEY_SEGMENT = re.compile(r"[^\s:]+")
+_KEY_SEGMENT = re.compile(r"\*|[^\s:*]+")
 
 
 def _check_key(key: str) -> list[str]:
     segments = key.split(":") if isinstance(key, str) else [""]
     if not all(map(_KEY_SEGMENT.fullmatch, segments)):
-        raise UsageError(f"event key {key!r}: write it as segments with ':' between, "
-                         "like 'client:chat:message'")
+        raise UsageError(f"event key {key!r}: write it as segments with ':' between, like "
+                         "'client:chat:message'; '*' stands for a whole one")
     return segments
 
 
@@ -3921,7 +3921,7 @@ class Topics:
             raise UsageError(f"publishing {topic}: its subscribers publish what calls them again")
 
     def _find_sinks(self, topic: str, record: _Topic) -> None:
-        found = self.matching(topic)
+        found = list(record.exact) if record.keep.bare else self.matching(topic)
         record.sinks = tuple(dict.fromkeys(each.sink for each in found if not each.batched))
         record.batched = tuple(dict.fromkeys(each.sink for each in found if each.batched))
         record.version = self._version
@@ -3988,7 +3988,7 @@ class Topics:
         The newest *history* messages, for *ttl* seconds, and no more than ``max_bytes``. With
         *replay* "last" or "all" every new subscriber gets them; a function returns what it gets
         instead. Of patterns the one declared last counts; all they keep is bounded, too. Of
-        what is *bare*, clients get the payload alone.
+        what is *bare*, clients get the payload alone, and only by the topic's own name.
 
         Raises:
             UsageError: a malformed name or option.
@@ -4061,7 +4061,8 @@ class Topics:
         position = subscription.position = self.position(pattern)
         if since is None and not self._keeps:
             return
-        records = [self._topics[name] for name in self.live(pattern)]
+        records = [record for record in map(self._topics.__getitem__, self.live(pattern))
+                   if not (wild and record.keep.bare)]
         for record in records:
             self._expire(record)
         items = None if since is None else self._missed(records, wild, *since)
@@ -4442,8 +4443,8 @@ def html(template: str, **values: Any) -> Safe:
     try:
         return Safe(template.format_map({name: _Slot(value) for name, value in values.items()}))
     except (LookupError, ValueError) as error:
-        raise UsageError(f"template {template[:60]!r}: {error!r}; it may use {', '.join(values)}; "
-                         "write {{ and }} for braces") from None
+        raise UsageError(f"template {template[:60]!r}: {error!r}; the values given are "
+                         f"{', '.join(values) or 'none'}; write {{{{ and }}}} for braces") from None
 
 
 def _fragment(rendered: Any, what: object) -> Fragment:
@@ -5969,14 +5970,25 @@ def _heeded_future() -> type[Future[Any]]:
 
     class HeededFuture(Future[Any]):
         asked = False
+        on_loop: Callable[[], bool] = staticmethod(lambda: False)   # whether asked from there
+
+        def _ask(self) -> None:
+            self.asked = True
+            if not self.done() and self.on_loop():
+                raise StateError("to wait here for the loop would be for ever: this is the loop's "
+                                 "own thread; call the function itself, without call_soon")
 
         def result(self, timeout: float | None = None) -> Any:
-            self.asked = True
+            self._ask()
             return super().result(timeout)
 
         def exception(self, timeout: float | None = None) -> BaseException | None:
-            self.asked = True
+            self._ask()
             return super().exception(timeout)
+
+        def __await__(self) -> Iterator[Any]:
+            import asyncio
+            return asyncio.wrap_future(self).__await__()
 
         def __del__(self) -> None:
             error = self._exception
@@ -6313,7 +6325,8 @@ class Connection:
         most = max(1.0, limits.burst or limits.max_messages_per_s)
         self._tokens = min(most, self._tokens + earned) - messages
         if self._tokens < 0:
-            raise PeerError("too many messages", close_code=1008, http_status=429, label="rate")
+            raise PeerError(f"too many messages: over {limits.max_messages_per_s:g} per second "
+                            "(max_messages_per_s)", close_code=1008, http_status=429, label="rate")
 
     def _serve_http(self, http: HTTPConnection) -> None:
         """Answer complete requests in order, as long as the peer takes the answers."""
@@ -8032,10 +8045,12 @@ class _View:
     """What ``@app.html`` registered: HTML that is rendered anew when its topic has changed."""
 
     __slots__ = ("pattern", "fn", "takes_message", "audience", "changed", "shown", "number",
-                 "subscription")
+                 "made", "subscription")
 
-    def __init__(self, pattern: str, fn: Callable[..., Any], number: int) -> None:
+    def __init__(self, pattern: str, fn: Callable[..., Any], number: int,
+                 made: bool = False) -> None:
         import inspect
+        self.made = made                # for one topic, from the view of a pattern
         self.pattern = pattern
         self.fn = fn
         self.takes_message = bool(inspect.signature(fn).parameters)
@@ -8187,6 +8202,7 @@ class Engine:
         self._present = Counter(data=0, html=0)         # sessions by endpoint
         self._movers: dict[Session, None] = {}          # who gets movement
         self._views: dict[str, list[_View]] = {}        # HTML, by topic or pattern
+        self._view_numbers = itertools.count()
         self._presence_owed = False                     # the next change is for new ones, too
         self._presence_told: dict[str, tuple[int, Publication]] = {}    # for new subscribers
         self._waiting: dict[Session, None] = {}         # whose outbox is not empty
@@ -8298,7 +8314,7 @@ class Engine:
         """
         pattern = ".".join(_check_topic(topic, wildcards=True))
         return self._decorator(lambda fn: self._views.setdefault(pattern, []).append(
-            _View(pattern, _plain_function(fn), sum(map(len, self._views.values())))))
+            _View(pattern, _plain_function(fn), next(self._view_numbers))))
 
     def fragment(self, key: str, render: Callable[[], Any], ttl: float | None = None) -> bytes:
         """Return HTML from the cache; *render* makes it if it is not there, or older than *ttl*.
@@ -8487,10 +8503,18 @@ class Engine:
     # -- running --
 
     def call_soon(self, fn: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Run ``fn(*args)`` on the loop; the one door for other threads. Returns its Future."""
+        """Run ``fn(*args)`` on the loop; the one door for other threads.
+
+        Returns: its Future, for ``result(timeout)`` there, or ``await`` in coroutines.
+        """
         if self._state == "stopped":
             raise StateError("the engine is stopped")
-        return self.loop.call_soon(fn, *args)
+        future: Any = self.loop.call_soon(fn, *args)
+        future.on_loop = self._is_on_loop
+        return future       # type: ignore[no-any-return]
+
+    def _is_on_loop(self) -> bool:
+        return self._thread_id == threading.get_ident()
 
     def _on_loop(self, what: str) -> None:
         if self._thread_id != threading.get_ident() and self._thread_id is not None:
@@ -8860,9 +8884,25 @@ class Engine:
         for markup in view.shown.values():
             session.put(markup)
 
+    def _views_of(self, topic: str) -> list[_View]:
+        """Return what renders *topic*: views of it, or made for it from those of a pattern."""
+        if topic not in self._views:
+            tokens = topic.split(".")
+            made = [_View(topic, view.fn, next(self._view_numbers), made=True)
+                    for pattern, views in self._views.items() for view in views
+                    if not view.made and _contains(pattern.split("."), tokens)]
+            if not made:
+                known = [name for name, views in self._views.items() if not views[0].made]
+                raise _Refused("no_fragment", f"nothing renders {topic[:80]!r}, only "
+                               f"{', '.join(known)[:200] or 'nothing at all'}")
+            self._views[topic] = made
+        return self._views[topic]
+
     def _look_away(self, topic: str, session: Session) -> None:
         for view in self._views[topic]:
             view.leave(session)
+        if self._views[topic][0].made and not self._views[topic][0].audience:
+            del self._views[topic]
 
     def _flush(self, sessions: Iterable[Session]) -> None:
         """Render and write the outboxes of *sessions*; equal contents are rendered once."""
@@ -9034,9 +9074,14 @@ class Engine:
             connection.close(1013, event.reason)
         elif ours == _HTML:
             asked = request.args.get("topics", "")
-            for topic in asked.split(",") if asked else self._views:
-                with contextlib.suppress(_Refused):         # a page shows what it may
-                    self._act("subscribe", session, topic, {})
+            for topic in asked.split(","):
+                if asked:
+                    self._answer_request(session, None, self._do, {
+                        "action": "subscribe", "topic": topic})
+            for topic, views in [] if asked else list(self._views.items()):
+                if not views[0].made:                       # a page shows what it may
+                    with contextlib.suppress(_Refused):
+                        self._act("subscribe", session, topic, {})
 
     def _stream(self, connection: Connection, request: Request, route: _Endpoint) -> None:
         """Answer GET /sub/<pattern> with Server-Sent Events."""
@@ -9347,10 +9392,7 @@ class Engine:
             return self.topics.position(topic)      # asking twice is harmless
         self._check_subscription(session, topic)
         if session.form == _HTML:
-            if topic not in self._views:
-                raise _Refused("no_fragment", f"nothing renders {topic[:80]!r}; "
-                                              f"{', '.join(self._views) or 'nothing'} has a form")
-            for view in self._views[topic]:
+            for view in self._views_of(topic):
                 self._look(view, session)
             mine[topic] = functools.partial(self._look_away, topic, session)
         elif topic == Moves.topic:
@@ -9714,14 +9756,19 @@ class Client:
         self._follow(topic, options, 10.0)
 
     def _follow(self, topic: str, options: dict[str, Any], timeout_s: float) -> None:
-        answer = self.request("subscribe", topic, timeout_s=timeout_s, **options)
-        self._topics[topic] = {name: each for name, each in options.items() if name != "since"}
-        if hasattr(answer, "reply"):
-            at = answer.reply.position
-            answer = {"epoch": at.epoch, "seq" if at.seq else "offset": at.seq or at.offset} if (
-                at) else {}
-        if "epoch" in answer:
-            self.positions[topic] = {name: each for name, each in answer.items() if name in _AT}
+        before = self.positions[topic] = dict(self.positions.get(topic, ()))
+        try:
+            answer = self.request("subscribe", topic, timeout_s=timeout_s, **options)
+            self._topics[topic] = {name: each for name, each in options.items() if name != "since"}
+            if hasattr(answer, "reply"):
+                at = answer.reply.position
+                by = "seq" if at and at.seq else "offset"
+                answer = {"epoch": at.epoch, by: getattr(at, by)} if at else {}
+            if self.positions[topic] is before:     # else messages came before the answer
+                self.positions[topic] = {each: answer[each] for each in _AT if each in answer}
+        finally:
+            if not self.positions[topic]:           # refused, or the server keeps nothing
+                del self.positions[topic]
 
     def unsubscribe(self, topic: str) -> None:
         """End a subscription and wait until the server agreed."""
