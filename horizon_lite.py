@@ -3414,6 +3414,7 @@ _MAX_MSG_IDS = 10_000               # remembered per topic
 _MAX_MSG_ID = 128                   # characters
 _MAX_PUBLISH_DEPTH = 32             # of publications made by subscribers of publications
 _EPOCH_LENGTH = 8                   # characters all epochs of one Topics begin with
+_FORGOTTEN = object()               # in place of a payload that is rendered
 
 _dump_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
@@ -3459,6 +3460,13 @@ def _contains(pattern: list[str], other: list[str]) -> bool:
         mine == their or mine == "*" and their != ">" for mine, their in zip(pattern, other))
 
 
+def _inert(text: bytes) -> bytes:
+    """Return the same JSON without a character that means something in HTML."""
+    for mark in (b"<", b">", b"&"):             # which JSON has in strings alone
+        text = text.replace(mark, b"\\u%04x" % ord(mark))
+    return text
+
+
 @functools.lru_cache(maxsize=1024)
 def _topic_json(topic: str) -> bytes:
     return _json_bytes(topic)
@@ -3471,15 +3479,15 @@ class Publication:
     starts anew; ``seq`` counts over all topics. Clients are told ``seq`` of what is kept.
     """
 
-    __slots__ = ("topic", "payload", "offset", "epoch", "critical", "seq", "size", "bare", "gap",
-                 "kept_ns", "_body", "_json", "_envelope")
+    __slots__ = ("topic", "offset", "epoch", "critical", "seq", "size", "bare", "gap", "kept_ns",
+                 "_payload", "_body", "_json", "_envelope")
 
     key = None                      # see Outbox: publications are never coalesced
 
     def __init__(self, topic: str, payload: Any, offset: int, epoch: str, critical: bool,
                  seq: int, bare: bool = False) -> None:
         self.topic = topic
-        self.payload = payload
+        self._payload = payload
         self.offset = offset
         self.epoch = epoch
         self.critical = critical
@@ -3493,6 +3501,21 @@ class Publication:
     def __repr__(self) -> str:
         return f"Publication({self.topic!r}, {self.payload!r}, offset={self.offset})"
 
+    @property
+    def payload(self) -> Any:
+        """What was published; once it waits to be sent or is kept, as it is read from JSON."""
+        return json.loads(self._body) if self._payload is _FORGOTTEN else self._payload
+
+    @property
+    def debt(self) -> Any:
+        """What a client is to be told when this was dropped for it (see Outbox.owed)."""
+        return ("gap", self.topic) if self.kept_ns is not None else None
+
+    def forget(self) -> None:
+        """Keep the rendered payload only: objects may take twenty times its bytes."""
+        if self._body:
+            self._payload = _FORGOTTEN
+
     def measure(self) -> int:
         """Render the payload and set and return ``size``; later changes to it don't matter.
 
@@ -3500,7 +3523,7 @@ class Publication:
             UsageError: it can't be JSON.
         """
         if not self._body:
-            self._body = _json_bytes(self.payload)
+            self._body = _json_bytes(self._payload)
             self.size = len(self._body) + 64
         return self.size
 
@@ -3531,8 +3554,8 @@ class Publication:
         return self._envelope
 
     def html(self) -> bytes:
-        """Return what a client of HTML gets."""
-        return self.json()
+        """Return what a client of HTML gets: JSON that no browser takes for elements."""
+        return _inert(self.json())
 
 
 def _batch_of(**envelope: Any) -> bytes:
@@ -3563,20 +3586,24 @@ class Subscription:
     Publication that says so. ``position`` is where it begins; empty if nothing is kept.
     """
 
-    __slots__ = ("pattern", "sink", "batched", "gap", "position", "_topics")
+    __slots__ = ("pattern", "sink", "batched", "rate", "gap", "begin", "position", "_topics")
 
     def __init__(self, topics: Topics, pattern: str, sink: Callable[[Any], object],
-                 batched: bool) -> None:
+                 batched: bool, rate: float | None) -> None:
         self.pattern = pattern
         self.sink = sink
         self.batched = batched
+        self.rate = rate
         self.gap = False
+        self.begin = 0              # the subscriber has, or gets by it, all of a greater seq
         self.position: dict[str, Any] = {}
         self._topics = topics
 
-    def remove(self) -> None:
-        """Unsubscribe; doing it twice is harmless."""
+    def remove(self, *, hand_on: bool = False) -> None:
+        """Unsubscribe; doing it twice is harmless. What is held by its rate may be handed on."""
         self._topics._remove(self)
+        if isinstance(self.sink, _Throttle):
+            self.sink.end(hand_on)
 
 
 class _Throttle:
@@ -3599,34 +3626,45 @@ class _Throttle:
         self.entry: tuple[int, int, _Throttle] | None = None    # in Topics._due
 
     def __call__(self, what: Any) -> None:
-        critical = what.critical
+        topics, now = self.topics, self.topics.clock()
         for item in what.items if self.batched else (what,):
-            key = item.topic if self.newest and not item.critical else item.seq
-            self.held.pop(key, None)                # to be the last again
+            alone = item.critical or item.gap or not self.newest
+            key = item.seq if alone else item.topic
+            if (old := self.held.pop(key, None)) is not None:       # to be the last again
+                topics._held[self.sink] -= old.size
             self.held[key] = item
-        now = self.topics.clock()
-        if critical or now >= self.due_ns or len(self.held) >= self.topics.max_batch:
+            topics._held[self.sink] += item.size
+        if what.critical or now >= self.due_ns or topics._held[self.sink] > topics.max_bytes or (
+                not self.newest and len(self.held) >= topics.max_batch):
             self.release(now)
         elif self.entry is None:
             self.entry = (self.due_ns, id(self), self)
-            bisect.insort(self.topics._due, self.entry)
+            bisect.insort(topics._due, self.entry)
 
     def release(self, now: int) -> None:
         """Hand on what is held."""
-        self.cancel()
-        items, self.held = self.held.values(), {}
+        items = self.take()
         self.due_ns = now + self.period_ns
-        if self.batched:
-            self.sink(Batch.of(items))
-            return
-        for item in items:
-            self.topics._call((self.sink,), item)
+        for what in [Batch.of(items)] if self.batched else items:
+            self.topics._call((self.sink,), what)
 
-    def cancel(self) -> None:
-        """Be no longer due."""
+    def take(self) -> list[Publication]:
+        """Return what is held, and hold it no longer."""
+        topics, items = self.topics, list(self.held.values())
         if self.entry is not None:
-            del self.topics._due[bisect.bisect_left(self.topics._due, self.entry)]
+            del topics._due[bisect.bisect_left(topics._due, self.entry)]
             self.entry = None
+        topics._held[self.sink] -= sum(each.size for each in items)
+        if not topics._held[self.sink]:
+            del topics._held[self.sink]
+        self.held = {}
+        return items
+
+    def end(self, hand_on: bool) -> None:
+        """Be no longer due."""
+        if self.held and hand_on:
+            self.release(0)
+        self.take()
 
 
 class _Keep(NamedTuple):
@@ -3660,6 +3698,11 @@ class _Topic:
         self.lost_seq = lost_seq    # the last publication that can't be had again
         self.ids: OrderedDict[str, int] | None = None       # seen msg_ids, and when
         self.occupied: bool | None = None           # None: it was not declared by name
+
+    @property
+    def last_seq(self) -> int:
+        """The last publication's."""
+        return self.history[-1].seq if self.history else self.lost_seq
 
 
 def _position(since: Any, wild: bool) -> tuple[str, int, bool]:
@@ -3697,34 +3740,37 @@ class Topics:
     (1, 0, ['hello'])
     """
 
-    __slots__ = ("clock", "max_batch", "seq", "published", "delivered", "errors", "duplicates",
-                 "loops", "_topics", "_root", "_version", "_epoch", "_epochs", "_pending",
-                 "_everybody", "_max_bytes", "_count", "_size", "_keeps", "_kept", "_trim_at",
-                 "_forgotten", "_due", "_dedup_ns", "_aging", "_depth", "_looped", "_on_occupied")
+    __slots__ = ("clock", "max_batch", "max_bytes", "dedup_ns", "seq", "published", "delivered",
+                 "errors", "duplicates", "loops", "_topics", "_root", "_of_sink", "_version",
+                 "_epoch", "_epochs", "_pending", "_everybody", "_count", "_size", "_keeps",
+                 "_kept", "_trim_at", "_forgotten", "_due", "_held", "_aging", "_depth", "_looped",
+                 "_on_occupied")
 
     def __init__(self, max_batch: int = 256, max_bytes: int = 1 << 20, *,
                  dedup_ttl_s: float = 60.0, clock: Callable[[], int] = time.monotonic_ns,
                  on_occupied: Callable[[str, bool], object] = lambda name, occupied: None) -> None:
         self.clock = clock
         self.max_batch = max_batch or sys.maxsize
+        self.max_bytes = max_bytes or sys.maxsize
+        self.dedup_ns = int(dedup_ttl_s * 1e9)
         self.seq = itertools.count(1)
         self.published = self.delivered = self.errors = 0
         self.duplicates = self.loops = 0
         self._topics: dict[str, _Topic] = {}
         self._root: _Branch = {}
+        self._of_sink: dict[Any, tuple[Subscription, ...]] = {}
         self._version = 0
         self._epoch = os.urandom(_EPOCH_LENGTH // 2).hex()
         self._epochs = itertools.count(1)
         self._pending: list[_Topic] = []    # those with something for batched sinks
         self._everybody = _Topic("", "", _Keep(), 0)        # what is broadcast waits here
-        self._max_bytes = max_bytes or sys.maxsize
         self._count = self._size = 0        # of what is pending
         self._keeps: dict[str, _Keep] = {}  # by name or pattern, the latest last
         self._kept = 0                      # bytes of all histories
         self._trim_at = _MAX_KEPT_BYTES
         self._forgotten = 0                 # the last seq of a topic that has no record any more
         self._due: list[tuple[int, int, _Throttle]] = []    # sorted
-        self._dedup_ns = int(dedup_ttl_s * 1e9)
+        self._held: Counter[Any] = Counter()        # bytes that throttles hold, by sink
         self._aging: dict[_Topic, None] = {}                # those with msg_ids or history
         self._depth = 0                     # publications within publications
         self._looped = False
@@ -3750,7 +3796,9 @@ class Topics:
         wild, name = _is_pattern(tokens), ".".join(tokens)
         position = None if since is None else _position(since, wild)
         self.flush()
-        subscription = Subscription(self, name, self._conflated(sink, batched, rate, keep), batched)
+        sink = self._conflated(sink, batched, rate, keep)
+        subscription = Subscription(self, name, sink, batched, rate)
+        self._of_sink[sink] = (*self._of_sink.get(sink, ()), subscription)
         record = None if wild else self._record(name)
         audience = self._path(tokens)[-1] if record is None else record.exact
         first = not audience
@@ -3775,8 +3823,12 @@ class Topics:
         self.flush()
         tokens = subscription.pattern.split(".")
         record = None
-        if isinstance(subscription.sink, _Throttle):
-            subscription.sink.cancel()
+        rest = tuple(each for each in self._of_sink.get(subscription.sink, ())
+                     if each is not subscription)
+        if rest:
+            self._of_sink[subscription.sink] = rest
+        else:
+            self._of_sink.pop(subscription.sink, None)
         if wild := _is_pattern(tokens):
             path = self._path(tokens)
             gone = path[-1].pop(subscription, self)
@@ -3886,6 +3938,7 @@ class Topics:
             self._remember(record, msg_id)
         if record.sinks:
             self._call(record.sinks, publication)
+        publication.forget()
         count = len(record.sinks) + len(record.batched)
         self.published += 1
         self.delivered += count
@@ -3895,18 +3948,21 @@ class Topics:
                   critical: bool = False) -> None:
         """Hand *payload* to *sink*, in its place among what is published."""
         self._everybody.batched = (sink,)
-        self._enqueue(self._everybody, Publication("", payload, 0, "", critical, next(self.seq)))
+        publication = Publication("", payload, 0, "", critical, next(self.seq))
+        self._enqueue(self._everybody, publication)
+        publication.forget()
 
-    def _call(self, sinks: Iterable[Callable[[Any], object]], publication: Publication) -> None:
+    def _call(self, sinks: Iterable[Callable[[Any], object]], what: Publication | Batch) -> None:
         self._depth += 1
         try:
             for sink in sinks:
                 try:
-                    sink(publication)
+                    sink(what)
                 except Exception:
                     self.errors += 1
                     if not self._looped:        # else it is only what the loop's end is told
-                        _log.exception("subscriber of %s failed", publication.topic)
+                        topic = what.items[0].topic if isinstance(what, Batch) else what.topic
+                        _log.exception("subscriber of %s failed", topic)
         finally:
             self._depth -= 1
             self._looped = self._looped and self._depth > 0
@@ -3940,7 +3996,7 @@ class Topics:
             record.lost_seq = publication.seq
         if not record.batched:
             return
-        if self._size + publication.size > self._max_bytes:
+        if self._size + publication.size > self.max_bytes:
             self.flush()
         if not record.pending:
             self._pending.append(record)
@@ -3958,12 +4014,10 @@ class Topics:
         That is never more than fits an empty outbox, so that sinks can sort it over topics.
         """
         self._count = self._size = 0
-        while self._pending:
-            record = self._pending.pop(0)
+        pending, self._pending = self._pending, []          # what sinks publish comes next time
+        for record in pending:
             items, record.pending = tuple(record.pending), []
-            batch = Batch(items, record.size, items[-1].critical)
-            for sink in record.batched:
-                sink(batch)
+            self._call(record.batched, Batch(items, record.size, items[-1].critical))
         if self._due:
             now = self.clock()
             while self._due and self._due[0][0] <= now:
@@ -4039,6 +4093,10 @@ class Topics:
             return {"epoch": self._epoch, "seq": next(self.seq)}
         return {}
 
+    def mark(self, seq: int) -> bytes:
+        """Return what a reader of Server-Sent Events begins with; see ``Publication.mark``."""
+        return b"%b:%d" % (self._epoch.encode(), seq)
+
     def gap(self, pattern: str, after: Sequence[Publication] = ()) -> Publication:
         """Return what tells a client that it missed something, and where it goes on: *after*."""
         record = self._topics.get(pattern)
@@ -4059,6 +4117,7 @@ class Topics:
         """Hand a new subscriber what it missed, or what its topics repeat for everybody."""
         pattern = subscription.pattern
         position = subscription.position = self.position(pattern)
+        subscription.begin = position.get("seq") or next(self.seq)
         if since is None and not self._keeps:
             return
         records = [record for record in map(self._topics.__getitem__, self.live(pattern))
@@ -4070,6 +4129,12 @@ class Topics:
         if items is None:
             items = [each for record in records for each in self._repeated(record.keep, record)]
         items.sort(key=operator.attrgetter("seq"))
+        if len(others := self._of_sink[subscription.sink]) > 1:
+            items = self._unknown(items, [each for each in others if each is not subscription])
+        if since is not None:                   # all before, it says, it has
+            subscription.begin = 0
+        elif items:
+            subscription.begin = items[0].seq - 1
         if position and since is not None and not subscription.gap:
             position.clear()
             position |= {"epoch": since[0] or self._topics[pattern].epoch,
@@ -4079,11 +4144,20 @@ class Topics:
             position[by] = getattr(items[0], by) - 1
         if subscription.gap:
             items.insert(0, self.gap(pattern, items))
-        if subscription.batched and items:
-            subscription.sink(Batch.of(items)._replace(critical=False))
-            return
-        for item in items:
-            self._call((subscription.sink,), item)
+        batches = [Batch.of(items)._replace(critical=False)] if items else []
+        for what in batches if subscription.batched else items:
+            self._call((subscription.sink,), what)
+
+    @staticmethod
+    def _unknown(items: list[Publication], others: list[Subscription]) -> list[Publication]:
+        """Return what other subscriptions of the same sink leave out."""
+        exact = {each.pattern: each.begin for each in others}
+        wild = [(tokens, each.begin) for each in others
+                if _is_pattern(tokens := each.pattern.split("."))]
+        begins = {topic: min([exact.get(topic, sys.maxsize), *(
+            begin for tokens, begin in wild if _contains(tokens, topic.split(".")))])
+            for topic in {each.topic for each in items}}
+        return [each for each in items if each.seq <= begins[each.topic] or each.bare]
 
     @staticmethod
     def _repeated(keep: _Keep, record: _Topic) -> list[Publication]:
@@ -4103,7 +4177,7 @@ class Topics:
             first = record.offset + 1 - len(record.history)
             known = epoch in ("", record.epoch) and first - 1 <= number <= record.offset
             missed = list(itertools.islice(record.history, max(0, number + 1 - first), None))
-        return missed if known and sum(each.size for each in missed) <= self._max_bytes else None
+        return missed if known and sum(each.size for each in missed) <= self.max_bytes else None
 
     def _keep(self, record: _Topic, publication: Publication) -> None:
         record.history.append(publication)
@@ -4117,7 +4191,7 @@ class Topics:
     def _expire(self, record: _Topic) -> None:
         """Let go of what a record keeps no longer."""
         keep, history, now = record.keep, record.history, self.clock()
-        while history and (len(history) > keep.history or record.kept > self._max_bytes
+        while history and (len(history) > keep.history or record.kept > self.max_bytes
                            or now - (history[0].kept_ns or 0) > keep.ttl_ns):
             self._lose(record)
 
@@ -4153,7 +4227,7 @@ class Topics:
             record.ids.popitem(last=False)
 
     def _forget_ids(self, record: _Topic) -> None:
-        limit = self.clock() - self._dedup_ns
+        limit = self.clock() - self.dedup_ns
         while record.ids and next(iter(record.ids.values())) <= limit:
             record.ids.popitem(last=False)
 
@@ -4172,6 +4246,7 @@ class Topics:
             if len(self._topics) >= _MAX_IDLE_TOPICS:
                 idle = [each for each in self._topics.values()
                         if not each.exact and not each.pending and each.occupied is None]
+                idle.sort(key=lambda each: (bool(each.sinks or each.batched), each.last_seq))
                 for each in idle[:_MAX_IDLE_TOPICS // 10]:
                     self._forget(each)
             self._topics[topic] = _Topic(topic, f"{self._epoch}{next(self._epochs):x}",
@@ -4189,6 +4264,7 @@ class Topics:
         """Assert that nothing is left where nobody is subscribed (tests)."""
         records = self._topics.values()
         assert not self._root and not self._due and not any(each.exact for each in records)
+        assert not self._of_sink and not self._held
         assert self._kept == sum(each.kept for each in records)
         assert all(each.kept == sum(item.size for item in each.history) for each in records)
         assert not self._depth and set(self._aging) <= set(records)
@@ -4220,7 +4296,7 @@ class Presence:
     (None, 2, ['al', 'bo'])
     """
 
-    __slots__ = ("version", "swept", "_clock", "_debounce_ns", "_pause_ns", "_next_ns",
+    __slots__ = ("version", "swept", "debounce_ns", "_clock", "_pause_ns", "_next_ns",
                  "_connections", "_users", "_leaving", "_states", "_told", "_changed", "_sorted")
 
     def __init__(self, debounce_s: float = 5.0, updates_per_s: float = 10.0,
@@ -4228,7 +4304,7 @@ class Presence:
         self.version = 0                    # changes with users and states
         self.swept = 0                      # connections that were silent for too long
         self._clock = clock
-        self._debounce_ns = int(debounce_s * 1e9)
+        self.debounce_ns = int(debounce_s * 1e9)
         self._pause_ns = int(1e9 / updates_per_s)
         self._next_ns = 0                   # when changes may be told again
         self._connections: dict[Any, _Here] = {}
@@ -4270,7 +4346,7 @@ class Presence:
     def leave(self, connection: Any, *, at_once: bool = False) -> None:
         """Forget a connection; twice is harmless. *at_once* its user does not come back."""
         if (here := self._connections.get(connection)) is not None:
-            self._leave(connection, here, 0 if at_once else self._debounce_ns)
+            self._leave(connection, here, 0 if at_once else self.debounce_ns)
 
     def _leave(self, connection: Any, here: _Here, debounce_ns: int) -> None:
         del self._connections[connection], self._users[here.user][connection]
@@ -4403,29 +4479,39 @@ def escape(value: object) -> Safe:
 class _Slot:
     """A value in a template: formatted as the template says, then escaped."""
 
-    __slots__ = ("_value",)
+    __slots__ = ("value",)
 
     def __init__(self, value: Any) -> None:
-        self._value = value
+        self.value = value
 
     def __format__(self, spec: str) -> str:
+        value = _slot_value(self)
         if not spec:
-            return escape(self._value)
-        if hasattr(self._value, "__html__"):
-            return format(self._value.__html__(), spec)
-        return escape(format(self._value, spec))
+            return escape(value)
+        if hasattr(value, "__html__"):
+            return format(value.__html__(), spec)
+        return escape(format(value, spec))
 
-    def __getattr__(self, name: str) -> _Slot:
-        return _Slot(getattr(self._value, name))
+    def __getattribute__(self, name: str) -> _Slot:
+        return _Slot(getattr(_slot_value(self), name))      # the value's, whatever its name
 
     def __getitem__(self, key: Any) -> _Slot:
-        return _Slot(self._value[key])
+        return _Slot(_slot_value(self)[key])
 
     def __str__(self) -> str:
-        return escape(self._value)
+        return escape(_slot_value(self))
 
     def __repr__(self) -> str:
-        return escape(repr(self._value))
+        return escape(repr(_slot_value(self)))
+
+
+_slot_value = _Slot.__dict__["value"].__get__
+
+
+class _Slots(dict[str, _Slot]):
+    def __missing__(self, name: str) -> _Slot:
+        raise UsageError(f"the template uses {{{name}}}; the values given are "
+                         f"{', '.join(self) or 'none'}. Braces are written {{{{ and }}}}")
 
 
 def html(template: str, **values: Any) -> Safe:
@@ -4438,13 +4524,12 @@ def html(template: str, **values: Any) -> Safe:
     '<p class="a b"><b>&lt;3</b></p>'
 
     Raises:
-        UsageError: a name without a value.
+        UsageError: a name without a value, or a brace that is not closed.
     """
     try:
-        return Safe(template.format_map({name: _Slot(value) for name, value in values.items()}))
-    except (LookupError, ValueError) as error:
-        raise UsageError(f"template {template[:60]!r}: {error!r}; the values given are "
-                         f"{', '.join(values) or 'none'}; write {{{{ and }}}} for braces") from None
+        return Safe(template.format_map(_Slots({name: _Slot(values[name]) for name in values})))
+    except ValueError as error:
+        raise UsageError(f"template {template[:60]!r}: {error}") from error
 
 
 def _fragment(rendered: Any, what: object) -> Fragment:
@@ -4466,7 +4551,7 @@ class FragmentCache:
     (b'<b>3</b>', b'<b>3</b>')
     """
 
-    __slots__ = ("hits", "misses", "evictions", "_entries", "_max_entries", "_ttl_s", "_clock",
+    __slots__ = ("hits", "misses", "evictions", "max_entries", "ttl_s", "_entries", "_clock",
                  "_on_render", "_rendering")
 
     def __init__(self, max_entries: int = 1000, ttl_s: float = 30.0, *,
@@ -4474,8 +4559,8 @@ class FragmentCache:
                  on_render: Callable[[float], object] = lambda seconds: None) -> None:
         self.hits = self.misses = self.evictions = 0
         self._entries: OrderedDict[object, tuple[Fragment, float]] = OrderedDict()  # until when
-        self._max_entries = max_entries or sys.maxsize      # a limit of 0 means none
-        self._ttl_s = ttl_s
+        self.max_entries = max_entries or sys.maxsize      # a limit of 0 means none
+        self.ttl_s = ttl_s
         self._clock = clock
         self._on_render = on_render         # told the seconds it took
         self._rendering: set[object] = set()
@@ -4502,10 +4587,10 @@ class FragmentCache:
             fragment = self.render(render, f"fragment {key!r}")
         finally:
             self._rendering.discard(key)
-        ttl_s = self._ttl_s if ttl_s is None else ttl_s
+        ttl_s = self.ttl_s if ttl_s is None else ttl_s
         self._entries[key] = fragment, self._clock() + int(ttl_s * 1e9) if ttl_s else math.inf
         self._entries.move_to_end(key)
-        if len(self._entries) > self._max_entries:
+        if len(self._entries) > self.max_entries:
             self._entries.popitem(last=False)
             self.evictions += 1
         return fragment
@@ -4735,7 +4820,7 @@ class Batcher(Generic[_T]):
     """
 
     __slots__ = ("dropped", "_hand_on", "_max_size", "_wait_ns", "_max_pending", "_overflow",
-                 "_clock", "_items", "_since_ns", "_refused")
+                 "_clock", "_items", "_since_ns", "_refused", "_flushing")
 
     def __init__(self, flush: Callable[[list[_T]], object], max_size: int = 20,
                  max_wait_ms: float = 5.0, *, max_pending: int = 1000, overflow: str = "oldest",
@@ -4757,6 +4842,7 @@ class Batcher(Generic[_T]):
         self._items: deque[_T] = deque()
         self._since_ns = 0                  # when the oldest came
         self._refused = False               # "not now"
+        self._flushing = False
 
     def __len__(self) -> int:
         return len(self._items)
@@ -4784,15 +4870,21 @@ class Batcher(Generic[_T]):
         return self._overflow == "oldest"
 
     def flush(self) -> bool:
-        """Hand on what there is now; return whether it was taken."""
-        self._refused = False
-        while self._items:
-            batch = [self._items.popleft() for _ in range(min(len(self._items), self._max_size))]
-            if self._hand_on(batch) is False:
-                self._items.extendleft(reversed(batch))
-                self._refused = True
-                return False
-        return True
+        """Hand on what there is now, not what is added meanwhile; return whether it was taken."""
+        if self._flushing:
+            return True
+        self._flushing, self._refused, left = True, False, len(self._items)
+        try:
+            while left and not self._refused:
+                batch = [self._items.popleft() for _ in range(min(left, self._max_size))]
+                left -= len(batch)
+                if self._hand_on(batch) is False:
+                    self._items.extendleft(reversed(batch))
+                    self._refused = True
+        finally:
+            self._flushing = False
+            self._since_ns = self._clock() if not self._refused else self._since_ns
+        return not self._refused
 
     def due(self) -> bool:
         """Whether the oldest item has waited long enough."""
@@ -4842,7 +4934,7 @@ class Outbox:
         self.size = 0
         self.dropped = self.coalesced = 0
         self.urgent = False                 # to leave with this pass
-        self.owed: set[str] = set()         # keys of which one was dropped
+        self.owed: set[Any] = set()         # keys, or debts, of what was dropped: to be told
         self.mixed = False                  # filled from several topics: to be sorted
         self._max_items = max_items or sys.maxsize      # a limit of 0 means none
         self.max_bytes = max_bytes or sys.maxsize
@@ -4854,13 +4946,18 @@ class Outbox:
         Raises:
             SlowPeer: the bound is passed and only critical items are left.
         """
-        if item.key in self.owed:
-            self.owed.discard(item.key)
-            item = item.replaces(item)          # one was dropped: this must stand for it, too
+        item = self.settle(item)
         if item.key is None or not self._replace(item):
             self.put_many((item,), item.size or item.measure(), ahead)
         elif self.size + ahead > self.max_bytes:
             self._make_room(ahead)
+
+    def settle(self, item: Any) -> Any:
+        """Return *item*, or what stands also for an older one that was dropped."""
+        if item.key not in self.owed:
+            return item
+        self.owed.discard(item.key)
+        return item.replaces(item)
 
     def put_many(self, items: tuple[Any, ...], size: int, ahead: int = 0) -> None:
         """Add items of *size* bytes in all, none of which replaces another; raises as ``put``."""
@@ -4905,8 +5002,8 @@ class Outbox:
             self.size -= gone.size
             self.dropped += 1
             self._on_drop(gone)
-            if gone.key is not None:
-                self.owed.add(gone.key)
+            if (debt := getattr(gone, "debt", gone.key)) is not None:
+                self.owed.add(debt)
         self.items = tuple(items)
 
     def _sort(self) -> None:
@@ -7033,11 +7130,8 @@ class Config:
             ConfigError: an unknown key (the nearest is named), a value of the wrong type or
                 out of range, or a file that can't be read.
         """
-        values = {key: value for _, layer in _layers(path, environ, said)
-                  for key, value in layer.items()}
-        if "port" in values:
-            values.setdefault("firm_port", True)
-        return cls(**values)
+        return cls(**{key: value for _, layer in _layers(path, environ, said)
+                      for key, value in layer.items()})
 
 
 def _layers(path: str | os.PathLike[str] | None, environ: Mapping[str, str] | None,
@@ -7047,17 +7141,25 @@ def _layers(path: str | os.PathLike[str] | None, environ: Mapping[str, str] | No
         _must_be_setting(key)
     layers = [("", {}) if path is None else (os.fspath(path), _read_toml(path)),
               ("environment", _read_environment(os.environ if environ is None else environ)),
-              ("said", said)]
+              ("said", dict(said))]
+    ports = [layer for _, layer in layers if "port" in layer]
+    if ports and not any("firm_port" in layer for _, layer in layers):
+        ports[-1]["firm_port"] = True           # who names a port means it
     profile = next((layer["profile"] for _, layer in reversed(layers) if "profile" in layer), "")
     return [(f"profile {profile}", _PRESETS.get(str(profile), {})), *layers]
 
 
 def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
+    text: Any
     for name, text in environ.items():
         key = name.removeprefix("HORIZON_").lower()
         if name == f"HORIZON_{key.upper()}" and key in _CONFIG_TYPES:
             values[key] = text
+        elif name == f"HORIZON_{key.upper()}" and key in _ALIASES:
+            with contextlib.suppress(ValueError):
+                text = json.loads(text)
+            values |= _plain_setting(key, text, "environment")
         # a slip of the pen; others may be somebody else's
         elif key != name.lower() and key not in _CONFIG_TYPES and (
                 close := difflib.get_close_matches(key, _CONFIG_TYPES, 1, 0.7)):
@@ -7091,7 +7193,7 @@ def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
                 tables.append(value)
                 continue
             for key, value in _plain_setting(name, value, os.fspath(path)).items():
-                if key in values and key != "max_messages_per_s":
+                if key in values and not (name in _ALIASES and key == "max_messages_per_s"):
                     raise ConfigError(f"{os.fspath(path)}: {key} is given twice")
                 values[key] = values.get(key, value) and value     # a limit that is off stays off
     return values
@@ -7101,6 +7203,8 @@ def _plain_setting(name: str, value: Any, where: str) -> dict[str, Any]:
     """Return what a key of a file says; seed 002's keys are known, too."""
     if name in _ALIASES:
         try:
+            if isinstance(value, bool) != (name in ("use_reuse_port", "enable_rate_limiting")):
+                raise TypeError
             return _ALIASES[name](value)
         except (TypeError, AttributeError, KeyError, ZeroDivisionError):
             raise ConfigError(f"{where}: {name} = {value!r} can't be understood") from None
@@ -7484,38 +7588,31 @@ input, button { font: inherit; padding: .4rem .7rem; border: 1px solid #8888; bo
 # does: elements from /ws/html take the place of those with their ids, or go where
 # hx-swap-oob says; forms with ws-send are sent.  Replies are events of the document.
 SWAP_SCRIPT = r"""(() => {
-  const path = document.currentScript.dataset.url || "/ws/html";
+  const url = document.currentScript.dataset.url || "/ws/html", reply = detail => document.dispatchEvent(new CustomEvent("horizon:reply", {detail}));
+  const put = {delete: old => old.remove(), innerHTML: (old, it) => old.replaceChildren(...it.childNodes), true: (old, it) => old.replaceWith(it),
+    beforeend: (old, it) => old.append(...it.childNodes), afterbegin: (old, it) => old.prepend(...it.childNodes)};
   let socket, wait = 500;
-  function swap(element) {
-    const [how, target] = (element.getAttribute("hx-swap-oob") || "true").split(/:(.*)/s);
-    const old = target ? document.querySelector(target) : document.getElementById(element.id);
-    if (!old) return;
-    element.removeAttribute("hx-swap-oob");
-    if (how === "delete") old.remove();
-    else if (how === "innerHTML") old.replaceChildren(...element.childNodes);
-    else if (how === "beforeend") old.append(...element.childNodes);
-    else if (how === "afterbegin") old.prepend(...element.childNodes);
-    else old.replaceWith(element);
-  }
-  function connect() {
-    socket = new WebSocket(location.origin.replace("http", "ws") + path + location.search);
+  (function connect() {
+    socket = new WebSocket(location.origin.replace("http", "ws") + url + location.search);
     socket.onopen = () => { wait = 500; };
     socket.onmessage = ({data}) => {
-      if (data[0] === "{") return document.dispatchEvent(new CustomEvent("horizon:reply", {detail: JSON.parse(data)}));
-      const template = document.createElement("template");
-      template.innerHTML = data;
-      [...template.content.children].forEach(swap);
+      if (/^[[{]/.test(data)) return [JSON.parse(data)].flat().forEach(reply);
+      const template = Object.assign(document.createElement("template"), {innerHTML: data});
+      for (const it of [...template.content.children]) {
+        const [how, target] = (it.getAttribute("hx-swap-oob") || "true").split(/:(.*)/s), old = target ? document.querySelector(target) : document.getElementById(it.id);
+        it.removeAttribute("hx-swap-oob");
+        if (old) (put[how] || put.true)(old, it);
+      }
     };
     socket.onclose = () => { setTimeout(connect, wait * (0.7 + Math.random() * 0.6)); wait = Math.min(wait * 2, 10000); };
-  }
+  })();
   document.addEventListener("submit", event => {
     if (!event.target.hasAttribute("ws-send")) return;
     event.preventDefault();
-    if (socket.readyState !== 1) return;
+    if (socket.readyState !== 1) return reply({error: {code: "offline", message: "not connected"}});
     socket.send(JSON.stringify(Object.fromEntries(new FormData(event.target))));
     event.target.reset();
   });
-  connect();
 })();
 """
 
@@ -7543,6 +7640,7 @@ _MAX_USER = 128                     # characters of a user's name
 _MAX_DROPPED_TOPICS = 1_000         # counted by name; more only by class
 _MAX_PENDING = 10_000               # events that wait for a batched handler
 _MAX_STATE = 1_024                  # bytes of a user's state, and of a connection's metadata
+_SLOW_REQUEST_NS = 1_000_000        # a client's request that takes longer counts as several
 _MAX_VIEWS = 1_000                  # fragments of one view of a pattern
 
 
@@ -7572,9 +7670,16 @@ def _render_events(frame: _Framer, items: tuple[Any, ...], _packed: str) -> byte
                      b"data: %b\n\n" % item.json() for item in items])
 
 
+def _is_markup(item: Any) -> bool:
+    return isinstance(item, Markup)
+
+
 def _render_html(frame: _Framer, items: tuple[Any, ...], _packed: str) -> bytes:
-    """One text frame a tick: elements with ids, which a page puts where theirs are."""
-    return frame(_TEXT, b"\n".join([item.html() for item in items]))
+    """Elements with ids, which a page puts where theirs are, in one text frame a tick."""
+    groups = itertools.groupby(items, _is_markup)
+    return b"".join([frame(_TEXT, text) for together, group in groups for text in (
+        [b"\n".join([each.html() for each in group])] if together else
+        [each.html() for each in group])])
 
 
 _PROTO, _EVENTS, _HTML = "horizon.proto.v1", "events", "html"
@@ -7792,7 +7897,7 @@ class Session:
         self.handler = handler                  # of a route of the user's own
         self.subscriptions: dict[str, Callable[[], object]] | None = None   # and what ends each
         self.goodbye: tuple[int, str] | None = None     # to be said when it has read the rest
-        self.beats = False                      # it promised heartbeats
+        self.beats: dict[str, Any] = {}         # the heartbeats it promised
         # where broadcasts reach it: "" for streams and other WebSockets
         self.endpoint = "" if handler or form == _EVENTS else "html" if form == _HTML else "data"
         self._metadata: dict[str, Any] | None = None
@@ -7901,16 +8006,16 @@ class Session:
             engine._urgent[self] = None
         ahead, before, now = len(self.connection.unsent), outbox.dropped, engine.loop.now_ns
         try:
-            if items[0].key is not None:        # Moves, alone
+            if not ahead and outbox.overflows(len(items), size):
+                engine._flush([self])           # a peer that reads loses nothing, and no order:
+                ahead = len(self.connection.unsent)         # what came before leaves before
+                if not ahead:
+                    items = tuple(map(outbox.settle, items))
+                    return outbox.add(items, sum([each.size for each in items]))
+            if items[0].key is not None:        # state comes alone
                 outbox.put(items[0], ahead)
-            elif ahead or not outbox.overflows(len(items), size):
+            else:
                 outbox.put_many(items, size, ahead)
-            else:                               # a peer that reads loses nothing, and no order:
-                engine._flush([self])           # what came before leaves before
-                if ahead := len(self.connection.unsent):
-                    outbox.put_many(items, size, ahead)
-                else:
-                    outbox.add(items, size)
         except SlowPeer:
             outbox.take()
             return self.connection.slow()
@@ -7933,11 +8038,12 @@ class _Refused(Exception):
 class _Worker:
     """Where ``async def`` and ``blocking=True`` handlers run: away from the loop."""
 
-    __slots__ = ("_loop", "_config", "_asyncio", "_pool", "_jobs", "_busy", "_batchers", "_dropped")
+    __slots__ = ("batch_size", "wait_ms", "_loop", "_asyncio", "_pool", "_jobs", "_busy",
+                 "_batchers", "_dropped")
 
-    def __init__(self, loop: Loop, config: Config) -> None:
+    def __init__(self, loop: Loop) -> None:
+        self.batch_size, self.wait_ms = 20, 5.0     # of who has not said it
         self._loop = loop
-        self._config = config
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._jobs = 0                          # in the pool
@@ -7950,10 +8056,10 @@ class _Worker:
         if not handler.batch:
             return self._run(handler, event)
         if (batcher := self._batchers.get(handler)) is None:
-            size = self._config.batch_size if handler.batch is True else handler.batch
-            wait_ms = self._config.batch_wait_ms if handler.wait_ms is None else handler.wait_ms
+            size = self.batch_size if handler.batch is True else handler.batch
+            wait_ms = self.wait_ms if handler.wait_ms is None else handler.wait_ms
             batcher = self._batchers[handler] = Batcher(
-                functools.partial(self._run_batch, handler), size or sys.maxsize, wait_ms,
+                functools.partial(self._run_batch, handler), size, wait_ms,
                 max_pending=max(_MAX_PENDING, size))
         batcher.add(event)
 
@@ -8026,7 +8132,11 @@ class _Worker:
         return not (self._jobs or self._busy or any(self._batchers.values()))
 
     def stop(self) -> None:
-        """Let blocking handlers finish and coroutines go."""
+        """Let blocking handlers finish and coroutines go; what is lost is told."""
+        if lost := sum(map(len, self._batchers.values())):
+            self._dropped += lost
+            self._batchers = {}
+            _log.error("%d events waited in batches when the time to stop was over", lost)
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
         if self._asyncio is not None:
@@ -8053,7 +8163,8 @@ class _View:
         self.made = made                # for one topic, from the view of a pattern
         self.pattern = pattern
         self.fn = fn
-        self.takes_message = bool(inspect.signature(fn).parameters)
+        self.takes_message = any(each.default is each.empty and each.kind <= each.VAR_POSITIONAL
+                                 for each in inspect.signature(fn).parameters.values())
         self.number = number
         self.audience: dict[Session, None] = {}
         self.changed: dict[str, Publication | None] = {}    # topics, and the newest of each
@@ -8175,19 +8286,18 @@ class Engine:
                              "read by Config.load(path, port=8080)")
         self.config = config or Config.load(None, **settings)
         self.metrics = Metrics()
-        self.topics = Topics(self.config.outbox_messages, self.config.outbox_bytes,
-                             dedup_ttl_s=self.config.dedup_ttl_s, on_occupied=self._tell_occupied)
-        self.presence = Presence(self.config.presence_debounce_s)
-        self.fragments = FragmentCache(
-            self.config.cache_entries, self.config.cache_ttl_s, on_render=functools.partial(
-                self.metrics.observe, "horizon_fragment_render_seconds"))
+        self.topics = Topics(on_occupied=self._tell_occupied)
+        self.presence = Presence()
+        self.fragments = FragmentCache(on_render=functools.partial(
+            self.metrics.observe, "horizon_fragment_render_seconds"))
         self.movement = Movement()
         self.sessions: dict[str, Session] = {}
         self.loop = Loop()
-        self._worker = _Worker(self.loop, self.config)
+        self._worker = _Worker(self.loop)
         self.bus = Bus(spawn=self._worker.spawn, debug=self.config.log_level == "debug",
                        on_time=functools.partial(self.metrics.observe, "event_processing_duration"))
         self.server = Server(self.loop, self, self._limits())
+        self._apply_config()
         self.tick_count = self.overruns = self.coalesced = self.unchanged = 0
         self.renders: Counter[str] = Counter()          # of outboxes, by form
         self.alerts: dict[str, str] = {}                # what is wrong now, and how
@@ -8240,8 +8350,25 @@ class Engine:
             raise StateError("the engine runs already; configure it before")
         if "port" in settings:
             settings.setdefault("firm_port", True)
+        if "profile" in settings:               # it changes what nobody has said otherwise
+            old, new = (Config.load(None, {}, profile=each) for each in (
+                self.config.profile, settings["profile"]))
+            settings = {name: getattr(new, name) for name in _CONFIG_TYPES
+                        if getattr(self.config, name) == getattr(old, name)} | settings
         self.config = dataclasses.replace(self.config, **settings)
+        self._apply_config()
+
+    def _apply_config(self) -> None:
+        """Tell the parts their settings; what is registered with them stays."""
+        config, worker = self.config, self._worker
         self.server.limits = self._limits()
+        self.topics.max_batch = config.outbox_messages or sys.maxsize
+        self.topics.max_bytes = config.outbox_bytes or sys.maxsize
+        self.topics.dedup_ns = int(config.dedup_ttl_s * 1e9)
+        self.presence.debounce_ns = int(config.presence_debounce_s * 1e9)
+        self.fragments.max_entries = config.cache_entries or sys.maxsize
+        self.fragments.ttl_s = config.cache_ttl_s
+        worker.batch_size, worker.wait_ms = config.batch_size or _MAX_PENDING, config.batch_wait_ms
 
     # -- handlers --
 
@@ -8310,9 +8437,12 @@ class Engine:
 
         It returns an element with an id (``hl.html`` escapes what is put in), and may take the
         newest Publication. It is called once per tick at most, when something was published
-        there; what it returns is sent when it differs from the last.
+        there; what it returns takes the place of the last, if it differs. What is to be
+        appended is for ``broadcast(..., endpoint="html")``.
         """
         pattern = ".".join(_check_topic(topic, wildcards=True))
+        if pattern == Moves.topic:
+            raise UsageError(f"{pattern} has no form in HTML; use client:movement:position")
         return self._decorator(lambda fn: self._views.setdefault(pattern, []).append(
             _View(pattern, _plain_function(fn), next(self._view_numbers))))
 
@@ -8478,7 +8608,7 @@ class Engine:
         """Send *payload*, never dropped, to a session (or its id) or all sessions of a user.
 
         With *endpoint* "html", to the user's sessions on ``/ws/html``, where it is HTML; else
-        to all others. Returns: to how many it goes.
+        to all others. One session gets it wherever it is. Returns: to how many it goes.
         """
         self._on_loop("send")
         one, markup = to if isinstance(to, Session) else self.sessions.get(to), _is_html(endpoint)
@@ -8820,6 +8950,9 @@ class Engine:
         if update is None and self._presence_owed and not self.presence.pending:
             update = self.presence.snapshot()       # what was awaited has come to nothing
         if update is not None:
+            if self._presence_owed:                 # by who has none of the states yet
+                update |= {key: value for key, value in self.presence.snapshot().items()
+                           if key == "states"}
             self._presence_owed = False
             self.topics.publish(_PRESENCE_TOPIC, update)
             self.topics.publish(_CHANGES_TOPIC, {each: update[each] for each in update
@@ -8852,6 +8985,8 @@ class Engine:
             if self._render_view(view, topic, message) and view.shown[topic] is not old:
                 for session in list(view.audience):
                     session.put(view.shown[topic])
+        if not view.audience:                   # the function sent the last one away
+            view.shown = {}
 
     def _render_view(self, view: _View, topic: str, message: Publication | None) -> bool:
         """Render one fragment; return whether that worked. What looks the same stays the same."""
@@ -8866,7 +9001,7 @@ class Engine:
         if topic in view.shown and view.shown[topic].data == data:
             self.unchanged += 1
             return True
-        if topic not in view.shown and len(view.shown) >= _MAX_VIEWS:
+        if view.shown.pop(topic, None) is None and len(view.shown) >= _MAX_VIEWS:
             del view.shown[next(iter(view.shown))]
         view.shown[topic] = Markup(data, next(self.topics.seq), f"{view.number} {topic}")
         return True
@@ -8875,11 +9010,12 @@ class Engine:
         """Show a view to one more session."""
         if view.subscription is None:
             view.subscription = self.topics.subscribe(view.pattern, view.note, batched=True)
-            newest = {"": None} if not view.takes_message else {
-                name: self.topics.history(name)[-1] for name in self.topics.live(view.pattern)
-                if self.topics.history(name)}
-            for topic, message in newest.items():
-                self._render_view(view, topic, message)
+            view.changed = {}                   # what was repeated is rendered here
+        newest: dict[str, Publication | None] = {"": None} if not view.takes_message else {
+            name: kept[-1] for name in self.topics.live(view.pattern)[:_MAX_VIEWS]
+            if (kept := self.topics.history(name))}
+        for topic in newest.keys() - view.shown.keys() - view.changed.keys():
+            self._render_view(view, topic, newest[topic])
         view.audience[session] = None
         for markup in view.shown.values():
             session.put(markup)
@@ -8932,7 +9068,11 @@ class Engine:
 
     def _render(self, session: Session, items: tuple[Any, ...]) -> bytes:
         began = self.loop.clock()
-        data = session.render(items, session.packed)
+        try:
+            data = session.render(items, session.packed)
+        except Exception:                       # ours; the others get theirs all the same
+            _log.exception("what waits for %s can't be rendered", session)
+            return b""
         self.renders[session.form or "json"] += 1
         self.metrics.observe("horizon_marshal_seconds", (self.loop.clock() - began) / 1e9)
         return data
@@ -8987,6 +9127,8 @@ class Engine:
                 connection, request, route)
         if request.method == "POST":
             connection.charge(1)                # it counts as a message
+        if route.answer == self._serve_publish:
+            route = route._replace(answer=functools.partial(self._serve_publish, connection))
         return self._answer(route, request)
 
     def _identify(self, request: Request, public: bool) -> None:
@@ -9072,7 +9214,7 @@ class Engine:
             self.refusals["player_connected"] += 1
             self.presence.leave(session.id, at_once=True)
             connection.close(1013, event.reason)
-        elif ours == _HTML:
+        elif ours == _HTML and connection.is_open and session.goodbye is None:
             asked = request.args.get("topics", "")
             for topic in asked.split(","):
                 if asked:
@@ -9101,8 +9243,7 @@ class Engine:
         if seen is not None:
             mark = re.fullmatch(r"([0-9a-f]{1,40}):(\d{1,18})", seen) or ("", "unknown", 0)
             options["since"] = {"epoch": mark[1], "seq": int(mark[2])}
-        if self._act("subscribe", session, pattern, options) and seen is None:
-            connection.send(b":\nid: %b\n\n" % self.topics.gap(pattern).mark)    # a place to begin
+        self._act("subscribe", session, pattern, options)
 
     def _enroll(self, session: Session) -> None:
         self.sessions[session.id] = session
@@ -9131,8 +9272,8 @@ class Engine:
         if session.goodbye is not None:
             return
         if session.beats and not self.presence.heartbeat(session.id):
-            session.beats = False                   # it was silent for too long, and is back
-            self.presence.join(session.user, session.id)
+            # it was silent for too long, and is back
+            self.presence.join(session.user, session.id, **session.beats)
         if session.handler is None:
             return self._on_data(session, message)
         try:
@@ -9174,16 +9315,22 @@ class Engine:
         """Send a client that reads again what waited for it (the transport calls this)."""
         session: Session = connection.owner
         self._flush([session])
-        if session.outbox is not None and session.outbox.owed and not connection.unsent:
-            if Moves.key in session.outbox.owed:
-                session.put(self.movement.snapshot())
-            for view in itertools.chain.from_iterable(self._views.values()):
-                for markup in view.shown.values() if session in view.audience else ():
-                    if markup.key in session.outbox.owed:
-                        session.put(markup)
-            self._flush([session])
+        while session.outbox is not None and session.outbox.owed and not connection.unsent:
+            if (item := self._repayment(session, session.outbox.owed.pop())) is not None:
+                session.put(item)
+                self._flush([session])
         if session.goodbye is not None and not connection.unsent:
             connection.close(*session.goodbye)
+
+    def _repayment(self, session: Session, debt: Any) -> Sendable | None:
+        """Return what stands for something that was dropped for a session."""
+        if debt == Moves.key:
+            return self.movement.snapshot()
+        if isinstance(debt, tuple):
+            return self.topics.gap(debt[1])
+        return next((markup for views in self._views.values() for view in views
+                     if session in view.audience for markup in view.shown.values()
+                     if markup.key == debt), None)
 
     # -- /ws/data and /ws/html: what clients say --
 
@@ -9228,8 +9375,11 @@ class Engine:
     def _answer_request(self, session: Session, request_id: Any, act: Callable[..., Any],
                         *args: Any) -> None:
         """Do what a client asked; answer if it gave an id, and always if it can't be done."""
+        loops = self.topics.loops
         try:
             result = act(session, *args)
+            if self.topics.loops > loops:
+                raise _Refused("publish_loop", "the server's subscribers call each other in a loop")
             if request_id is not None:
                 self._reply(session, request_id, None, result)
         except _Refused as refusal:
@@ -9251,9 +9401,11 @@ class Engine:
             answer = {} if request_id is None else {"id": request_id}
             answer |= {"ok": True, **(position or {})} if refusal is None else {
                 "error": {"code": refusal.code, "message": str(refusal)}}
-            frame = _frame(_TEXT, _json_bytes(answer))
+            text = _json_bytes(answer)
+            frame = _frame(_TEXT, _inert(text) if session.form == _HTML else text)
         self.events_sent["REPLY"] += 1
-        session.say(frame)
+        # before what a subscription begins with, so that a client knows where it is
+        (session.say if position is None else session.connection.send)(frame)
 
     def _do(self, session: Session, message: Any) -> Mapping[str, Any] | None:
         """Do what one message asks; of a subscription return where it begins."""
@@ -9285,7 +9437,7 @@ class Engine:
             message = {name: getattr(asked, name) for name in _ENVELOPES.get(kind, ())}
             for name in message.keys() & {"data", "payload"}:       # JSON, or nothing
                 message[name] = self._parse(_text(message[name])) if message[name] else None
-            message["rate"] = message.get("rate") or None
+            message |= {name: message.get(name) or None for name in ("rate", "msg_id")}
             if (since := message.get("since")) is not None:
                 by = "seq" if since.seq else "offset"
                 message["since"] = {"epoch": since.epoch, by: getattr(since, by)}
@@ -9348,7 +9500,10 @@ class Engine:
             raise _Refused("bad_request", f"metadata and state are of {_MAX_STATE} bytes at most")
         if not session.endpoint:
             return
-        session.beats = session.beats or interval is not None
+        if interval is not None:
+            session.beats = {"heartbeat_s": interval, "multiplier": multiplier}
+        if "metadata" in data and session.beats:
+            session.beats["metadata"] = data["metadata"]
         self.presence.join(session.user, session.id, heartbeat_s=interval, multiplier=multiplier,
                            metadata=data.get("metadata"))
         if "state" in data:
@@ -9367,10 +9522,14 @@ class Engine:
             topic = ".".join(_check_topic(topic, wildcards=True))
         except UsageError as error:
             raise _Refused("bad_topic", str(error)) from None
+        began_ns = self.loop.clock()
         try:
             return act(who, topic, message)
         except UsageError as error:
             raise _Refused("bad_request", str(error)) from None
+        finally:                                # what takes as long as many counts as many
+            if isinstance(who, Session):
+                who.connection.charge((self.loop.clock() - began_ns) // _SLOW_REQUEST_NS)
 
     def _check_subscription(self, session: Session, topic: str) -> None:
         try:
@@ -9388,9 +9547,13 @@ class Engine:
         mine = session.subscriptions = session.subscriptions or {}
         options = {each: message[each] for each in ("since", "rate")
                    if message.get(each) is not None}
-        if topic in mine and not options:
+        if topic in mine and "since" not in options and options.get("rate") == getattr(
+                getattr(mine[topic], "__self__", None), "rate", None):
             return self.topics.position(topic)      # asking twice is harmless
         self._check_subscription(session, topic)
+        if session.outbox is not None and session.outbox.urgent:
+            self._flush([session])                  # what came before it leaves before its answer
+        position: dict[str, Any] = {}
         if session.form == _HTML:
             for view in self._views_of(topic):
                 self._look(view, session)
@@ -9400,16 +9563,22 @@ class Engine:
             mine[topic] = functools.partial(self._movers.pop, session, None)
         else:
             dropped = session.outbox.dropped if session.outbox else 0
+            if topic in mine and (at := self.topics.position(topic)):
+                options.setdefault("since", at)     # it has what is repeated for newcomers
             subscription = self.topics.subscribe(
                 topic, session.put_many, batched=True, keep="last" if "rate" in options else "all",
                 **options)
             if topic in mine:
-                mine[topic]()
+                mine[topic](hand_on=True)           # type: ignore[call-arg]
             mine[topic] = subscription.remove
             if session.outbox and session.outbox.dropped > dropped:     # it reads too slowly
                 session.put(self.topics.gap(topic))
-            return subscription.position
-        return {}
+            position = subscription.position
+            if session.form == _EVENTS and position and "since" not in options:
+                session.connection.send(b":\nid: %b\n\n" % self.topics.mark(subscription.begin))
+        if not session.connection.is_open:          # somebody who was told of it ended it
+            mine.pop(topic)()
+        return position
 
     def _subscribe_moves(self, session: Session, packed: Any) -> None:
         if packed not in ("", "f32", "f64"):
@@ -9437,11 +9606,11 @@ class Engine:
                       if each.partition(".")[0] not in _RESERVED_TOPICS]
             if 0 < self.config.burst < len(topics):
                 raise _Refused("too_many_topics", f"{topic[:80]!r} reaches {len(topics)} topics")
-            if isinstance(who, Session):
-                who.connection.charge(max(0, len(topics) - 1))
+            connection = who.connection if isinstance(who, Session) else message["connection"]
+            connection.charge(max(0, len(topics) - 1))
         return sum([self.topics.publish(
             each, message.get("payload"), critical=message.get("critical") is True,
-            msg_id=message.get("msg_id") or None) for each in topics])
+            msg_id=message.get("msg_id")) for each in topics])
 
     # -- looking --
 
@@ -9463,7 +9632,7 @@ class Engine:
         self.get("/presence")(self._serve_presence)
         self.get("/presence/{user}")(self._serve_presence)
 
-    def _serve_publish(self, request: Request, topic: str) -> Response:
+    def _serve_publish(self, connection: Connection, request: Request, topic: str) -> Response:
         """Publish what was posted: JSON, or text as it is if it isn't; say to how many it goes."""
         text = _text(request.body)
         try:
@@ -9473,7 +9642,7 @@ class Engine:
                 raise
             payload = text
         message = {"payload": payload, "critical": request.args.get("critical") in ("1", "true"),
-                   "msg_id": request.args.get("msg_id")}
+                   "msg_id": request.args.get("msg_id"), "connection": connection}
         return Response({"delivered": self._act("publish", request, topic, message)}, 202)
 
     def _serve_presence(self, request: Request, user: str | None = None) -> Response:
@@ -9649,16 +9818,19 @@ class Client:
     """
 
     __slots__ = ("url", "protocol", "reconnects", "positions", "_options", "_sock", "_ws",
-                 "_waiting", "_ids", "closed", "_topics", "_lost_at", "_next_try")
+                 "_waiting", "_number", "closed", "_topics", "_heard", "_asked", "_lost_at",
+                 "_next_try")
 
     def __init__(self, url: str, protocol: str, options: _Options) -> None:
         self.url = url
         self.protocol = protocol
         self.reconnects = 0                 # how often the connection was made anew
         self.positions: dict[str, dict[str, Any]] = {}      # by topic or pattern
+        self._heard: set[str] = set()       # those of them that this connection is subscribed to
+        self._asked = ("", "")              # the request to subscribe that is not answered yet
         self._options = options
         self._waiting: deque[Any] = deque()
-        self._ids = itertools.count(1)
+        self._number = 0                    # of the last request
         self._topics: dict[str, dict[str, Any]] = {}    # subscribed to, with what options
         self._lost_at = self._next_try = 0.0    # when the connection was lost; 0: it is there
         self._connect(options)
@@ -9678,6 +9850,7 @@ class Client:
             subprotocol = f"horizon.{self.protocol}.v1"
             deflate, rest = _shake_hands(self._sock, name, path, subprotocol, options)
             self._ws = WebSocketConnection("client", 1 << 26, deflate)
+            self._heard = set()
             self.closed: Close | None = None    # with what code and reason the server closed
             self._ws.receive(rest)
             self._take_events()             # a welcome may have come along
@@ -9756,25 +9929,16 @@ class Client:
         self._follow(topic, options, 10.0)
 
     def _follow(self, topic: str, options: dict[str, Any], timeout_s: float) -> None:
-        before = self.positions[topic] = dict(self.positions.get(topic, ()))
-        try:
-            answer = self.request("subscribe", topic, timeout_s=timeout_s, **options)
-            self._topics[topic] = {name: each for name, each in options.items() if name != "since"}
-            if hasattr(answer, "reply"):
-                at = answer.reply.position
-                by = "seq" if at and at.seq else "offset"
-                answer = {"epoch": at.epoch, by: getattr(at, by)} if at else {}
-            if self.positions[topic] is before:     # else messages came before the answer
-                self.positions[topic] = {each: answer[each] for each in _AT if each in answer}
-        finally:
-            if not self.positions[topic]:           # refused, or the server keeps nothing
-                del self.positions[topic]
+        self._asked = (f"{self._number + 1}", topic)
+        self.request("subscribe", topic, timeout_s=timeout_s, **options)
+        self._topics[topic] = {name: each for name, each in options.items() if name != "since"}
 
     def unsubscribe(self, topic: str) -> None:
         """End a subscription and wait until the server agreed."""
         self.request("unsubscribe", topic)
         self._topics.pop(topic, None)
         self.positions.pop(topic, None)
+        self._heard.discard(topic)
 
     def publish(self, topic: str, payload: Any, *, critical: bool = False,
                 msg_id: str | None = None) -> None:
@@ -9792,7 +9956,8 @@ class Client:
             UsageError: the server refused; its words are in the text.
             TimeoutError: there was no answer in time.
         """
-        request_id = f"{next(self._ids)}"
+        self._number += 1
+        request_id = f"{self._number}"
         if self.protocol == "proto":
             payload = _json_bytes(fields.pop("payload")) if "payload" in fields else b""
             if (since := fields.get("since")) is not None:
@@ -9922,21 +10087,44 @@ class Client:
     def _keep(self, messages: list[Any]) -> None:
         """Let messages wait to be taken, and note how far their topics are heard with them."""
         self._waiting.extend(messages)
-        for message in messages if self.positions else ():
+        for message in messages if self._heard or self._asked[0] else ():
             if hasattr(message, "which"):
-                message = message.topic_message and message.topic_message.to_dict()
-            if isinstance(message, dict) and (message.get("seq") or message.get("gap")) and (
-                    isinstance(message.get("epoch"), str) and type(message.get("offset")) is int):
-                self._note(str(message.get("topic")), **{
-                    name: message.get(name, 0) for name in _AT})
+                message = self._plain(message)
+            if not isinstance(message, dict):
+                continue
+            if self._asked[0] == message.get("id"):
+                self._answered(message)
+            elif isinstance(message.get("epoch"), str) and type(message.get("offset")) is int and (
+                    message.get("seq") or message.get("gap")):
+                self._note(str(message.get("topic")), message)
 
-    def _note(self, topic: str, epoch: str, offset: int, seq: int) -> None:
+    @staticmethod
+    def _plain(envelope: Any) -> dict[str, Any]:
+        """Return of an envelope what a client of JSON would get, as far as positions go."""
+        reply, told = envelope.reply, envelope.topic_message
+        if reply is not None:
+            at, answer = reply.position, {"id": reply.id, "ok": reply.ok}
+            by = "seq" if at and at.seq else "offset"
+            return {**answer, "epoch": at.epoch, by: getattr(at, by)} if at else answer
+        return {name: getattr(told, name) for name in ("topic", "gap", *_AT)} if told else {}
+
+    def _answered(self, reply: dict[str, Any]) -> None:
+        """Begin to note where a subscription is, from here on in what the server sends."""
+        topic, self._asked = self._asked[1], ("", "")
+        if reply.get("ok") and "epoch" in reply:
+            self.positions[topic] = {each: reply[each] for each in _AT if each in reply}
+            self._heard.add(topic)
+        elif reply.get("ok"):                       # the server keeps nothing
+            self.positions.pop(topic, None)
+
+    def _note(self, topic: str, message: dict[str, Any]) -> None:
         tokens = topic.split(".")
-        for name in self.positions:
+        for name in self._heard:
             pattern = _check_topic(name, wildcards=True)
-            if _contains(pattern, tokens):
-                self.positions[name] = {"epoch": epoch[:_EPOCH_LENGTH], "seq": seq} if (
-                    _is_pattern(pattern)) else {"epoch": epoch, "offset": offset}
+            if name == topic if message.get("gap") else _contains(pattern, tokens):
+                at = {"epoch": message["epoch"], "offset": message["offset"]}
+                self.positions[name] = at if not _is_pattern(pattern) else {
+                    "epoch": at["epoch"][:_EPOCH_LENGTH], "seq": message["seq"]}
 
     def __iter__(self) -> Iterator[Any]:
         return iter(functools.partial(self._next, None), _END)
@@ -10512,8 +10700,10 @@ server          {server_cpu_s:g} s CPU, {server_rss_mb:g} MB resident"""
             if spent > self.seconds and not any(each.said for each in self.readers):
                 break
             loop.run_once(min((self.sent + 1) / self.hz - spent, 0.1))
-        for reader in self.readers:
-            reader.close()
+        for reader in self.readers:             # without waiting for a server that may be stuck
+            reader._lose(Close(1000, ""), reader._ws.send_close(1000))
+        if not self.fragments:
+            raise HandshakeError(f"no fragment came from {self.url}: has the server an @app.html?")
 
     def _say_next(self) -> None:
         reader = self.readers[self.sent % len(self.readers)]
@@ -10628,7 +10818,7 @@ _COMMANDS: dict[str, tuple[Any, str, str, str, dict[str, dict[str, Any]]]] = {
         "--endpoint": {"choices": ("data", "html"), "default": "data",
                        "help": "data: players that move; html: readers of fragments that talk"},
         "--players": _number(int, 1, 10_000, 100, "clients"),
-        "--hz": _number(float, 0.1, 1000, 50.0, "moves per second each"),
+        "--hz": _number(float, 0.1, 1000, 50.0, "moves per second each, or lines per second by all"),
         "--for": _number(float, 0.1, 86_400, 10.0, "how long", "SECONDS") | {"dest": "seconds"},
         "--json": {"action": "store_true", "help": "print one JSON object"}}),
     "config": (_print_config, "print all settings, as TOML; --show says where each comes from",

@@ -2452,7 +2452,7 @@ def test_history_is_what_a_naive_one_says(rng):
                 count, ttl = limits[name]
                 items = naive[name][-count:] if count else []
                 items = [each for each in items if ttl is None or clock.now_ns - each[0] <= ttl * 1e9]
-                while sum(each[4] for each in items) > topics._max_bytes:
+                while sum(each[4] for each in items) > topics.max_bytes:
                     items = items[1:]
                 return items
 
@@ -2469,7 +2469,7 @@ def test_history_is_what_a_naive_one_says(rng):
                 missed = sorted(each for name in ("a.x", "a.y") for each in naive[name] if each[1] > since)
                 missed.sort(key=lambda each: each[1])
                 gap = any(each not in kept("a.x") + kept("a.y") for each in missed) or (
-                    sum(each[4] for each in missed) > topics._max_bytes)
+                    sum(each[4] for each in missed) > topics.max_bytes)
             subscription.remove()
             assert subscription.gap == gap
             assert [each.payload for each in got if not each.gap] == ([] if gap else [each[3] for each in missed])
@@ -2603,6 +2603,104 @@ def test_subscribers_that_publish_in_a_loop_are_stopped(caplog):
     assert topics.loops == 2
 
 
+def test_a_sink_subscribed_twice_recovers_once(rng):
+    """Exact and wildcards at once: whatever the order and the positions, each message comes once."""
+    for _ in range(int(100 * SOAK)):
+        topics, got = hl.Topics(), []
+        topics.topic(">", history=50)
+        published, live = [], []
+
+        def publish(count):
+            for _ in range(count):
+                name = rng.choice(["a.x", "a.y", "b"])
+                topics.publish(name, len(published))
+                published.append((name, topics._topics[name].last_seq))
+        publish(10)
+        wanted, told = set(), []                # told: what it has said of, or had, before
+        for pattern in rng.sample(["a.x", "a.*", ">", "b"], 3):
+            since = rng.choice([None, rng.randrange(max(seq for _, seq in published) + 1)])
+            options = {} if since is None else {"since": {"epoch": topics._epoch, "seq": since}}
+            live.append(pattern)
+            topics.subscribe(pattern, got.append, **options)
+            if since is not None:
+                wanted |= {n for n, (name, seq) in enumerate(published) if seq > since and naive_matches(pattern, name)
+                           and not any(naive_matches(each, name) for each in told)}
+                told.append(pattern)
+            publish(3)
+            wanted |= {n for n in range(len(published) - 3, len(published)) if any(naive_matches(each, published[n][0]) for each in live)}
+        assert sorted(message.payload for message in got) == sorted(wanted)
+
+
+def test_what_sinks_do_meanwhile_neither_loops_nor_breaks_others(caplog):
+    topics, got = hl.Topics(), []
+
+    def again(batch):
+        topics.publish("again", 1, critical=len(got) % 2 == 0)
+        got.append(1)
+    topics.subscribe("again", again, batched=True)
+    topics.subscribe("again", lambda batch: 1 / 0, batched=True)
+    topics.subscribe("again", lambda batch: got.append("other"), batched=True)
+    topics.publish("again", 1)
+    for _ in range(5):
+        topics.flush()
+    assert 5 <= got.count("other") < 100 and topics.errors >= 5 and "in a loop" in caplog.text
+    added = [0]
+    def more(items):
+        added[0] += 1
+        batcher.add("again")
+        batcher.add("and again")
+    batcher = hl.Batcher(more, max_size=2, max_wait_ms=0)
+    batcher.add(1)
+    batcher.flush()
+    assert added == [1] and len(batcher) == 2
+    batcher.flush()
+    assert added == [2]
+
+
+def test_what_waits_takes_the_memory_of_its_bytes():
+    topics, held = hl.Topics(max_bytes=100_000), []
+    topics.topic("kept", history=1000)
+    for n in range(50):
+        topics.subscribe(f"t.{n}", held.append, rate=0.001, keep="last", batched=True)
+    payload = lambda: json.loads("[" + ",".join(["{}"] * 5_000) + "]")
+    tracemalloc.start()
+    for n in range(50):
+        for _ in range(2):
+            topics.publish(f"t.{n}", payload())
+            topics.flush()
+        topics.publish("kept", payload())
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    held_bytes = sum(topics._held.values())
+    assert held_bytes <= 100_000 and topics._kept <= 100_000 and size < 4_000_000, size    # as objects 50 MB
+    assert topics.history("kept")[-1].payload == payload() and len(held) > 50
+
+
+def test_conflation_of_many_topics_is_as_slow_as_of_one():
+    clock, got = FakeClock(), []
+    topics = hl.Topics(clock=clock)
+    topics.subscribe("s.*", got.append, rate=0.5, keep="last")
+    for step in range(20):
+        for n in range(1_000):
+            topics.publish(f"s.{n}", step)
+        topics.flush()
+        clock.now_ns += 100_000_000
+    assert len(got) == 1
+    topics.flush()
+    assert len(got) == 1_001 and {message.payload for message in got[1:]} == {19}
+
+
+def test_topics_in_use_are_not_forgotten_for_invented_ones(monkeypatch):
+    monkeypatch.setattr(hl, "_MAX_IDLE_TOPICS", 100)
+    topics, got = hl.Topics(), []
+    topics.topic("chat.*", history=5)
+    topics.subscribe("chat.*", got.append)
+    for n in range(1_000):
+        topics.publish("chat.lobby", n) if n % 40 == 0 else topics.publish(f"invented.{n}", n)
+    assert [message.payload for message in topics.history("chat.lobby")] == [800, 840, 880, 920, 960]
+    assert [message.offset for message in got] == list(range(1, 26)) and len(topics) <= 101
+
+
 def test_thousands_come_and_go_and_leave_nothing(rng):
     clock = FakeClock()
     topics, presence = hl.Topics(clock=clock), hl.Presence(clock=clock)
@@ -2720,9 +2818,19 @@ def test_html_escapes_what_is_put_in_and_only_that():
             return "<hr>"
     assert hl.html("{x}{y}", x=Foreign(), y=hl.Fragment(b"<br>")) == "<hr><br>"
     assert hl.html("{x!s} {x:>4}", x=Foreign()) == "<hr> <hr>"
-    for template in ("{missing}", "{", "{0}", "{x[1]}"):
+    for template in ("{missing}", "{", "{0}"):
         with pytest.raises(hl.UsageError, match="template"):
             hl.html(template, x={})
+    class Card:                                 # an attribute of any name is the value's own, and escaped
+        _value = value = "<b>"
+        def __str__(self):
+            raise KeyError("of the value, not of the template")
+    assert hl.html("{c._value}{c.value}{c.__class__.__name__}{d._value}", c=Card(), d=Card) == "&lt;b&gt;&lt;b&gt;Card&lt;b&gt;"
+    assert "<" not in hl.html("{x.__str__}{x.__class__}{x.__doc__}", x="<script>")
+    with pytest.raises(KeyError, match="of the value"):
+        hl.html("{c}", c=Card())
+    with pytest.raises(hl.UsageError, match="db is down"):
+        hl.html("{c}", c=type("Down", (), {"__str__": lambda self: (_ for _ in ()).throw(ValueError("db is down"))})())
 
 
 def test_the_fragment_cache_keeps_the_recent_for_their_time():
@@ -3639,7 +3747,10 @@ def test_the_second_seeds_file_loads_as_it_stands(tmp_path):
                              ("banned_ips = ['10.0.0.1']\nmax_connections_per_ip = 10", "banned", ("10.0.0.1",))):
         path.write_text(line)
         assert getattr(hl.Config.load(path, {}), key) == value
-    for line in ("bind_address = 5", "bind_address = 'here'", "tick_interval_ms = 'fast'", "enable_rate_limiting = 'perhaps'",
+    env = {"HORIZON_BIND_ADDRESS": "1.2.3.4:5", "HORIZON_CONNECTION_TIMEOUT": "7", "HORIZON_USE_REUSE_PORT": "true"}
+    config = hl.Config.load(None, env)
+    assert (config.host, config.port, config.idle_s, config.reuse_port, config.firm_port) == ("1.2.3.4", 5, 7, True, True)
+    for line in ("tick_interval_ms = true", "max_messages_per_s = 1\n[a]\nmax_messages_per_s = 2", "use_reuse_port = 1", "bind_address = 5", "bind_address = 'here'", "tick_interval_ms = 'fast'", "enable_rate_limiting = 'perhaps'",
                  "max_message_size = 1\nmax_message_bytes = 2", "max_requests_per_minute = []"):
         path.write_text(line)
         with pytest.raises(hl.ConfigError):
@@ -6527,6 +6638,219 @@ def test_clients_publish_to_patterns_within_bounds():
             client.publish("a.*", 1)
 
 
+def test_a_rendering_that_fails_is_its_own_sessions_trouble(caplog):
+    with running() as app, hl.connect(app.url + "/ws/html") as page, hl.connect(app.url) as client:
+        client.subscribe("t")
+        broken, other = sorted(app.sessions.values(), key=lambda each: each.endpoint != "html")
+        on_loop(app, lambda: (broken.put(app.movement.snapshot()), app.publish("t", 1)))     # movement has no HTML
+        assert client.recv(5)["payload"] == 1 and "can't be rendered" in caplog.text
+        on_loop(app, app.broadcast, "<p></p>", endpoint="html")
+        assert page.recv(5) == "<p></p>"
+        with pytest.raises(hl.UsageError):
+            app.html("world.moves")
+
+
+def test_json_on_the_html_endpoint_is_nothing_a_browser_would_show():
+    with running() as app, contextlib.closing(raw_websocket(app, path=b"/ws/html")) as page:
+        session, = app.sessions.values()
+        on_loop(app, lambda: (app.broadcast("<p>1</p>", endpoint="html"), app.broadcast("<p>2</p>", endpoint="html"),
+                              app.send(session, {"text": "<img src=x onerror=boom> & co"}), app.send(session, ["<b>"]),
+                              app.broadcast("<p>3</p>", endpoint="html")))
+        page.sendall(masked(0x81, json.dumps({"action": "<u>", "id": "<i>"}).encode()))
+        got = b""
+        while b"u003cu" not in got and b"unknown_action" not in got or b"<p>3" not in got:
+            got += page.recv(65536)
+        frames = [each for each in take("client", got) if isinstance(each, str)]
+        assert frames[0] == "<p>1</p>\n<p>2</p>" and all("<" not in each and "&" not in each for each in frames if each[0] in "[{")
+        assert [json.loads(each) for each in frames[1:3]] == [{"text": "<img src=x onerror=boom> & co"}, ["<b>"]]
+        assert json.loads(next(each for each in frames if "error" in each and "action" in each))["id"] == "<i>"
+
+
+def test_fragments_over_the_outboxs_bound_all_arrive():
+    with running(outbox_messages=8, outbox_bytes=1 << 18) as app:
+        state = {"n": 0}
+        for n in range(40):
+            app.html(f"t.{n}")(lambda n=n: f"<p id=p{n}>{state['n']}{'x' * 20_000 * (n % 2)}</p>")
+        def shown(page, value):
+            seen = set()
+            while len(seen) < 40:
+                seen |= set(re.findall(rf"<p id=p(\d+)>{value}[x<]", page.recv(5)))
+        with hl.connect(app.url + "/ws/html") as page:          # one who reads gets all, at once and later
+            shown(page, 0)
+            state["n"] = 1
+            on_loop(app, app.publish, "t.*", 1)
+            on_loop(app, lambda: [app.publish(f"t.{n}", 1) for n in range(40)])
+            shown(page, 1)
+        slow = raw_websocket(app, path=b"/ws/html", small=True)     # and who does not, in the end the newest
+        for value in range(2, 12):
+            state["n"] = value
+            on_loop(app, lambda: [app.publish(f"t.{n}", 1) for n in range(40)])
+            time.sleep(.03)
+        session, = app.sessions.values()
+        assert session.connection.unsent and session.outbox.owed
+        slow.settimeout(5)
+        last, data = {}, b""
+        while set(last.values()) != {b"11"} or len(last) < 40:
+            data = data[-30_000:] + slow.recv(1 << 16)
+            last |= dict(re.findall(rb"<p id=p(\d+)>(\d+)[x<]", data))
+        slow.close()
+
+
+def test_a_slow_reader_of_kept_topics_is_told_of_its_gap():
+    with running(outbox_messages=20) as app:
+        app.topic("t", history=10)
+        slow = raw_websocket(app, small=True)
+        slow.sendall(masked(0x81, b'{"action":"subscribe","topic":"t"}'))
+        wait_until(lambda: app.topics.matching("t"))
+        session, = app.sessions.values()
+        while not session.connection.unsent:
+            on_loop(app, app.publish, "t", "x" * 60_000)
+        for n in range(200):
+            on_loop(app, app.publish, "t", n)
+        wait_until(lambda: app.drops["droppable"] > 100)
+        data = b""
+        while b'"gap":true' not in data:
+            data = data[-1000:] + slow.recv(1 << 20)
+        on_loop(app, app.publish, "t", "last")
+        while b'"last"' not in data:
+            data += slow.recv(1 << 20)
+        gap = json.loads(re.search(rb'{"topic":"t","gap":true[^}]*}', data)[0])
+        last = json.loads(re.search(rb'{"topic":"t","payload":"last"[^}]*}', data)[0])
+        assert last["offset"] == gap["offset"] + 1
+        slow.close()
+
+
+def test_who_is_closed_while_it_subscribes_leaves_nothing():
+    with running() as app:
+        app.html("page")(lambda: "<p></p>")
+        close = lambda event: [each.close() for each in app.sessions.values()]
+        app.on_core("topic.occupied")(close)
+        with hl.connect(app.url) as client:
+            client.send({"action": "subscribe", "topic": "t"})
+            assert client.recv(5) is None
+        with hl.connect(app.url + "/ws/html") as client:
+            assert client.recv(5) is None
+        app.on_core("player_connected")(lambda event: event.client.close())
+        for _ in range(5):
+            with hl.connect(app.url + "/ws/html") as client:
+                assert client.recv(5) is None
+        wait_until(lambda: not app.sessions)
+        on_loop(app, app.topics._check)
+
+
+def test_loops_and_costly_requests_are_told_and_charged():
+    with running(max_messages_per_s=120, burst=60) as app, hl.connect(app.url) as client:
+        app.subscribe("ping")(lambda message: app.publish("pong", 1))
+        app.subscribe("pong")(lambda message: app.publish("ping", 1))
+        app.on_client("a", "b")(lambda event: app.publish("ping", 1))
+        for message in ({"action": "publish", "topic": "ping"}, {"namespace": "a", "event": "b"}):
+            client.send({**message, "id": 7})
+            answer = client.recv(5)
+            assert (answer["id"], answer["error"]["code"]) == (7, "publish_loop")
+        assert app.metrics["horizon_topics_loops_total"] == 2 == app.metrics['horizon_requests_refused_total{code="publish_loop"}']
+        for n in range(50):
+            on_loop(app, app.topics.subscribe, f"x.{n}", lambda message: None)
+        ask = b"POST /pub/x.> HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\n1"
+        with raw(app, ask * 3) as sock:
+            answers = b""
+            while answers.count(b"HTTP/1.1") < 2:
+                answers += sock.recv(65536)
+        assert answers.count(b" 202 ") == 1 and b" 429 " in answers      # fifty topics are fifty messages
+
+
+def test_a_rate_can_be_changed_and_a_gap_is_heard_in_spite_of_it():
+    with running() as app, hl.connect(app.url) as client:
+        app.topic("v", replay="last")
+        client.subscribe("v", rate=0.1)
+        for n in range(3):
+            on_loop(app, app.publish, "v", n)
+            time.sleep(.03)
+        assert client.recv(5)["payload"] == 0
+        client.subscribe("v")                           # what was held comes, and from here on everything
+        assert client.recv(5)["payload"] == 2
+        for n in range(3, 6):
+            on_loop(app, app.publish, "v", n)
+            assert client.recv(5)["payload"] == n
+        client.subscribe("v", rate=0.1, since={"epoch": "other", "offset": 1})
+        got = [client.recv(5), client.recv(5)]
+        assert got[0]["gap"] and got[1]["payload"] == 5
+
+
+def test_a_newcomer_to_presence_gets_all_states_also_those_who_come_back():
+    with running(presence_debounce_s=.1) as app, hl.connect(app.url) as one:
+        one.send({"namespace": "system", "event": "heartbeat", "data": {"interval_s": .1, "multiplier": 2, "state": "away", "metadata": 5}, "id": 1})
+        assert one.recv(5)["ok"]
+        mine, = app.presence.users()
+        time.sleep(.2)
+        with hl.connect(app.url) as two:
+            two.subscribe("presence")                   # in the tick of its own joining, or after it
+            assert two.recv(5)["states"] == {mine: "away"}
+        time.sleep(.3)
+        on_loop(app, app.presence.sweep)
+        wait_until(lambda: mine not in app.presence.users())
+        one.send({"namespace": "system", "event": "heartbeat", "id": 2})
+        assert one.recv(5)["ok"]
+        assert app.presence.connections(mine)[0]["metadata"] == 5
+        time.sleep(.3)
+        on_loop(app, app.presence.sweep)
+        wait_until(lambda: mine not in app.presence.users())        # its promise still counts
+
+
+def test_settings_given_to_the_command_reach_every_part(tmp_path):
+    app = hl.Engine(port=0, batch_size=7)
+    app.configure(profile="high-scale", cache_entries=5, presence_debounce_s=0, dedup_ttl_s=1, outbox_messages=9)
+    assert (app.config.log_level, app.config.max_connections, app.config.batch_size, app.config.port) == ("warn", 50_000, 7, 0)
+    assert (app.fragments.max_entries, app.fragments.ttl_s, app.presence.debounce_ns, app.topics.dedup_ns) == (5, 60, 0, 10**9)
+    assert (app.topics.max_batch, app._worker.batch_size, app._worker.wait_ms, app.server.limits.max_connections) == (9, 7, 2, 50_000)
+    app.configure(profile="dev")
+    assert (app.config.log_level, app.config.max_connections, app.config.cache_entries) == ("debug", 10_000, 5)
+    app.stop()
+
+
+def test_views_with_defaults_failures_and_visitors_who_leave():
+    with running() as app:
+        broken = [True]
+        for room in ("a", "b"):
+            @app.html(f"room.{room}")
+            def named(room=room):
+                return f"<p id={room}></p>"
+
+        @app.html("late")
+        def late():
+            if broken[0]:
+                raise ValueError("not yet")
+            return "<p id=late></p>"
+
+        @app.html("bye")
+        def bye():
+            for session in list(app.sessions.values()):
+                session.close() if session.user == "leaver" else None
+            return "<p id=bye></p>"
+        with hl.connect(app.url + "/ws/html?topics=room.a,late") as first:
+            assert first.recv(5) == "<p id=a></p>"
+            broken[0] = False
+            with hl.connect(app.url + "/ws/html?topics=late") as second:     # tried again for who comes later
+                assert second.recv(5) == "<p id=late></p>"
+        with hl.connect(app.url + "/ws/html?topics=bye") as leaver:
+            leaver.recv(5)
+            on_loop(app, lambda: [setattr(each, "user", "leaver") for each in app.sessions.values()])
+            on_loop(app, app.publish, "bye", 1)
+            assert leaver.recv(5) is None
+        wait_until(lambda: not app.sessions)
+        assert not any(view.shown or view.audience for views in app._views.values() for view in views)
+
+
+def test_batches_lost_at_the_end_are_told(caplog):
+    app = hl.Engine(port=0).start()
+    gate = threading.Event()
+    app.on("a:b", lambda events: gate.wait(5), batch=2, wait_ms=0, blocking=True)
+    for n in range(10):
+        app.call_soon(app.emit, "a:b", n).result()
+    app.stop(0.2)
+    gate.set()
+    assert "events waited in batches" in caplog.text and app.metrics["horizon_batch_dropped_total"] in (8, 9)
+
+
 def test_every_form_takes_whatever_there_is():
     with running() as app, hl.connect(app.url + "/ws/html") as page:
         app.topic("t", history=2)
@@ -6837,6 +7161,28 @@ def test_a_client_that_polls_comes_back_too_and_drops_what_is_refused(caplog):
         assert time.monotonic() - began < 1.7
 
 
+def test_a_client_of_many_topics_misses_none_when_it_comes_back():
+    """Replays of one subscription must not move another's position before it has its own."""
+    with running(tick_hz=0) as app:
+        app.topic(">", history=1000)
+        with hl.connect(app.url, reconnect=20) as client:
+            for n in range(20):
+                client.subscribe(f"own.{n}")
+            client.subscribe(">")
+            number = 0
+            for _ in range(4):
+                session, = app.sessions.values()
+                on_loop(app, session.connection.abort, "cut")
+                for _ in range(50):
+                    number += 1
+                    on_loop(app, app.publish, f"{'own' if number % 3 else 'other'}.{number % 20}", number)
+                got = [client.recv(5) for _ in range(50)]
+                assert sorted(each["payload"] for each in got) == list(range(number - 49, number + 1))
+            with pytest.raises(TimeoutError):
+                client.recv(.1)
+            assert client.reconnects == 4
+
+
 def test_a_client_comes_back_and_keeps_to_its_timeout():
     with bad_server(b"\x88\x02\x03\xf4", b"\x81\x01" + b"2") as (url, _), hl.connect(url, reconnect=5, timeout_s=0.5) as client:
         assert client.recv(5) == 2 and client.reconnects == 1       # 1012: the server restarts
@@ -7026,6 +7372,9 @@ def test_load_by_html_sees_every_line_that_was_said():
     result = json.loads(done.stdout)
     assert result["players"] == 20 and 25 <= result["events_sent"] == result["events_seen"] and result["lost"] == 0
     assert result["fragments_received"] >= result["frames_received"] > 20 * 10 and result["latency_ms"]["p99"] > 0
+    with running() as app:                              # one without fragments
+        done = run_cli("load", "--url", app.url, "--endpoint", "html", "--players", "2", "--for", "0.1")
+        assert done.returncode == 1 and "@app.html" in done.stderr and not done.stdout
     with program("serve", "--port", "0") as (process, url):
         text = run_cli("load", "--url", url, "--endpoint", "html", "--players", "2", "--for", "0.3").stdout
         assert "readers" in text and "latency ms" in text and "nan" not in text
@@ -7039,7 +7388,7 @@ def test_config_shows_every_setting_and_where_it_comes_from(tmp_path):
     assert lines.keys() == hl._CONFIG_TYPES.keys()
     told = {name: tuple(map(str.strip, line.partition(" = ")[2].split("#"))) for name, line in lines.items()}
     assert told["tick_hz"] == ("30.0", str(path)) and told["batch_size"] == ("6", "HORIZON_BATCH_SIZE")
-    assert told["batch_wait_ms"] == ("10.0", "profile dev") and told["port"] == ("9000", "--port") and told["idle_s"] == ("60.0", "default")
+    assert told["firm_port"] == ("true", "--firm-port") and told["batch_wait_ms"] == ("10.0", "profile dev") and told["port"] == ("9000", "--port") and told["idle_s"] == ("60.0", "default")
     plain = run_cli("config", "--profile", "high-scale")
     path.write_text(plain.stdout)                       # what it prints is a file that says the same
     assert hl.Config.load(path, {}).max_memory_mb == 2048 and "metrics = false" in plain.stdout
