@@ -7595,18 +7595,17 @@ SWAP_SCRIPT = r"""(() => {
   (function connect() {
     socket = new WebSocket(location.origin.replace("http", "ws") + url + location.search);
     socket.onopen = () => { wait = 500; };
+    socket.onclose = () => { setTimeout(connect, wait * (0.7 + Math.random() * 0.6)); wait = Math.min(wait * 2, 10000); };
     socket.onmessage = ({data}) => {
       if (/^[[{]/.test(data)) return [JSON.parse(data)].flat().forEach(reply);
-      const template = Object.assign(document.createElement("template"), {innerHTML: data});
-      for (const it of [...template.content.children]) {
+      for (const it of [...Object.assign(document.createElement("template"), {innerHTML: data}).content.children]) {
         const [how, target] = (it.getAttribute("hx-swap-oob") || "true").split(/:(.*)/s), old = target ? document.querySelector(target) : document.getElementById(it.id);
         it.removeAttribute("hx-swap-oob");
         if (old) (put[how] || put.true)(old, it);
       }
     };
-    socket.onclose = () => { setTimeout(connect, wait * (0.7 + Math.random() * 0.6)); wait = Math.min(wait * 2, 10000); };
   })();
-  document.addEventListener("submit", event => {
+  addEventListener("submit", event => {
     if (!event.target.hasAttribute("ws-send")) return;
     event.preventDefault();
     if (socket.readyState !== 1) return reply({error: {code: "offline", message: "not connected"}});
@@ -10818,7 +10817,7 @@ _COMMANDS: dict[str, tuple[Any, str, str, str, dict[str, dict[str, Any]]]] = {
         "--endpoint": {"choices": ("data", "html"), "default": "data",
                        "help": "data: players that move; html: readers of fragments that talk"},
         "--players": _number(int, 1, 10_000, 100, "clients"),
-        "--hz": _number(float, 0.1, 1000, 50.0, "moves per second each, or lines per second by all"),
+        "--hz": _number(float, 0.1, 1000, 50.0, "moves per second each; or lines by all"),
         "--for": _number(float, 0.1, 86_400, 10.0, "how long", "SECONDS") | {"dest": "seconds"},
         "--json": {"action": "store_true", "help": "print one JSON object"}}),
     "config": (_print_config, "print all settings, as TOML; --show says where each comes from",
