@@ -10696,7 +10696,8 @@ server          {server_cpu_s:g} s CPU, {server_rss_mb:g} MB resident"""
         while (spent := time.monotonic() - began) < self.seconds + 2.0:
             while spent < self.seconds and self.sent < spent * self.hz:
                 self._say_next()
-            if spent > self.seconds and not any(each.said for each in self.readers):
+            if spent > self.seconds and not (self.fragments and any(
+                    each.said for each in self.readers)):
                 break
             loop.run_once(min((self.sent + 1) / self.hz - spent, 0.1))
         for reader in self.readers:             # without waiting for a server that may be stuck
