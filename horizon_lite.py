@@ -3758,7 +3758,7 @@ class Topics:
         self.duplicates = self.loops = 0
         self._topics: dict[str, _Topic] = {}
         self._root: _Branch = {}
-        self._of_sink: dict[Any, tuple[Subscription, ...]] = {}
+        self._of_sink: dict[Any, dict[Subscription, None]] = {}
         self._version = 0
         self._epoch = os.urandom(_EPOCH_LENGTH // 2).hex()
         self._epochs = itertools.count(1)
@@ -3798,7 +3798,7 @@ class Topics:
         self.flush()
         sink = self._conflated(sink, batched, rate, keep)
         subscription = Subscription(self, name, sink, batched, rate)
-        self._of_sink[sink] = (*self._of_sink.get(sink, ()), subscription)
+        self._of_sink.setdefault(sink, {})[subscription] = None
         record = None if wild else self._record(name)
         audience = self._path(tokens)[-1] if record is None else record.exact
         first = not audience
@@ -3823,12 +3823,10 @@ class Topics:
         self.flush()
         tokens = subscription.pattern.split(".")
         record = None
-        rest = tuple(each for each in self._of_sink.get(subscription.sink, ())
-                     if each is not subscription)
-        if rest:
-            self._of_sink[subscription.sink] = rest
-        else:
-            self._of_sink.pop(subscription.sink, None)
+        if (siblings := self._of_sink.get(subscription.sink)) is not None:
+            siblings.pop(subscription, None)
+            if not siblings:
+                del self._of_sink[subscription.sink]
         if wild := _is_pattern(tokens):
             path = self._path(tokens)
             gone = path[-1].pop(subscription, self)

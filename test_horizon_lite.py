@@ -2631,6 +2631,24 @@ def test_a_sink_subscribed_twice_recovers_once(rng):
         assert sorted(message.payload for message in got) == sorted(wanted)
 
 
+def test_unsubscribing_does_not_ask_the_others():
+    """Ten times as many subscriptions, of one sink and of one topic: the same work for each."""
+    def work(count):
+        topics, calls = hl.Topics(), [0]
+        live = [topics.subscribe(name, print) for n in range(count) for name in ("t", f"own.{n}", f"wild.{n}.*")]
+
+        def count_calls(frame, event, argument):
+            calls[0] += event in ("call", "c_call")
+        sys.setprofile(count_calls)
+        try:
+            for subscription in live[:30]:
+                subscription.remove()
+        finally:
+            sys.setprofile(None)
+        return calls[0]
+    assert work(2_000) == work(200)
+
+
 def test_what_sinks_do_meanwhile_neither_loops_nor_breaks_others(caplog):
     topics, got = hl.Topics(), []
 
