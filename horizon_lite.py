@@ -75,7 +75,7 @@ import threading
 import time
 import zlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MappingView, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import (TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar,
                     dataclass_transform, overload)
@@ -3135,7 +3135,7 @@ class Bus:
         self.spawn = spawn
         self._clock = clock
         self._on_time = on_time
-        self._mask = 0 if debug else _SAMPLE_MASK
+        self.time_all(debug)
         self._handlers: dict[str, list[Handler]] = {}       # by key as it was registered
         self._wild: dict[str, list[str]] = {}       # keys with wildcards, and their segments
         self._routes: dict[str, _Route] = {}        # keys with a registration or an emitter
@@ -3144,6 +3144,10 @@ class Bus:
         self._nobody = _Route("")                   # counts what no handler wanted
         self._numbers = itertools.count()
         self.errors = 0                             # handler calls that raised
+
+    def time_all(self, yes: bool) -> None:
+        """Time every emit, for debugging, or every 64th of a key."""
+        self._mask = 0 if yes else _SAMPLE_MASK
 
     # -- registering --
 
@@ -4129,7 +4133,7 @@ class Topics:
         items.sort(key=operator.attrgetter("seq"))
         if len(others := self._of_sink[subscription.sink]) > 1:
             items = self._unknown(items, [each for each in others if each is not subscription])
-        if since is not None:                   # all before, it says, it has
+        if since is not None and not subscription.gap:      # all before, it says, it has
             subscription.begin = 0
         elif items:
             subscription.begin = items[0].seq - 1
@@ -4174,7 +4178,7 @@ class Topics:
             (record,) = records
             first = record.offset + 1 - len(record.history)
             known = epoch in ("", record.epoch) and first - 1 <= number <= record.offset
-            missed = list(itertools.islice(record.history, max(0, number + 1 - first), None))
+            missed = [each for each in record.history if each.offset > number]
         return missed if known and sum(each.size for each in missed) <= self.max_bytes else None
 
     def _keep(self, record: _Topic, publication: Publication) -> None:
@@ -4467,11 +4471,20 @@ class Fragment(bytes):
 def escape(value: object) -> Safe:
     """Return *value* as text that HTML shows as it is; what is Safe stays (``__html__``)."""
     from html import escape as quote
-    if hasattr(value, "__html__"):
-        return Safe(value.__html__())
-    if isinstance(value, list | tuple | Iterator):
-        return Safe("".join(map(escape, value)))
+    if hasattr(type(value), "__html__"):        # its type's: an object may answer any name
+        return Safe(value.__html__())           # type: ignore[attr-defined]
+    if type(value) in (list, tuple, deque) or isinstance(value, Iterator | MappingView):
+        return Safe("".join(map(escape, value)))        # type: ignore[call-overload]
     return Safe(quote(str(value)))
+
+
+class _Text(str):
+    """Text in a template that was asked for as such, by ``!s`` or ``!r``: escaped at the end."""
+
+    __slots__ = ()
+
+    def __format__(self, spec: str) -> str:
+        return escape(str.__format__(self, spec))
 
 
 class _Slot:
@@ -4486,7 +4499,7 @@ class _Slot:
         value = _slot_value(self)
         if not spec:
             return escape(value)
-        if hasattr(value, "__html__"):
+        if hasattr(type(value), "__html__"):
             return format(value.__html__(), spec)
         return escape(format(value, spec))
 
@@ -4497,10 +4510,11 @@ class _Slot:
         return _Slot(_slot_value(self)[key])
 
     def __str__(self) -> str:
-        return escape(_slot_value(self))
+        value = _slot_value(self)
+        return value.__html__() if hasattr(type(value), "__html__") else _Text(value)
 
     def __repr__(self) -> str:
-        return escape(repr(_slot_value(self)))
+        return _Text(repr(_slot_value(self)))
 
 
 _slot_value = _Slot.__dict__["value"].__get__
@@ -4512,7 +4526,7 @@ class _Slots(dict[str, _Slot]):
                          f"{', '.join(self) or 'none'}. Braces are written {{{{ and }}}}")
 
 
-def html(template: str, **values: Any) -> Safe:
+def html(template: str, /, **values: Any) -> Safe:
     """Return *template*, with values escaped in the places ``{name}`` (as ``str.format`` has it).
 
     What ``html`` and ``Safe`` made is put in as it is, lists of it joined. The template itself
@@ -4532,7 +4546,7 @@ def html(template: str, **values: Any) -> Safe:
 
 def _fragment(rendered: Any, what: object) -> Fragment:
     """Return what a render function returned as bytes."""
-    if hasattr(rendered, "__html__"):
+    if hasattr(type(rendered), "__html__"):
         rendered = rendered.__html__()
     if isinstance(rendered, str):
         return Fragment(rendered.encode(errors="replace"))
@@ -6068,10 +6082,10 @@ def _heeded_future() -> type[Future[Any]]:
         on_loop: Callable[[], bool] = staticmethod(lambda: False)   # whether asked from there
 
         def _ask(self) -> None:
-            self.asked = True
             if not self.done() and self.on_loop():
                 raise StateError("to wait here for the loop would be for ever: this is the loop's "
                                  "own thread; call the function itself, without call_soon")
+            self.asked = True
 
         def result(self, timeout: float | None = None) -> Any:
             self._ask()
@@ -7157,10 +7171,10 @@ def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         elif name == f"HORIZON_{key.upper()}" and key in _ALIASES:
             with contextlib.suppress(ValueError):
                 text = json.loads(text)
-            values |= _plain_setting(key, text, "environment")
+            _merge(values, key, text, "environment")
         # a slip of the pen; others may be somebody else's
         elif key != name.lower() and key not in _CONFIG_TYPES and (
-                close := difflib.get_close_matches(key, _CONFIG_TYPES, 1, 0.7)):
+                close := difflib.get_close_matches(key, [*_CONFIG_TYPES, *_ALIASES], 1, 0.7)):
             raise ConfigError(f"{name} in the environment: did you mean "
                               f"HORIZON_{close[0].upper()}?")
     return values
@@ -7190,18 +7204,23 @@ def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
             if isinstance(value, dict):
                 tables.append(value)
                 continue
-            for key, value in _plain_setting(name, value, os.fspath(path)).items():
-                if key in values and not (name in _ALIASES and key == "max_messages_per_s"):
-                    raise ConfigError(f"{os.fspath(path)}: {key} is given twice")
-                values[key] = values.get(key, value) and value     # a limit that is off stays off
+            _merge(values, name, value, os.fspath(path))
     return values
+
+
+def _merge(values: dict[str, Any], name: str, said: Any, where: str) -> None:
+    """Add what a key says; a rate limit that is switched off stays off."""
+    for key, value in _plain_setting(name, said, where).items():
+        if key in values and not (name in _ALIASES and key == "max_messages_per_s"):
+            raise ConfigError(f"{where}: {key} is given twice")
+        values[key] = values.get(key, value) and value
 
 
 def _plain_setting(name: str, value: Any, where: str) -> dict[str, Any]:
     """Return what a key of a file says; seed 002's keys are known, too."""
     if name in _ALIASES:
         try:
-            if isinstance(value, bool) != (name in ("use_reuse_port", "enable_rate_limiting")):
+            if isinstance(value, bool) and name not in ("use_reuse_port", "enable_rate_limiting"):
                 raise TypeError
             return _ALIASES[name](value)
         except (TypeError, AttributeError, KeyError, ZeroDivisionError):
@@ -7586,28 +7605,34 @@ input, button { font: inherit; padding: .4rem .7rem; border: 1px solid #8888; bo
 # does: elements from /ws/html take the place of those with their ids, or go where
 # hx-swap-oob says; forms with ws-send are sent.  Replies are events of the document.
 SWAP_SCRIPT = r"""(() => {
-  const url = document.currentScript.dataset.url || "/ws/html", reply = detail => document.dispatchEvent(new CustomEvent("horizon:reply", {detail}));
-  const put = {delete: old => old.remove(), innerHTML: (old, it) => old.replaceChildren(...it.childNodes), true: (old, it) => old.replaceWith(it),
-    beforeend: (old, it) => old.append(...it.childNodes), afterbegin: (old, it) => old.prepend(...it.childNodes)};
+  const url = document.currentScript.dataset.url || "/ws/html", query = url.includes("?") ? location.search.replace("?", "&") : location.search;
+  const reply = detail => document.dispatchEvent(new CustomEvent("horizon:reply", {detail})), replace = (old, it) => old.replaceWith(it);
+  const put = {true: replace, outerHTML: replace, innerHTML: (old, it) => old.replaceChildren(...it.childNodes), delete: old => old.remove(),
+    beforeend: (old, it) => old.append(...it.childNodes), afterbegin: (old, it) => old.prepend(...it.childNodes),
+    beforebegin: (old, it) => old.before(...it.childNodes), afterend: (old, it) => old.after(...it.childNodes)};
   let socket, wait = 500;
+  function swap(it) {
+    const [how, target] = (it.getAttribute("hx-swap-oob") || "true").split(/:(.*)/s);
+    const old = target ? document.querySelector(target) : document.getElementById(it.id);
+    it.removeAttribute("hx-swap-oob");
+    if (old && Object.hasOwn(put, how)) put[how](old, it);
+  }
   (function connect() {
-    socket = new WebSocket(location.origin.replace("http", "ws") + url + location.search);
+    socket = new WebSocket(location.origin.replace("http", "ws") + url + query);
     socket.onopen = () => { wait = 500; };
     socket.onclose = () => { setTimeout(connect, wait * (0.7 + Math.random() * 0.6)); wait = Math.min(wait * 2, 10000); };
     socket.onmessage = ({data}) => {
-      if (/^[[{]/.test(data)) return [JSON.parse(data)].flat().forEach(reply);
-      for (const it of [...Object.assign(document.createElement("template"), {innerHTML: data}).content.children]) {
-        const [how, target] = (it.getAttribute("hx-swap-oob") || "true").split(/:(.*)/s), old = target ? document.querySelector(target) : document.getElementById(it.id);
-        it.removeAttribute("hx-swap-oob");
-        if (old) (put[how] || put.true)(old, it);
-      }
+      try { if (/^[[{]/.test(data)) return [JSON.parse(data)].flat().forEach(reply); } catch { /* HTML may begin so, too */ }
+      [...Object.assign(document.createElement("template"), {innerHTML: data}).content.children].forEach(swap);
     };
   })();
   addEventListener("submit", event => {
     if (!event.target.hasAttribute("ws-send")) return;
     event.preventDefault();
     if (socket.readyState !== 1) return reply({error: {code: "offline", message: "not connected"}});
-    socket.send(JSON.stringify(Object.fromEntries(new FormData(event.target))));
+    const data = {};
+    for (const [name, value] of new FormData(event.target, event.submitter)) data[name] = Object.hasOwn(data, name) ? [data[name], value].flat() : value;
+    socket.send(JSON.stringify(data));
     event.target.reset();
   });
 })();
@@ -7637,7 +7662,8 @@ _MAX_USER = 128                     # characters of a user's name
 _MAX_DROPPED_TOPICS = 1_000         # counted by name; more only by class
 _MAX_PENDING = 10_000               # events that wait for a batched handler
 _MAX_STATE = 1_024                  # bytes of a user's state, and of a connection's metadata
-_SLOW_REQUEST_NS = 1_000_000        # a client's request that takes longer counts as several
+_TOPICS_A_MESSAGE = 2_000           # a subscription that looks through so many counts as one more
+_REPLAYED_A_MESSAGE = 100           # or gets so many messages from before
 _MAX_VIEWS = 1_000                  # fragments of one view of a pattern
 
 
@@ -7667,16 +7693,9 @@ def _render_events(frame: _Framer, items: tuple[Any, ...], _packed: str) -> byte
                      b"data: %b\n\n" % item.json() for item in items])
 
 
-def _is_markup(item: Any) -> bool:
-    return isinstance(item, Markup)
-
-
 def _render_html(frame: _Framer, items: tuple[Any, ...], _packed: str) -> bytes:
-    """Elements with ids, which a page puts where theirs are, in one text frame a tick."""
-    groups = itertools.groupby(items, _is_markup)
-    return b"".join([frame(_TEXT, text) for together, group in groups for text in (
-        [b"\n".join([each.html() for each in group])] if together else
-        [each.html() for each in group])])
+    """A text frame for each fragment: joined, a table's row might be lost on its way."""
+    return b"".join([frame(_TEXT, item.html()) for item in items])
 
 
 _PROTO, _EVENTS, _HTML = "horizon.proto.v1", "events", "html"
@@ -7894,7 +7913,7 @@ class Session:
         self.handler = handler                  # of a route of the user's own
         self.subscriptions: dict[str, Callable[[], object]] | None = None   # and what ends each
         self.goodbye: tuple[int, str] | None = None     # to be said when it has read the rest
-        self.beats: dict[str, Any] = {}         # the heartbeats it promised
+        self.beats: dict[str, Any] = {}         # the heartbeats it promised, and its metadata
         # where broadcasts reach it: "" for streams and other WebSockets
         self.endpoint = "" if handler or form == _EVENTS else "html" if form == _HTML else "data"
         self._metadata: dict[str, Any] | None = None
@@ -8152,12 +8171,10 @@ class _View:
     """What ``@app.html`` registered: HTML that is rendered anew when its topic has changed."""
 
     __slots__ = ("pattern", "fn", "takes_message", "audience", "changed", "shown", "number",
-                 "made", "subscription")
+                 "subscription")
 
-    def __init__(self, pattern: str, fn: Callable[..., Any], number: int,
-                 made: bool = False) -> None:
+    def __init__(self, pattern: str, fn: Callable[..., Any], number: int) -> None:
         import inspect
-        self.made = made                # for one topic, from the view of a pattern
         self.pattern = pattern
         self.fn = fn
         self.takes_message = any(each.default is each.empty and each.kind <= each.VAR_POSITIONAL
@@ -8282,6 +8299,7 @@ class Engine:
             raise UsageError("settings are keywords, Engine(port=8080), or one Config; a file is "
                              "read by Config.load(path, port=8080)")
         self.config = config or Config.load(None, **settings)
+        self._said = {*settings}
         self.metrics = Metrics()
         self.topics = Topics(on_occupied=self._tell_occupied)
         self.presence = Presence()
@@ -8291,7 +8309,7 @@ class Engine:
         self.sessions: dict[str, Session] = {}
         self.loop = Loop()
         self._worker = _Worker(self.loop)
-        self.bus = Bus(spawn=self._worker.spawn, debug=self.config.log_level == "debug",
+        self.bus = Bus(spawn=self._worker.spawn,
                        on_time=functools.partial(self.metrics.observe, "event_processing_duration"))
         self.server = Server(self.loop, self, self._limits())
         self._apply_config()
@@ -8309,6 +8327,7 @@ class Engine:
         self._present = Counter(data=0, html=0)         # sessions by endpoint
         self._movers: dict[Session, None] = {}          # who gets movement
         self._views: dict[str, list[_View]] = {}        # HTML, by topic or pattern
+        self._made_views: dict[str, list[_View]] = {}   # for one topic, from views of a pattern
         self._view_numbers = itertools.count()
         self._presence_owed = False                     # the next change is for new ones, too
         self._presence_told: dict[str, tuple[int, Publication]] = {}    # for new subscribers
@@ -8345,13 +8364,17 @@ class Engine:
         """Change settings before the engine runs; what is not named stays."""
         if self._state != "new":
             raise StateError("the engine runs already; configure it before")
+        for key in settings:
+            _must_be_setting(key)
+        self._said |= settings.keys()
         if "port" in settings:
             settings.setdefault("firm_port", True)
         if "profile" in settings:               # it changes what nobody has said otherwise
             old, new = (Config.load(None, {}, profile=each) for each in (
                 self.config.profile, settings["profile"]))
             settings = {name: getattr(new, name) for name in _CONFIG_TYPES
-                        if getattr(self.config, name) == getattr(old, name)} | settings
+                        if getattr(self.config, name) == getattr(old, name)
+                        and name not in self._said} | settings
         self.config = dataclasses.replace(self.config, **settings)
         self._apply_config()
 
@@ -8359,6 +8382,7 @@ class Engine:
         """Tell the parts their settings; what is registered with them stays."""
         config, worker = self.config, self._worker
         self.server.limits = self._limits()
+        self.bus.time_all(config.log_level == "debug")
         self.topics.max_batch = config.outbox_messages or sys.maxsize
         self.topics.max_bytes = config.outbox_bytes or sys.maxsize
         self.topics.dedup_ns = int(config.dedup_ttl_s * 1e9)
@@ -8955,7 +8979,7 @@ class Engine:
             self.topics.publish(_CHANGES_TOPIC, {each: update[each] for each in update
                                                  if each != "users"})
         self.topics.flush()
-        for view in itertools.chain.from_iterable(self._views.values()):
+        for view in self._all_views():
             if view.changed:
                 self._show_changes(view)
         waiting, self._waiting = self._waiting, {}
@@ -9004,38 +9028,41 @@ class Engine:
         return True
 
     def _look(self, view: _View, session: Session) -> None:
-        """Show a view to one more session."""
+        """Show a view to one more session; what is not rendered yet, with the next tick."""
         if view.subscription is None:
             view.subscription = self.topics.subscribe(view.pattern, view.note, batched=True)
-            view.changed = {}                   # what was repeated is rendered here
-        newest: dict[str, Publication | None] = {"": None} if not view.takes_message else {
-            name: kept[-1] for name in self.topics.live(view.pattern)[:_MAX_VIEWS]
-            if (kept := self.topics.history(name))}
-        for topic in newest.keys() - view.shown.keys() - view.changed.keys():
-            self._render_view(view, topic, newest[topic])
         view.audience[session] = None
         for markup in view.shown.values():
             session.put(markup)
+        for name in self.topics.live(view.pattern) if view.takes_message else [""]:
+            if name not in view.shown and len(view.shown) + len(view.changed) < _MAX_VIEWS:
+                kept = self.topics.history(name)
+                if kept or not name:
+                    view.changed.setdefault(name, kept[-1] if kept else None)
 
     def _views_of(self, topic: str) -> list[_View]:
         """Return what renders *topic*: views of it, or made for it from those of a pattern."""
-        if topic not in self._views:
-            tokens = topic.split(".")
-            made = [_View(topic, view.fn, next(self._view_numbers), made=True)
-                    for pattern, views in self._views.items() for view in views
-                    if not view.made and _contains(pattern.split("."), tokens)]
-            if not made:
-                known = [name for name, views in self._views.items() if not views[0].made]
-                raise _Refused("no_fragment", f"nothing renders {topic[:80]!r}, only "
-                               f"{', '.join(known)[:200] or 'nothing at all'}")
-            self._views[topic] = made
-        return self._views[topic]
+        if views := self._views.get(topic) or self._made_views.get(topic):
+            return views
+        tokens = topic.split(".")
+        made = [_View(topic, view.fn, next(self._view_numbers))
+                for pattern, views in self._views.items() for view in views
+                if view.takes_message and _contains(pattern.split("."), tokens)]
+        if not made:
+            raise _Refused("no_fragment", f"nothing renders {topic[:80]!r}, only "
+                           f"{', '.join(self._views)[:200] or 'nothing at all'}")
+        self._made_views[topic] = made
+        return made
 
-    def _look_away(self, topic: str, session: Session) -> None:
-        for view in self._views[topic]:
+    def _all_views(self) -> list[_View]:
+        return [view for views in (*self._views.values(), *self._made_views.values())
+                for view in views]
+
+    def _look_away(self, topic: str, views: list[_View], session: Session) -> None:
+        for view in views:
             view.leave(session)
-        if self._views[topic][0].made and not self._views[topic][0].audience:
-            del self._views[topic]
+        if self._made_views.get(topic) is views and not views[0].audience:
+            del self._made_views[topic]
 
     def _flush(self, sessions: Iterable[Session]) -> None:
         """Render and write the outboxes of *sessions*; equal contents are rendered once."""
@@ -9213,14 +9240,12 @@ class Engine:
             connection.close(1013, event.reason)
         elif ours == _HTML and connection.is_open and session.goodbye is None:
             asked = request.args.get("topics", "")
-            for topic in asked.split(","):
-                if asked:
-                    self._answer_request(session, None, self._do, {
-                        "action": "subscribe", "topic": topic})
-            for topic, views in [] if asked else list(self._views.items()):
-                if not views[0].made:                       # a page shows what it may
-                    with contextlib.suppress(_Refused):
-                        self._act("subscribe", session, topic, {})
+            for topic in filter(None, map(str.strip, asked.split(","))):
+                self._answer_request(session, None, self._do, {
+                    "action": "subscribe", "topic": topic})
+            for topic in [] if asked else list(self._views):
+                with contextlib.suppress(_Refused):         # a page shows what it may
+                    self._act("subscribe", session, topic, {})
 
     def _stream(self, connection: Connection, request: Request, route: _Endpoint) -> None:
         """Answer GET /sub/<pattern> with Server-Sent Events."""
@@ -9313,6 +9338,10 @@ class Engine:
         session: Session = connection.owner
         self._flush([session])
         while session.outbox is not None and session.outbox.owed and not connection.unsent:
+            self.topics.flush()                     # what was said before it goes before it
+            self._flush([session])
+            if connection.unsent or session.outbox is None:
+                break
             if (item := self._repayment(session, session.outbox.owed.pop())) is not None:
                 session.put(item)
                 self._flush([session])
@@ -9325,9 +9354,8 @@ class Engine:
             return self.movement.snapshot()
         if isinstance(debt, tuple):
             return self.topics.gap(debt[1])
-        return next((markup for views in self._views.values() for view in views
-                     if session in view.audience for markup in view.shown.values()
-                     if markup.key == debt), None)
+        return next((markup for view in self._all_views() if session in view.audience
+                     for markup in view.shown.values() if markup.key == debt), None)
 
     # -- /ws/data and /ws/html: what clients say --
 
@@ -9372,17 +9400,21 @@ class Engine:
     def _answer_request(self, session: Session, request_id: Any, act: Callable[..., Any],
                         *args: Any) -> None:
         """Do what a client asked; answer if it gave an id, and always if it can't be done."""
-        loops = self.topics.loops
         try:
-            result = act(session, *args)
-            if self.topics.loops > loops:
-                raise _Refused("publish_loop", "the server's subscribers call each other in a loop")
+            result = self._checked(act, session, *args)
             if request_id is not None:
                 self._reply(session, request_id, None, result)
         except _Refused as refusal:
             self.refusals[refusal.code] += 1
             if request_id is not None or refusal.code not in (_NO_HANDLER, "failed"):
                 self._reply(session, request_id, refusal)
+
+    def _checked(self, act: Callable[..., Any], *args: Any) -> Any:
+        loops = self.topics.loops
+        result = act(*args)
+        if self.topics.loops > loops:
+            raise _Refused("publish_loop", "the server's subscribers call each other in a loop")
+        return result
 
     def _reply(self, session: Session, request_id: Any, refusal: _Refused | None,
                position: Mapping[str, Any] | None = None) -> None:
@@ -9498,8 +9530,8 @@ class Engine:
         if not session.endpoint:
             return
         if interval is not None:
-            session.beats = {"heartbeat_s": interval, "multiplier": multiplier}
-        if "metadata" in data and session.beats:
+            session.beats |= {"heartbeat_s": interval, "multiplier": multiplier}
+        if "metadata" in data:
             session.beats["metadata"] = data["metadata"]
         self.presence.join(session.user, session.id, heartbeat_s=interval, multiplier=multiplier,
                            metadata=data.get("metadata"))
@@ -9519,14 +9551,10 @@ class Engine:
             topic = ".".join(_check_topic(topic, wildcards=True))
         except UsageError as error:
             raise _Refused("bad_topic", str(error)) from None
-        began_ns = self.loop.clock()
         try:
             return act(who, topic, message)
         except UsageError as error:
             raise _Refused("bad_request", str(error)) from None
-        finally:                                # what takes as long as many counts as many
-            if isinstance(who, Session):
-                who.connection.charge((self.loop.clock() - began_ns) // _SLOW_REQUEST_NS)
 
     def _check_subscription(self, session: Session, topic: str) -> None:
         try:
@@ -9540,28 +9568,33 @@ class Engine:
             raise _Refused("too_many_subscriptions", f"at most {self.config.max_subscriptions}")
 
     def _subscribe(self, session: Session, topic: str, message: dict[str, Any]) -> dict[str, Any]:
-        """Subscribe; again with other options changes it. Returns where it begins, if kept."""
+        """Subscribe; again with other options changes it. Returns where it begins, if kept.
+
+        Who is subscribed already is not told a position: some of it may still be under way.
+        """
         mine = session.subscriptions = session.subscriptions or {}
         options = {each: message[each] for each in ("since", "rate")
                    if message.get(each) is not None}
         if topic in mine and "since" not in options and options.get("rate") == getattr(
                 getattr(mine[topic], "__self__", None), "rate", None):
-            return self.topics.position(topic)      # asking twice is harmless
+            return {}                               # asking twice is harmless
         self._check_subscription(session, topic)
         if session.outbox is not None and session.outbox.urgent:
             self._flush([session])                  # what came before it leaves before its answer
         position: dict[str, Any] = {}
         if session.form == _HTML:
-            for view in self._views_of(topic):
+            views = self._views_of(topic)
+            for view in views:
                 self._look(view, session)
-            mine[topic] = functools.partial(self._look_away, topic, session)
+            mine[topic] = functools.partial(self._look_away, topic, views, session)
         elif topic == Moves.topic:
             self._subscribe_moves(session, message.get("packed") or "")
             mine[topic] = functools.partial(self._movers.pop, session, None)
         else:
             dropped = session.outbox.dropped if session.outbox else 0
-            if topic in mine and (at := self.topics.position(topic)):
-                options.setdefault("since", at)     # it has what is repeated for newcomers
+            goes_on = topic in mine and "since" not in options
+            if goes_on and (at := self.topics.position(topic)):
+                options["since"] = at               # it has what is repeated for newcomers
             subscription = self.topics.subscribe(
                 topic, session.put_many, batched=True, keep="last" if "rate" in options else "all",
                 **options)
@@ -9570,12 +9603,19 @@ class Engine:
             mine[topic] = subscription.remove
             if session.outbox and session.outbox.dropped > dropped:     # it reads too slowly
                 session.put(self.topics.gap(topic))
-            position = subscription.position
+            self._charge_for(session, topic)
+            position = {} if goes_on else subscription.position
             if session.form == _EVENTS and position and "since" not in options:
                 session.connection.send(b":\nid: %b\n\n" % self.topics.mark(subscription.begin))
         if not session.connection.is_open:          # somebody who was told of it ended it
             mine.pop(topic)()
         return position
+
+    def _charge_for(self, session: Session, topic: str) -> None:
+        """Count a costly subscription as several messages."""
+        waiting = len(session.outbox.items) if session.outbox else 0
+        searched = len(self.topics) if _is_pattern(topic.split(".")) else 0
+        session.connection.charge(waiting // _REPLAYED_A_MESSAGE + searched // _TOPICS_A_MESSAGE)
 
     def _subscribe_moves(self, session: Session, packed: Any) -> None:
         if packed not in ("", "f32", "f64"):
@@ -9640,7 +9680,8 @@ class Engine:
             payload = text
         message = {"payload": payload, "critical": request.args.get("critical") in ("1", "true"),
                    "msg_id": request.args.get("msg_id"), "connection": connection}
-        return Response({"delivered": self._act("publish", request, topic, message)}, 202)
+        return Response({"delivered": self._checked(
+            self._act, "publish", request, topic, message)}, 202)
 
     def _serve_presence(self, request: Request, user: str | None = None) -> Response:
         """Say who is here, or how one user is: 404 for who is not."""
@@ -9776,7 +9817,7 @@ class Engine:
         self.presence._check()
         assert set(self._movers) <= set(self.sessions.values())
         assert self._present.total() == len(self.sessions)
-        views = [*itertools.chain.from_iterable(self._views.values())]
+        views = self._all_views()
         assert {session for view in views for session in view.audience} <= {*self.sessions.values()}
         assert all(bool(view.audience) == (view.subscription is not None) for view in views)
         if not self.sessions:
@@ -9791,6 +9832,7 @@ class Engine:
 
 _FIRST_DELAY_S, _LAST_DELAY_S = 0.1, 5.0        # between two tries to connect again
 _FINAL_CODES = (1000, 1002, 1003, 1007, 1008, 1009)     # who is told this need not come again
+_UNPACED = 100                      # subscriptions that are made anew at once
 _AT = ("epoch", "offset", "seq")    # of a position
 _END = object()                     # instead of a message: there are no more
 
@@ -9885,7 +9927,9 @@ class Client:
         try:
             self._connect(self._options._replace(timeout_s=timeout_s))
             self._sock.settimeout(self._options.timeout_s)
-            for topic, options in list(self._topics.items()):
+            for number, (topic, options) in enumerate(list(self._topics.items())):
+                if number >= _UNPACED:              # slower than servers allow by default
+                    time.sleep(0.01)
                 try:
                     since = self.positions.get(topic)
                     self._follow(topic, options if since is None else {**options, "since": since},
@@ -10111,17 +10155,23 @@ class Client:
         if reply.get("ok") and "epoch" in reply:
             self.positions[topic] = {each: reply[each] for each in _AT if each in reply}
             self._heard.add(topic)
-        elif reply.get("ok"):                       # the server keeps nothing
+        elif reply.get("ok") and topic not in self._heard:      # the server keeps nothing
             self.positions.pop(topic, None)
 
     def _note(self, topic: str, message: dict[str, Any]) -> None:
         tokens = topic.split(".")
         for name in self._heard:
-            pattern = _check_topic(name, wildcards=True)
-            if name == topic if message.get("gap") else _contains(pattern, tokens):
-                at = {"epoch": message["epoch"], "offset": message["offset"]}
-                self.positions[name] = at if not _is_pattern(pattern) else {
-                    "epoch": at["epoch"][:_EPOCH_LENGTH], "seq": message["seq"]}
+            pattern, old = _check_topic(name, wildcards=True), self.positions[name]
+            by, epoch = "offset", message["epoch"]
+            if _is_pattern(pattern):
+                by, epoch = "seq", epoch[:_EPOCH_LENGTH]
+            if message.get("gap"):
+                ahead = name == topic
+            else:                           # what a rate held back is no step back
+                ahead = _contains(pattern, tokens) and (
+                    old["epoch"] != epoch or message[by] > old.get(by, -1))
+            if ahead:
+                self.positions[name] = {"epoch": epoch, by: message[by]}
 
     def __iter__(self) -> Iterator[Any]:
         return iter(functools.partial(self._next, None), _END)
@@ -10412,8 +10462,10 @@ def _print_config(args: argparse.Namespace) -> int:
         value = getattr(config, name)
         shown = json.dumps(list(value) if isinstance(value, tuple) else value)
         origin = next((where for where, layer in reversed(layers) if name in layer), "default")
-        origin = {"said": f"--{name.replace('_', '-')}",
-                  "environment": f"HORIZON_{name.upper()}"}.get(origin, origin)
+        if origin == "said":
+            origin = f"--{name.replace('_', '-')}" if name in said else "--port"
+        elif origin == "environment" and f"HORIZON_{name.upper()}" in os.environ:
+            origin = f"HORIZON_{name.upper()}"
         print(f"{name + ' = ' + shown:<40}  # {origin}" if args.show else f"{name} = {shown}")
     return 0
 

@@ -12,6 +12,7 @@ import array
 import ast
 import asyncio
 import base64
+import collections
 import contextlib
 import copy
 import decimal
@@ -2836,6 +2837,14 @@ def test_html_escapes_what_is_put_in_and_only_that():
             return "<hr>"
     assert hl.html("{x}{y}", x=Foreign(), y=hl.Fragment(b"<br>")) == "<hr><br>"
     assert hl.html("{x!s} {x:>4}", x=Foreign()) == "<hr> <hr>"
+    assert hl.html("{template}{n}", template="a", n=collections.namedtuple("P", "x y")(1, 2)) == "aP(x=1, y=2)"
+    class Any:
+        def __getattr__(self, name):
+            return lambda: "<script>"
+        def __str__(self):
+            return "<"
+    assert hl.html("{x}", x=Any()) == "&lt;" and hl.html("{x!s:.2}|{x!r:.2}", x="<<<") == "&lt;&lt;|&#x27;&lt;"
+    assert hl.html("{x}", x={"a": hl.Safe("<br>")}.values()) == "<br>"
     for template in ("{missing}", "{", "{0}"):
         with pytest.raises(hl.UsageError, match="template"):
             hl.html(template, x={})
@@ -3768,7 +3777,12 @@ def test_the_second_seeds_file_loads_as_it_stands(tmp_path):
     env = {"HORIZON_BIND_ADDRESS": "1.2.3.4:5", "HORIZON_CONNECTION_TIMEOUT": "7", "HORIZON_USE_REUSE_PORT": "true"}
     config = hl.Config.load(None, env)
     assert (config.host, config.port, config.idle_s, config.reuse_port, config.firm_port) == ("1.2.3.4", 5, 7, True, True)
-    for line in ("tick_interval_ms = true", "max_messages_per_s = 1\n[a]\nmax_messages_per_s = 2", "use_reuse_port = 1", "bind_address = 5", "bind_address = 'here'", "tick_interval_ms = 'fast'", "enable_rate_limiting = 'perhaps'",
+    for env in ({"HORIZON_ENABLE_RATE_LIMITING": "false", "HORIZON_MAX_REQUESTS_PER_MINUTE": "600"},
+                {"HORIZON_MAX_REQUESTS_PER_MINUTE": "600", "HORIZON_ENABLE_RATE_LIMITING": "no"}):
+        assert hl.Config.load(None, env).max_messages_per_s == 0
+    with pytest.raises(hl.ConfigError, match="HORIZON_BIND_ADDRESS"):
+        hl.Config.load(None, {"HORIZON_BIND_ADRESS": "1.1.1.1:1"})
+    for line in ("tick_interval_ms = true", "max_messages_per_s = 1\n[a]\nmax_messages_per_s = 2", "use_reuse_port = 5", "bind_address = 5", "bind_address = 'here'", "tick_interval_ms = 'fast'", "enable_rate_limiting = 'perhaps'",
                  "max_message_size = 1\nmax_message_bytes = 2", "max_requests_per_minute = []"):
         path.write_text(line)
         with pytest.raises(hl.ConfigError):
@@ -6454,7 +6468,7 @@ def test_fragments_are_sent_when_they_differ_and_to_whom_they_may():
             on_loop(app, app.publish, "room.c", "boom")
             state["n"] = 10
             on_loop(app, app.publish, "room.a", "y")
-            assert page.recv(5) == "<p id=room>1</p>\n<p id=room-a>y</p>" and one.recv(5) == "<p id=room>1</p>"
+            assert [page.recv(5), page.recv(5)] == ["<p id=room>1</p>", "<p id=room-a>y</p>"] and one.recv(5) == "<p id=room>1</p>"
             assert app.metrics["horizon_html_errors_total"] == 1 and app.metrics["horizon_html_unchanged_total"] == app.unchanged
             one.send({"action": "subscribe", "topic": "secret", "id": 1})
             assert one.recv(5)["error"]["code"] == "forbidden"
@@ -6463,14 +6477,14 @@ def test_fragments_are_sent_when_they_differ_and_to_whom_they_may():
             assert answer["code"] == "no_fragment" and "room.a" in answer["message"]
             one.unsubscribe("room.a")
             one.subscribe("room.*")                     # gets all there are
-            assert sorted(one.recv(5).split("\n")) == ["<p id=room-a>y</p>", "<p id=room-b>&lt;i&gt;</p>"]
+            assert {one.recv(5), one.recv(5)} == {"<p id=room-a>y</p>", "<p id=room-b>&lt;i&gt;</p>"}
         with hl.connect(app.url + "/ws/html?topics=room.d") as page:       # one room of a pattern
             on_loop(app, lambda: [app.publish(f"room.{name}", name) for name in "ad"])
-            assert page.recv(5) == "<p id=room-d>d</p>" and "room.d" in app._views
+            assert page.recv(5) == "<p id=room-d>d</p>" and list(app._made_views) == ["room.d"]
             with pytest.raises(TimeoutError):
                 page.recv(.05)
         wait_until(lambda: not app.sessions)
-        assert list(app._views) == ["secret", "room.a", "room.*"]
+        assert list(app._views) == ["secret", "room.a", "room.*"] and not app._made_views
         assert not app.topics.matching("room.a") and not any(view.shown for views in app._views.values() for view in views)
 
 
@@ -6689,8 +6703,8 @@ def test_json_on_the_html_endpoint_is_nothing_a_browser_would_show():
         while b"u003cu" not in got and b"unknown_action" not in got or b"<p>3" not in got:
             got += page.recv(65536)
         frames = [each for each in take("client", got) if isinstance(each, str)]
-        assert frames[0] == "<p>1</p>\n<p>2</p>" and all("<" not in each and "&" not in each for each in frames if each[0] in "[{")
-        assert [json.loads(each) for each in frames[1:3]] == [{"text": "<img src=x onerror=boom> & co"}, ["<b>"]]
+        assert frames[:2] == ["<p>1</p>", "<p>2</p>"] and all("<" not in each and "&" not in each for each in frames if each[0] in "[{")
+        assert [json.loads(each) for each in frames[2:4]] == [{"text": "<img src=x onerror=boom> & co"}, ["<b>"]]
         assert json.loads(next(each for each in frames if "error" in each and "action" in each))["id"] == "<i>"
 
 
@@ -6778,6 +6792,11 @@ def test_loops_and_costly_requests_are_told_and_charged():
         assert app.metrics["horizon_topics_loops_total"] == 2 == app.metrics['horizon_requests_refused_total{code="publish_loop"}']
         for n in range(50):
             on_loop(app, app.topics.subscribe, f"x.{n}", lambda message: None)
+        with raw(app, b"POST /pub/ping HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nConnection: close\r\n\r\n1") as sock:
+            assert b" 400 " in read_all(sock)
+        for since in ({"epoch": "x", "offset": 10**30}, {"epoch": app.topics._epoch, "seq": 10**30}):
+            client.send({"action": "subscribe", "topic": "t", "since": since, "id": 3})
+            assert client.recv(5).get("id", 3) == 3
         ask = b"POST /pub/x.> HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\n1"
         with raw(app, ask * 3) as sock:
             answers = b""
@@ -6825,6 +6844,9 @@ def test_a_newcomer_to_presence_gets_all_states_also_those_who_come_back():
 
 
 def test_settings_given_to_the_command_reach_every_part(tmp_path):
+    app = hl.Engine(port=0, batch_size=20, cache_ttl_s=30)      # as prod has it, but said
+    app.configure(profile="dev")
+    assert (app.config.batch_size, app.config.cache_ttl_s, app.config.batch_wait_ms) == (20, 30, 10)
     app = hl.Engine(port=0, batch_size=7)
     app.configure(profile="high-scale", cache_entries=5, presence_debounce_s=0, dedup_ttl_s=1, outbox_messages=9)
     assert (app.config.log_level, app.config.max_connections, app.config.batch_size, app.config.port) == ("warn", 50_000, 7, 0)
@@ -6832,6 +6854,9 @@ def test_settings_given_to_the_command_reach_every_part(tmp_path):
     assert (app.topics.max_batch, app._worker.batch_size, app._worker.wait_ms, app.server.limits.max_connections) == (9, 7, 2, 50_000)
     app.configure(profile="dev")
     assert (app.config.log_level, app.config.max_connections, app.config.cache_entries) == ("debug", 10_000, 5)
+    assert app.bus._mask == 0                           # every call is timed
+    with pytest.raises(hl.ConfigError, match="profile"):
+        app.configure(profle="dev")
     app.stop()
 
 
@@ -6866,6 +6891,127 @@ def test_views_with_defaults_failures_and_visitors_who_leave():
             assert leaver.recv(5) is None
         wait_until(lambda: not app.sessions)
         assert not any(view.shown or view.audience for views in app._views.values() for view in views)
+
+
+def test_newcomers_to_a_view_cost_little_and_starve_nobody():
+    with running(max_messages_per_s=120, burst=60) as app:
+        fails = [True]
+
+        @app.html("s.*")
+        def slow(message):
+            time.sleep(.002)
+            return f"<p id={message.topic[2:]}>{message.payload}</p>"
+
+        @app.html("f")
+        def failing():
+            if fails[0]:
+                raise ValueError("not yet")
+            return "<p id=f></p>"
+
+        @app.html("who")
+        def sends_away():
+            for session in list(app.sessions.values()):
+                session.close() if session.user == "leaver" else None
+            return "<p id=who></p>"
+        app.topic("s.*", history=1)
+        on_loop(app, lambda: [app.publish(f"s.{n}", 0) for n in range(100)])
+        pages = []
+        for _ in range(3):                              # rendering is the server's own cost
+            pages.append(hl.connect(app.url + "/ws/html?topics=s.*,f,s.1"))
+        for page in pages:
+            assert {page.recv(5) for _ in range(101)} >= {f"<p id={n}>0</p>" for n in range(100)}
+        late = hl.connect(app.url + "/ws/html?topics=f")
+        wait_until(lambda: len(app.sessions) == 4)
+
+        def in_one_tick():
+            fails[0] = False
+            app.publish("s.1", "new")
+            session = next(each for each in app.sessions.values() if "s.*" not in each.subscriptions)
+            app._act("subscribe", session, "s.*", {})
+        on_loop(app, in_one_tick)
+        on_loop(app, app.publish, "f", 1)
+        for page in (*pages, late):                     # who looked before gets it, too
+            seen = set()
+            while not seen >= {"<p id=1>new</p>", "<p id=f></p>"}:
+                seen.add(page.recv(5))
+        leaver = hl.connect(app.url + "/ws/html?topics=who")
+        leaver.recv(5)
+        on_loop(app, lambda: [setattr(each, "user", "leaver") for each in app.sessions.values() if "who" in each.subscriptions])
+        on_loop(app, app.publish, "who", 1)
+        assert leaver.recv(5) is None
+        on_loop(app, app.publish, "s.2", "still")
+        while pages[0].recv(5) != "<p id=2>still</p>":
+            pass
+        for page in (*pages, late):
+            page.close()
+
+
+def test_who_is_here_by_html_is_shown_to_who_reloads():
+    with running(presence_debounce_s=5) as app:
+        app.authenticate(lambda request: "al")
+        app.html("presence")(lambda message: f"<p id=on>{','.join(message.payload['users'])}</p>")
+        for _ in range(3):
+            with hl.connect(app.url + "/ws/html") as page:
+                assert page.recv(5) == "<p id=on>al</p>"
+            wait_until(lambda: not app.sessions)
+
+
+def test_a_view_registered_while_another_is_looked_at_stays():
+    with running() as app:
+        app.html("room.*")(lambda message: f"<p id=all>{message.payload}</p>")
+        with hl.connect(app.url + "/ws/html?topics=room.a"):
+            wait_until(lambda: app._made_views)
+            app.html("room.a")(lambda: "<p id=a></p>")
+        wait_until(lambda: not app.sessions)
+        assert list(app._views) == ["room.*", "room.a"] and not app._made_views
+        with hl.connect(app.url + "/ws/html?topics=room.a") as page:
+            assert page.recv(5) == "<p id=a></p>"
+
+
+def test_a_view_of_everything_is_not_for_who_may_see_one():
+    with running() as app:
+        app.allow("room.a", subscribe=True)
+        app.html("room.*")(lambda: "<p id=all>all rooms' secrets</p>")
+        with hl.connect(app.url + "/ws/html?topics=room.a,room.*") as page:
+            assert sorted(page.recv(5)["error"]["code"] for _ in range(2)) == ["forbidden", "no_fragment"]
+
+
+def test_who_asks_twice_keeps_the_place_it_had():
+    with running(tick_hz=2) as app, hl.connect(app.url, reconnect=10) as client:
+        app.topic("t", history=100)
+        client.subscribe("t")
+        for again in ({}, {"rate": 5}, {}):
+            session, = app.sessions.values()
+            on_loop(app, lambda: [app.publish("t", n) for n in range(3)])
+            before = dict(client.positions)
+            client.subscribe("t", **again)
+            assert client.positions == before           # nothing of it has come yet
+            on_loop(app, session.connection.abort, "cut")
+            got = [client.recv(5)["payload"]] if again else [client.recv(5)["payload"] for _ in range(3)]
+            assert got == ([2] if again else [0, 1, 2])
+
+
+def test_a_wildcards_gap_is_not_that_of_an_exact_topic():
+    with running() as app, hl.connect(app.url, reconnect=10) as client:
+        app.topic("a.1", history=100)
+        app.topic("a.2", history=1)
+        client.subscribe("a.>")
+        client.subscribe("a.1")
+        session, = app.sessions.values()
+        on_loop(app, lambda: (session.connection.abort("cut"), [app.publish("a.1", n) for n in range(5)], [app.publish("a.2", n) for n in range(2)]))
+        got = [client.recv(5) for _ in range(6)]
+        assert sum(m.get("gap", False) for m in got) == 1 and [m["payload"] for m in got if m["topic"] == "a.1"] == [0, 1, 2, 3, 4]
+
+
+def test_a_client_of_hundreds_of_topics_comes_back():
+    with running(max_messages_per_s=120, burst=240) as app, hl.connect(app.url, reconnect=20) as client:
+        app.topic("t.*", history=5)
+        for n in range(300):
+            client.subscribe(f"t.{n}")
+            time.sleep(.004 if n > 150 else 0)
+        session, = app.sessions.values()
+        on_loop(app, lambda: (session.connection.abort("cut"), app.publish("t.299", "missed")))
+        assert client.recv(10)["payload"] == "missed" and client.reconnects == 1
 
 
 def test_batches_lost_at_the_end_are_told(caplog):
@@ -7416,7 +7562,7 @@ def test_config_shows_every_setting_and_where_it_comes_from(tmp_path):
     assert lines.keys() == hl._CONFIG_TYPES.keys()
     told = {name: tuple(map(str.strip, line.partition(" = ")[2].split("#"))) for name, line in lines.items()}
     assert told["tick_hz"] == ("30.0", str(path)) and told["batch_size"] == ("6", "HORIZON_BATCH_SIZE")
-    assert told["firm_port"] == ("true", "--firm-port") and told["batch_wait_ms"] == ("10.0", "profile dev") and told["port"] == ("9000", "--port") and told["idle_s"] == ("60.0", "default")
+    assert told["firm_port"] == ("true", "--port") and told["batch_wait_ms"] == ("10.0", "profile dev") and told["port"] == ("9000", "--port") and told["idle_s"] == ("60.0", "default")
     plain = run_cli("config", "--profile", "high-scale")
     path.write_text(plain.stdout)                       # what it prints is a file that says the same
     assert hl.Config.load(path, {}).max_memory_mb == 2048 and "metrics = false" in plain.stdout
