@@ -3831,7 +3831,7 @@ def bytecode_for_children(tmp_path_factory):
 @pytest.fixture(autouse=True, scope="module")
 def short_goodbyes():
     """Many peers here never answer a goodbye: wait less for them than two seconds."""
-    before, hl._FINISH_S = hl._FINISH_S, 0.5
+    before, hl._FINISH_S = hl._FINISH_S, 0.25
     yield
     hl._FINISH_S = before
 
@@ -4898,11 +4898,11 @@ def test_a_peer_that_talks_too_fast_is_closed_with_1008():
 
 
 def test_a_dead_peer_is_noticed_by_its_pings():
-    with running(ping_s=0.3) as app:
+    with running(ping_s=0.2) as app:
         sock = raw_websocket(app)
         with hl.connect(app.url) as alive:
             with pytest.raises(TimeoutError):
-                alive.recv(1.6)                 # answers pings meanwhile
+                alive.recv(1.1)                 # answers pings meanwhile
             assert app.metrics['horizon_refused_total{reason="ping_timeout"}'] == 1
             assert len(app.sessions) == 1
         assert take("client", sock.recv(1000)) == [hl.Ping(b"")] * 2
@@ -5940,7 +5940,7 @@ def test_slowloris_gets_its_time_and_no_more():
     post = b"POST /pub/t HTTP/1.1\r\nHost: localhost\r\n"
     drips = [b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 1_000, b"\r\n" * 500,
              post + b"Content-Length: 1000\r\n\r\n" + b"x" * 900, post + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 200]
-    with running(handshake_s=0.5) as app, hl.connect(app.url) as other:
+    with running(handshake_s=0.3) as app, hl.connect(app.url) as other:
         socks = {raw(app): drip for drip in drips for _ in range(5)}
         for at in range(900):
             for sock, drip in list(socks.items()):
@@ -6045,8 +6045,8 @@ def test_without_descriptors_it_keeps_serving_and_does_not_spin(tmp_path):
             fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2].split()
             return (int(fields[11]) + int(fields[12])) / ticks
         before = cpu_s()
-        time.sleep(1)
-        assert cpu_s() - before < 0.3 and alive(client)
+        time.sleep(0.5)
+        assert cpu_s() - before < 0.15 and alive(client)
         for sock in socks:
             sock.close()
 
@@ -6242,7 +6242,7 @@ def test_a_client_that_comes_back_gets_what_it_missed_and_once():
 
 def test_every_offset_is_seen_once_however_often_the_socket_is_cut(rng):
     """The Python client by exact topic, by pattern, in both protocols, and Server-Sent Events."""
-    total = int(300 * SOAK)
+    total = int(200 * SOAK)
     with running(outbox_messages=50) as app:
         app.topic("t.*", history=10_000)
         seen = {name: [] for name in ("exact", "wild", "proto", "events")}
@@ -6977,7 +6977,7 @@ def test_a_view_of_everything_is_not_for_who_may_see_one():
 
 
 def test_who_asks_twice_keeps_the_place_it_had():
-    with running(tick_hz=2) as app, hl.connect(app.url, reconnect=10) as client:
+    with running(tick_hz=5) as app, hl.connect(app.url, reconnect=10) as client:
         app.topic("t", history=100)
         client.subscribe("t")
         for again in ({}, {"rate": 5}, {}):
@@ -7003,14 +7003,15 @@ def test_a_wildcards_gap_is_not_that_of_an_exact_topic():
         assert sum(m.get("gap", False) for m in got) == 1 and [m["payload"] for m in got if m["topic"] == "a.1"] == [0, 1, 2, 3, 4]
 
 
-def test_a_client_of_hundreds_of_topics_comes_back():
-    with running(max_messages_per_s=120, burst=240) as app, hl.connect(app.url, reconnect=20) as client:
+def test_a_client_of_many_topics_comes_back_without_haste(monkeypatch):
+    monkeypatch.setattr(hl, "_UNPACED", 20)
+    with running(max_messages_per_s=120, burst=40) as app, hl.connect(app.url, reconnect=20) as client:
         app.topic("t.*", history=5)
-        for n in range(300):
+        for n in range(60):
             client.subscribe(f"t.{n}")
-            time.sleep(.004 if n > 150 else 0)
+            time.sleep(.009 if n > 20 else 0)
         session, = app.sessions.values()
-        on_loop(app, lambda: (session.connection.abort("cut"), app.publish("t.299", "missed")))
+        on_loop(app, lambda: (session.connection.abort("cut"), app.publish("t.59", "missed")))
         assert client.recv(10)["payload"] == "missed" and client.reconnects == 1
 
 
@@ -7327,12 +7328,12 @@ def test_a_client_that_polls_comes_back_too_and_drops_what_is_refused(caplog):
         client.close()
 
     def says_nothing(sock):
-        time.sleep(1.8)
+        time.sleep(1.3)
     with bad_server(b"\x88\x02\x03\xf4", says_nothing) as (url, _), hl.connect(url, reconnect=60) as client:
         began = time.monotonic()
         with pytest.raises(TimeoutError):
             client.recv(0.6)                                # not timeout_s, which is ten seconds
-        assert time.monotonic() - began < 1.7
+        assert time.monotonic() - began < 1.25
 
 
 def test_a_client_of_many_topics_misses_none_when_it_comes_back():
@@ -7361,7 +7362,7 @@ def test_a_client_comes_back_and_keeps_to_its_timeout():
     with bad_server(b"\x88\x02\x03\xf4", b"\x81\x01" + b"2") as (url, _), hl.connect(url, reconnect=5, timeout_s=0.5) as client:
         assert client.recv(5) == 2 and client.reconnects == 1       # 1012: the server restarts
     def deaf(sock):
-        time.sleep(1.5)
+        time.sleep(1.0)
     with bad_server(deaf) as (url, _), hl.connect(url, timeout_s=0.5) as client:
         client._sock.setblocking(False)
         with contextlib.suppress(BlockingIOError):
