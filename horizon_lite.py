@@ -10571,6 +10571,7 @@ class _Player(Client):
                 self.load.latencies_ns.append(now - sent_ns[int(number) - 1])
 
 
+_PATIENCE_S = 2.0                   # for what is under way when the time is over
 _LOAD_TEXT = """\
 players         {players} at {hz:g} moves/s for {seconds:g} s
 events sent     {events_sent:,}   ({critical_sent} critical)
@@ -10620,12 +10621,12 @@ class _Load:
             if show and self.sent % 500 < 20:
                 print(f"\r{spent:5.1f} s of {self.seconds:g}   {self.sent:,} moves sent   "
                       f"{self.frames:,} frames received", end="", file=sys.stderr, flush=True)
-        missing, patience = self._missing(), time.monotonic() + 2.0
+        missing, patience = self._missing(), time.monotonic() + _PATIENCE_S
         while missing and time.monotonic() < patience:
             loop.run_once(0.05)
             before, missing = missing, self._missing()
             if missing != before:           # still coming in
-                patience = time.monotonic() + 2.0
+                patience = time.monotonic() + _PATIENCE_S
         for player in self.players:
             player._sock.setblocking(True)
             player.close()
@@ -10743,7 +10744,7 @@ server          {server_cpu_s:g} s CPU, {server_rss_mb:g} MB resident"""
         for reader in self.readers:
             loop.selector.register(reader._sock, _READ, reader.receive)
         began = time.monotonic()
-        while (spent := time.monotonic() - began) < self.seconds + 2.0:
+        while (spent := time.monotonic() - began) < self.seconds + _PATIENCE_S:
             while spent < self.seconds and self.sent < spent * self.hz:
                 self._say_next()
             if spent > self.seconds and not (self.fragments and any(
