@@ -4310,7 +4310,7 @@ class Presence:
         self._pause_ns = int(1e9 / updates_per_s)
         self._next_ns = 0                   # when changes may be told again
         self._connections: dict[Any, _Here] = {}
-        self._users: dict[str, dict[Any, None]] = {}        # their connections' keys
+        self._users: Counter[str] = Counter()       # how many connections they have
         self._leaving: dict[str, int] = {}  # when; in this order
         self._states: dict[str, Any] = {}
         self._told: set[str] = set()        # who is here, as it was told
@@ -4334,7 +4334,7 @@ class Presence:
             metadata = old.metadata
         self._connections[connection] = _Here(user, self._clock(), patience_ns, metadata)
         here = user in self._users or self._leaving.pop(user, None) is not None
-        self._users.setdefault(user, {})[connection] = None
+        self._users[user] += old is None or old.user != user
         if not here:
             self._change(user)
 
@@ -4351,7 +4351,8 @@ class Presence:
             self._leave(connection, here, 0 if at_once else self.debounce_ns)
 
     def _leave(self, connection: Any, here: _Here, debounce_ns: int) -> None:
-        del self._connections[connection], self._users[here.user][connection]
+        del self._connections[connection]
+        self._users[here.user] -= 1
         if not self._users[here.user]:
             del self._users[here.user]
             self._leaving[here.user] = self._clock() + debounce_ns
@@ -4384,9 +4385,12 @@ class Presence:
         return self._states.get(user)
 
     def connections(self, user: str) -> list[dict[str, Any]]:
-        """Return a user's connections: their metadata, and the seconds since they were heard."""
+        """Return a user's connections: their metadata, and the seconds since they were heard.
+
+        Cost: O(connections of all).
+        """
         now = self._clock()
-        found = [self._connections[each] for each in self._users.get(user, ())]
+        found = [each for each in self._connections.values() if each.user == user]
         return [{"metadata": each.metadata, "silent_s": round((now - each.seen_ns) / 1e9, 3)}
                 for each in found]
 
@@ -4442,8 +4446,8 @@ class Presence:
 
     def _check(self) -> None:
         """Assert that nobody is left who has no connection (tests)."""
-        here = [key for keys in self._users.values() for key in keys]
-        assert all(self._users.values()) and {*here} == {*self._connections}
+        assert self._users == Counter(each.user for each in self._connections.values())
+        assert all(self._users.values())
         assert not self._users.keys() & self._leaving.keys()
         assert {*self._states} <= {*self._users, *self._leaving}
 
@@ -7913,7 +7917,7 @@ class Session:
         self.handler = handler                  # of a route of the user's own
         self.subscriptions: dict[str, Callable[[], object]] | None = None   # and what ends each
         self.goodbye: tuple[int, str] | None = None     # to be said when it has read the rest
-        self.beats: dict[str, Any] = {}         # the heartbeats it promised, and its metadata
+        self.beats: dict[str, Any] | None = None        # the heartbeats it promised, its metadata
         # where broadcasts reach it: "" for streams and other WebSockets
         self.endpoint = "" if handler or form == _EVENTS else "html" if form == _HTML else "data"
         self._metadata: dict[str, Any] | None = None
@@ -9529,10 +9533,11 @@ class Engine:
             raise _Refused("bad_request", f"metadata and state are of {_MAX_STATE} bytes at most")
         if not session.endpoint:
             return
+        beats = session.beats = session.beats or {}
         if interval is not None:
-            session.beats |= {"heartbeat_s": interval, "multiplier": multiplier}
+            beats |= {"heartbeat_s": interval, "multiplier": multiplier}
         if "metadata" in data:
-            session.beats["metadata"] = data["metadata"]
+            beats["metadata"] = data["metadata"]
         self.presence.join(session.user, session.id, heartbeat_s=interval, multiplier=multiplier,
                            metadata=data.get("metadata"))
         if "state" in data:
