@@ -3417,6 +3417,7 @@ _MAX_KEPT_BYTES = 32 << 20          # history of topics that a pattern declares,
 _MAX_MSG_IDS = 10_000               # remembered per topic
 _MAX_MSG_ID = 128                   # characters
 _MAX_PUBLISH_DEPTH = 32             # of publications made by subscribers of publications
+_MAX_COMPARISONS = 100_000          # of patterns with topics, when a subscriber comes back
 _EPOCH_LENGTH = 8                   # characters all epochs of one Topics begin with
 _FORGOTTEN = object()               # in place of a payload that is rendered
 
@@ -4127,12 +4128,12 @@ class Topics:
         for record in records:
             self._expire(record)
         items = None if since is None else self._missed(records, wild, *since)
+        items = items and self._unknown(items, subscription)
         subscription.gap = since is not None and items is None
         if items is None:
-            items = [each for record in records for each in self._repeated(record.keep, record)]
+            items = self._unknown([each for record in records for each in self._repeated(
+                record.keep, record)], subscription) or []
         items.sort(key=operator.attrgetter("seq"))
-        if len(others := self._of_sink[subscription.sink]) > 1:
-            items = self._unknown(items, [each for each in others if each is not subscription])
         if since is not None and not subscription.gap:      # all before, it says, it has
             subscription.begin = 0
         elif items:
@@ -4150,15 +4151,20 @@ class Topics:
         for what in batches if subscription.batched else items:
             self._call((subscription.sink,), what)
 
-    @staticmethod
-    def _unknown(items: list[Publication], others: list[Subscription]) -> list[Publication]:
-        """Return what other subscriptions of the same sink leave out."""
+    def _unknown(self, items: list[Publication],
+                 subscription: Subscription) -> list[Publication] | None:
+        """Return what other subscriptions of the same sink leave out; None if they are too many."""
+        others = [each for each in self._of_sink[subscription.sink]
+                  if each.pattern != subscription.pattern]      # asked again, it wants it again
         exact = {each.pattern: each.begin for each in others}
         wild = [(tokens, each.begin) for each in others
                 if _is_pattern(tokens := each.pattern.split("."))]
+        topics = {each.topic for each in items}
+        if len(wild) * len(topics) > _MAX_COMPARISONS:
+            return None
         begins = {topic: min([exact.get(topic, sys.maxsize), *(
             begin for tokens, begin in wild if _contains(tokens, topic.split(".")))])
-            for topic in {each.topic for each in items}}
+            for topic in topics}
         return [each for each in items if each.seq <= begins[each.topic] or each.bare]
 
     @staticmethod
@@ -8455,6 +8461,8 @@ class Engine:
         Clients that come back with ``since`` get what they missed; with *replay* "last" or
         "all", new subscribers get that as well. A topic keeps ``outbox_bytes`` at most.
         """
+        if name in (_PRESENCE_TOPIC, _CHANGES_TOPIC, Moves.topic):
+            raise UsageError(f"{name} is the engine's own; it tells newcomers how things are")
         self._register(self.topics.topic, name, history, ttl, replay)
 
     def html(self, topic: str) -> Callable[[_F], _F]:

@@ -2650,6 +2650,21 @@ def test_unsubscribing_does_not_ask_the_others():
     assert work(2_000) == work(200)
 
 
+def test_a_subscriber_of_too_many_patterns_hears_of_a_gap_and_not_too_late(monkeypatch):
+    monkeypatch.setattr(hl, "_MAX_COMPARISONS", 100)
+    topics, got = hl.Topics(), []
+    topics.topic(">", history=5)
+    for n in range(50):
+        topics.publish(f"a.{n}", n)
+    for n in range(10):
+        topics.subscribe(f"*.{n}", got.append)
+    assert topics.subscribe(">", got.append, since={"epoch": topics._epoch, "seq": 0}).gap
+    assert len(got) == 1 and got[0].gap
+    assert not topics.subscribe("a.7", got.append, since=0).gap and len(got) == 2
+    topics.subscribe("a.7", got.append, since=0)            # asked again, it gets it again
+    assert [message.payload for message in got[1:]] == [7, 7]
+
+
 def test_what_sinks_do_meanwhile_neither_loops_nor_breaks_others(caplog):
     topics, got = hl.Topics(), []
 
@@ -6690,6 +6705,8 @@ def test_a_rendering_that_fails_is_its_own_sessions_trouble(caplog):
         assert page.recv(5) == "<p></p>"
         with pytest.raises(hl.UsageError):
             app.html("world.moves")
+        with pytest.raises(hl.UsageError, match="own"):
+            app.topic("presence", history=5)
 
 
 def test_json_on_the_html_endpoint_is_nothing_a_browser_would_show():
