@@ -2891,6 +2891,10 @@ def test_the_fragment_cache_keeps_the_recent_for_their_time():
     clock.now_ns += 10**15
     get("d", 0)
     assert rendered[-1] == "d" and len(rendered) == 6           # for ever
+    cache.discard("d")
+    cache.discard("never there")
+    get("d")
+    assert len(rendered) == 7                                   # unless it is forgotten
     with pytest.raises(hl.UsageError, match="asks for itself"):
         cache.get("loop", lambda: cache.get("loop", str))
     for bad in (None, 5, {}):
