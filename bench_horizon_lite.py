@@ -888,6 +888,7 @@ def server(name):
                 answer += sock.recv(1)
             assert b" 101 " in answer, answer
             return sock
+        connect.port = port
         yield process.pid, connect
     finally:
         process.kill()
@@ -1127,6 +1128,14 @@ def _():
     return in_turns(cost, 3)
 
 
+def counted(connect, name):
+    """Return the sum of a counter of ours over its labels."""
+    with socket.create_connection(("127.0.0.1", connect.port)) as sock:
+        sock.sendall(b"GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        text = b"".join(iter(functools.partial(sock.recv, 65536), b"")).decode()
+    return sum(float(value) for value in re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.M))
+
+
 @functools.cache
 def rooms(users=2_000, size=20, per_s=5_000, seconds=8):
     """Seed 004's hope: users in rooms of twenty, who say 5,000 messages a second in all."""
@@ -1139,6 +1148,7 @@ def rooms(users=2_000, size=20, per_s=5_000, seconds=8):
         texts = [hl._frame(1, b'{"action":"publish","topic":"room.%d","payload":"%b"}' % (n, b"x" * 80), b"\1\2\3\4")
                  for n in range(users // size)]
         time.sleep(0.5)
+        renders, writes = (counted(connect, f"horizon_{name}_total") for name in ("renders", "writes"))
         cpu, sent, began = process_stat(pid)[0], 0, time.monotonic()
         while True:
             spent = time.monotonic() - began
@@ -1153,7 +1163,10 @@ def rooms(users=2_000, size=20, per_s=5_000, seconds=8):
                 counts[sock] += got
             if spent >= seconds and not events:
                 break
-        figures = (process_stat(pid)[0] - cpu) * 1000 / seconds, process_stat(pid)[1] / 1e6
+        figures = [(process_stat(pid)[0] - cpu) * 1000 / seconds, process_stat(pid)[1] / 1e6]
+        renders, writes = (counted(connect, f"horizon_{name}_total") - before
+                           for name, before in (("renders", renders), ("writes", writes)))
+        figures.append(renders / writes)
         delivered = sum(counts.values())
         for sock in socks:
             sock.close()
@@ -1170,6 +1183,12 @@ def _():
 @bench("20.engine.2000_users_memory", "MB")
 def _():
     return {"horizon_lite": rooms()[1]}
+
+
+@bench("20.engine.2000_users_renders", "renders/write")
+def _():
+    """What a tick brings is encoded and framed once for a room of twenty, says the engine's own counter."""
+    return {"horizon_lite": rooms()[2], "each for itself": 1.0}
 
 
 # =============================================================================
