@@ -7633,14 +7633,16 @@ SWAP_SCRIPT = r"""(() => {
     socket.onclose = () => { setTimeout(connect, wait * (0.7 + Math.random() * 0.6)); wait = Math.min(wait * 2, 10000); };
     socket.onmessage = ({data}) => {
       try { if (/^[[{]/.test(data)) return [JSON.parse(data)].flat().forEach(reply); } catch { /* HTML may begin so, too */ }
-      [...Object.assign(document.createElement("template"), {innerHTML: data}).content.children].forEach(swap);
+      [...Object.assign(document.createElement("template"), {innerHTML: data}).content.children].forEach(it => {
+        try { swap(it); } catch (error) { console.error(error); }
+      });
     };
   })();
   addEventListener("submit", event => {
     if (!event.target.hasAttribute("ws-send")) return;
     event.preventDefault();
     if (socket.readyState !== 1) return reply({error: {code: "offline", message: "not connected"}});
-    const data = {};
+    const data = Object.create(null);
     for (const [name, value] of new FormData(event.target, event.submitter)) data[name] = Object.hasOwn(data, name) ? [data[name], value].flat() : value;
     socket.send(JSON.stringify(data));
     event.target.reset();
@@ -8983,9 +8985,9 @@ class Engine:
         if update is None and self._presence_owed and not self.presence.pending:
             update = self.presence.snapshot()       # what was awaited has come to nothing
         if update is not None:
-            if self._presence_owed:                 # by who has none of the states yet
-                update |= {key: value for key, value in self.presence.snapshot().items()
-                           if key == "states"}
+            all_states = self.presence.snapshot().get("states") if self._presence_owed else None
+            if all_states:                          # for who has none of them yet
+                update["states"] = {**all_states, **update.get("states", {})}
             self._presence_owed = False
             self.topics.publish(_PRESENCE_TOPIC, update)
             self.topics.publish(_CHANGES_TOPIC, {each: update[each] for each in update
@@ -10172,18 +10174,17 @@ class Client:
             self.positions.pop(topic, None)
 
     def _note(self, topic: str, message: dict[str, Any]) -> None:
-        tokens = topic.split(".")
-        for name in self._heard:
-            pattern, old = _check_topic(name, wildcards=True), self.positions[name]
-            by, epoch = "offset", message["epoch"]
-            if _is_pattern(pattern):
+        tokens, gap = topic.split("."), message.get("gap")
+        patterns = {name: _check_topic(name, wildcards=True) for name in self._heard}
+        covering = [name for name in patterns if (
+            name == topic if gap else _contains(patterns[name], tokens))]
+        for name in covering:
+            if len(covering) > 1 and "rate" in self._topics.get(name, ()):
+                continue                    # it may hold back what another has brought already
+            by, epoch, old = "offset", message["epoch"], self.positions[name]
+            if _is_pattern(patterns[name]):
                 by, epoch = "seq", epoch[:_EPOCH_LENGTH]
-            if message.get("gap"):
-                ahead = name == topic
-            else:                           # what a rate held back is no step back
-                ahead = _contains(pattern, tokens) and (
-                    old["epoch"] != epoch or message[by] > old.get(by, -1))
-            if ahead:
+            if gap or old["epoch"] != epoch or message[by] > old.get(by, -1):
                 self.positions[name] = {"epoch": epoch, by: message[by]}
 
     def __iter__(self) -> Iterator[Any]:

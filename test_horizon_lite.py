@@ -7036,6 +7036,39 @@ def test_a_client_of_many_topics_comes_back_without_haste(monkeypatch):
         assert client.recv(10)["payload"] == "missed" and client.reconnects == 1
 
 
+def test_a_state_that_is_cleared_is_told_also_with_newcomers():
+    with running() as app, hl.connect(app.url) as one:
+        one.subscribe("presence")
+        one.recv(5)
+        mine, = app.presence.users()
+        def change(*states):
+            for user, state in states:
+                app.presence.join(user, user)
+                app.presence.set_state(user, state)
+            app._presence_now("presence")               # as if somebody subscribed meanwhile
+        on_loop(app, change, ("al", 1), ("bo", 2))
+        while one.recv(5).get("states") != {"al": 1, "bo": 2}:
+            pass
+        on_loop(app, change, ("al", None))
+        assert one.recv(5)["states"] == {"al": None, "bo": 2} and mine in app.presence.users()
+        on_loop(app, lambda: [app.presence.leave(user) for user in ("al", "bo")])
+
+
+def test_what_a_rate_holds_back_is_not_lost_for_another_subscription():
+    with running(tick_hz=0) as app, hl.connect(app.url, reconnect=10) as client:
+        app.topic("a.*", history=100)
+        client.subscribe("a.*", rate=0.2)
+        client.subscribe("a.x")
+        for topic, value in (("a.y", 1), ("a.y", 2), ("a.x", 3)):
+            on_loop(app, app.publish, topic, value)
+        assert [client.recv(5)["payload"] for _ in range(2)] == [1, 3]
+        session, = app.sessions.values()
+        on_loop(app, session.connection.abort, "cut")
+        got = []
+        while 2 not in got:
+            got.append(client.recv(5)["payload"])
+
+
 def test_batches_lost_at_the_end_are_told(caplog):
     app = hl.Engine(port=0).start()
     gate = threading.Event()
