@@ -8135,7 +8135,8 @@ class _Worker:
         self._jobs -= not _is_async(handler.fn)
         if handler.batch:
             self._busy.discard(handler)
-            self._batchers[handler].flush()     # what came meanwhile
+            if self._batchers[handler].wait_s() == math.inf:    # the next one had to wait for it
+                self._batchers[handler].flush()
 
     def flush(self, *, all: bool = False) -> None:
         """Hand on the batches that are due, or all."""
@@ -8981,23 +8982,27 @@ class Engine:
         if (moves := self.movement.take()) is not None:
             for session in list(self._movers):
                 session.put(moves)
-        update = self.presence.take_changes()
-        if update is None and self._presence_owed and not self.presence.pending:
-            update = self.presence.snapshot()       # what was awaited has come to nothing
-        if update is not None:
-            all_states = self.presence.snapshot().get("states") if self._presence_owed else None
-            if all_states:                          # for who has none of them yet
-                update["states"] = {**all_states, **update.get("states", {})}
-            self._presence_owed = False
-            self.topics.publish(_PRESENCE_TOPIC, update)
-            self.topics.publish(_CHANGES_TOPIC, {each: update[each] for each in update
-                                                 if each != "users"})
+        self._tell_presence()
         self.topics.flush()
         for view in self._all_views():
             if view.changed:
                 self._show_changes(view)
         waiting, self._waiting = self._waiting, {}
         self._flush(waiting)
+
+    def _tell_presence(self) -> None:
+        update = self.presence.take_changes()
+        if update is None and self._presence_owed and not self.presence.pending:
+            update = self.presence.snapshot()       # what was awaited has come to nothing
+        if update is None:
+            return
+        all_states = self.presence.snapshot().get("states") if self._presence_owed else None
+        if all_states:                              # for who has none of them yet
+            update["states"] = {**all_states, **update.get("states", {})}
+        self._presence_owed = False
+        self.topics.publish(_PRESENCE_TOPIC, update)
+        self.topics.publish(_CHANGES_TOPIC, {
+            name: each for name, each in update.items() if name != "users"})
 
     def _presence_now(self, topic: str) -> Publication | None:
         """Return what a new subscriber of presence gets, shared as long as nothing changes."""

@@ -7864,7 +7864,7 @@ def node_module(path):
     node = shutil.which("node")
     found = subprocess.run([node, "-p", f"require.resolve({path!r})"], capture_output=True, text=True) if node else None
     if found is None or found.returncode:
-        pytest.skip(f"install Node, npm install {path.split('/')[0]}, and set NODE_PATH to its node_modules")
+        pytest.skip("install Node, npm install htmx.org@2 htmx-ext-ws@2, and set NODE_PATH to its node_modules")
     return Path(found.stdout.strip())
 
 
