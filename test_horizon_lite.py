@@ -7864,30 +7864,32 @@ def node_module(path):
     node = shutil.which("node")
     found = subprocess.run([node, "-p", f"require.resolve({path!r})"], capture_output=True, text=True) if node else None
     if found is None or found.returncode:
-        pytest.skip("install Node, npm install htmx.org@2 htmx-ext-ws@2, and set NODE_PATH to its node_modules")
+        pytest.skip("install Node, npm install htmx.org@2 htmx-ext-ws@2 htmx4@npm:htmx.org@4, and set NODE_PATH to its node_modules")
     return Path(found.stdout.strip())
 
 
-def test_htmx_puts_our_fragments_in_their_places(chromium):
-    scripts = [node_module("htmx.org/dist/htmx.js"), node_module("htmx-ext-ws/dist/ws.js")]
+@pytest.mark.parametrize("scripts, connect, send", [
+    (("htmx.org/dist/htmx.js", "htmx-ext-ws/dist/ws.js"), 'hx-ext="ws" ws-connect="/ws/html"', "ws-send"),
+    (("htmx4/dist/htmx.js", "htmx4/dist/ext/hx-ws.js"), 'hx-ws:connect="/ws/html" hx-swap="none"', "hx-ws:send"),
+])
+def test_htmx_puts_our_fragments_in_their_places(chromium, scripts, connect, send):
+    scripts = list(map(node_module, scripts))
     with running() as app:
         for number, script in enumerate(scripts):
             app.get(f"/{number}.js")(lambda request, script=script: hl.Response(script.read_text(), content_type="text/javascript"))
-        app.topic("chat.lobby", history=10)
 
         @app.html("presence")
         def online():
-            return hl.html('<p id="online">{n}</p>', n=app.presence.online())
+            return hl.html('<p id="online" hx-swap-oob="true">{n}</p>', n=app.presence.online())
 
-        @app.html("chat.lobby")
-        def log(message):
-            return hl.html('<ul id="log" hx-swap-oob="beforeend"><li>{x}</li></ul>', x=message.payload)
+        @app.on_client("chat", "message")
+        def say(event):
+            app.broadcast(hl.html('<ul id="log" hx-swap-oob="beforeend"><li>{x}</li></ul>', x=event.data["text"]), endpoint="html")
 
-        app.on_client("chat", "message")(lambda event: app.publish("chat.lobby", event.data["text"]))
-        app.get("/own")(lambda request: hl.Response("""<!doctype html><script src="/0.js"></script><script src="/1.js"></script>
-            <body hx-ext="ws" ws-connect="/ws/html"><p id="online"></p><ul id="log"></ul>
-            <form ws-send><input type="hidden" name="namespace" value="chat"><input type="hidden" name="event" value="message">
-            <input name="text"></form></body>""", content_type="text/html; charset=utf-8"))
+        app.get("/own")(lambda request: hl.Response(f"""<!doctype html><script src="/0.js"></script><script src="/1.js"></script>
+            <body><div {connect}><p id="online"></p><ul id="log"></ul>
+            <form {send}><input type="hidden" name="namespace" value="chat"><input type="hidden" name="event" value="message">
+            <input name="text"></form></div></body>""", content_type="text/html; charset=utf-8"))
         tab = Tab(chromium, app.url + "/own")
         tab.wait("document.querySelector('#online')?.textContent === '1'")
         for text in ("one", "<two>"):
