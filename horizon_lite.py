@@ -6757,7 +6757,7 @@ class Server:
         self._listeners: list[socket.socket] = []
         self._per_address: Counter[str] = Counter()
         self._unix_file = "", 0                     # path and inode
-        loop.call_later(1.0, self._check_times)
+        self._check_times()
 
     def listen(self, host: str, port: int, reuse_port: bool = False) -> int:
         """Listen on TCP; return the port, chosen by the system if it was 0.
