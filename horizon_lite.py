@@ -3626,7 +3626,8 @@ class _Throttle:
         self.batched = batched
         self.period_ns = period_ns
         self.newest = newest
-        self.held: dict[Any, Publication] = {}      # in order; by topic, or by seq
+        # in order, by topic or by seq; with the size it came with, for it may be rendered yet
+        self.held: dict[Any, tuple[Publication, int]] = {}
         self.due_ns = 0
         self.entry: tuple[int, int, _Throttle] | None = None    # in Topics._due
 
@@ -3635,10 +3636,9 @@ class _Throttle:
         for item in what.items if self.batched else (what,):
             alone = item.critical or item.gap or not self.newest
             key = item.seq if alone else item.topic
-            if (old := self.held.pop(key, None)) is not None:       # to be the last again
-                topics._held[self.sink] -= old.size
-            self.held[key] = item
-            topics._held[self.sink] += item.size
+            _, before = self.held.pop(key, (None, 0))       # to be the last again
+            self.held[key] = item, item.size
+            topics._held[self.sink] += item.size - before
         if what.critical or now >= self.due_ns or topics._held[self.sink] > topics.max_bytes or (
                 not self.newest and len(self.held) >= topics.max_batch):
             self.release(now)
@@ -3655,15 +3655,15 @@ class _Throttle:
 
     def take(self) -> list[Publication]:
         """Return what is held, and hold it no longer."""
-        topics, items = self.topics, list(self.held.values())
+        topics, held = self.topics, self.held.values()
         if self.entry is not None:
             del topics._due[bisect.bisect_left(topics._due, self.entry)]
             self.entry = None
-        topics._held[self.sink] -= sum(each.size for each in items)
+        topics._held[self.sink] -= sum(size for _, size in held)
         if not topics._held[self.sink]:
             del topics._held[self.sink]
         self.held = {}
-        return items
+        return [item for item, _ in held]
 
     def end(self, hand_on: bool) -> None:
         """Be no longer due."""
@@ -8063,6 +8063,16 @@ class _Refused(Exception):
         self.code = code
 
 
+def _asked_topic(topic: Any) -> str:
+    """Return a topic or pattern that a client asks for, as we write it."""
+    if not isinstance(topic, str):
+        raise _Refused("bad_topic", '"topic" must be text')
+    try:
+        return ".".join(_check_topic(topic, wildcards=True))
+    except UsageError as error:
+        raise _Refused("bad_topic", str(error)) from None
+
+
 class _Worker:
     """Where ``async def`` and ``blocking=True`` handlers run: away from the loop."""
 
@@ -9269,8 +9279,8 @@ class Engine:
     def _stream(self, connection: Connection, request: Request, route: _Endpoint) -> None:
         """Answer GET /sub/<pattern> with Server-Sent Events."""
         session = Session(self, connection, request.user, _EVENTS)
-        pattern = request.params["pattern"]
         try:
+            pattern = _asked_topic(request.params["pattern"])
             self._check_subscription(session, pattern)
         except _Refused as refusal:
             self.refusals[refusal.code] += 1
@@ -9565,23 +9575,14 @@ class Engine:
             "publish": self._publish_for}
         if (act := acts.get(action if isinstance(action, str) else "")) is None:
             raise _Refused("unknown_action", "actions are subscribe, unsubscribe and publish")
-        if not isinstance(topic, str):
-            raise _Refused("bad_topic", '"topic" must be text')
-        try:
-            topic = ".".join(_check_topic(topic, wildcards=True))
-        except UsageError as error:
-            raise _Refused("bad_topic", str(error)) from None
+        topic = _asked_topic(topic)
         try:
             return act(who, topic, message)
         except UsageError as error:
             raise _Refused("bad_request", str(error)) from None
 
     def _check_subscription(self, session: Session, topic: str) -> None:
-        try:
-            allowed = self._may(session.user, "subscribe", topic)
-        except UsageError as error:
-            raise _Refused("bad_topic", str(error)) from None
-        if not allowed:
+        if not self._may(session.user, "subscribe", topic):
             raise _Refused("forbidden", f"no rule lets you subscribe to {topic[:80]!r}")
         mine = session.subscriptions or {}
         if topic not in mine and 0 < self.config.max_subscriptions <= len(mine):

@@ -2710,6 +2710,17 @@ def test_what_waits_takes_the_memory_of_its_bytes():
     assert topics.history("kept")[-1].payload == payload() and len(held) > 50
 
 
+def test_what_is_held_is_counted_as_it_came():
+    topics = hl.Topics()
+    held = topics.subscribe("t", lambda message: None, rate=0.001, keep="last")
+    topics.subscribe("t", lambda message: message.json())       # renders what the other holds already
+    for n in range(3):
+        topics.publish("t", n)
+    assert not topics._held[held.sink.sink]
+    held.remove()
+    assert not topics._held
+
+
 def test_conflation_of_many_topics_is_as_slow_as_of_one():
     clock, got = FakeClock(), []
     topics = hl.Topics(clock=clock)
