@@ -98,7 +98,7 @@ __all__ = [
     "load_proto", "parse_proto", "proto_text", "builtin_schema", "builtin_proto",   # 5 PROTO
     "pack_moves", "pack_moves_into", "unpack_moves",
     "Pool", "BufferPool",                                                       # 6 POOLS
-    "Bus", "Event", "Handler",                                                  # 7 BUS
+    "Bus", "Event", "Handler", "Propagator",                                    # 7 BUS
     "Topics", "Subscription", "Publication", "Presence",                        # 8 TOPICS
     "FragmentCache", "Fragment", "Safe", "escape", "html",
     "Movement",                                                                 # 11 REPLICATION
@@ -2946,14 +2946,16 @@ class BufferPool:
 # slow and rebuilds routes; emitting is one dict look-up and a loop.
 #
 # Counting costs the emitter one addition: a handler's calls are its routes' emits since it
-# joined.  Only handlers that may be passed over (once, filter, ignore_cancelled) count for
-# themselves.  Times are sampled, every 64th emit of a key, or all while debugging.
+# joined.  Only handlers that may be passed over (once, filter, ignore_cancelled, weak) count
+# for themselves.  Times are sampled, the first and every 64th emit of a key, or all while
+# debugging.
 #
 # Keys that nobody registered have no route of their own, so that strangers who invent keys
 # can't grow memory: they share the route of the wildcards that match them.
 
 _SAMPLE_MASK = 63
 _MAX_STRANGE_KEYS = 1024            # remembered look-ups of keys without a registration
+_RECENT_TIMES = 100                 # of which the 95th percentile is told
 _KEY_SEGMENT = re.compile(r"\*|[^\s:*]+")
 
 
@@ -2975,16 +2977,38 @@ def _key_matches(pattern: list[str], key: list[str]) -> bool:
 class Event:
     """What a handler gets: the key, the data, and for client events who sent it."""
 
-    __slots__ = ("key", "data", "client", "_reason", "_sealed", "_failed")
+    __slots__ = ("key", "data", "client", "_reason", "_sealed", "_failed", "_metadata")
 
     _sealed: bool                   # set when it is too late to cancel
     _failed: bool                   # set when a handler raised
+    _metadata: dict[str, Any]       # made when somebody asks
 
     def __init__(self, key: str, data: Any, client: Any = None) -> None:
         self.key = key
         self.data = data
         self.client = client
         self._reason: str | None = None
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What filters decide by: ``namespace``, ``channel`` and ``position`` where it has them.
+
+        The namespace is the second segment of a client's or plugin's key, else the first; the
+        channel is that of a replicated object's event; the position is the data's x, y, z, or
+        those of its "position". Filters may add to it.
+        """
+        if not hasattr(self, "_metadata"):
+            head, *rest = self.key.split(":")
+            self._metadata = {"namespace": rest[0] if head in ("client", "plugin") else head}
+            if head.startswith("gorc_") and len(rest) > 1 and rest[1].isdigit():
+                self._metadata["channel"] = int(rest[1])
+            if (position := _position_in(self.data)) is not None:
+                self._metadata["position"] = position
+        return self._metadata
+
+    def altered(self, data: Any) -> Event:
+        """Return this event with other data; to cancel that one cancels this one."""
+        return _Altered(self, data)
 
     @property
     def cancelled(self) -> bool:
@@ -3018,17 +3042,182 @@ class Event:
 _new_event = Event.__new__
 
 
+class _Altered(Event):
+    """What ``Event.altered`` returns."""
+
+    __slots__ = ("_original",)
+
+    def __init__(self, original: Event, data: Any) -> None:
+        super().__init__(original.key, data, original.client)
+        self._reason = original._reason
+        self._metadata = original.metadata
+        self._original = original
+
+    def cancel(self, reason: str = "cancelled") -> None:
+        """Cancel the event that this one stands for."""
+        self._original.cancel(reason)
+        self._reason = reason
+
+
+def _position_in(data: Any) -> tuple[float, float, float] | None:
+    """Return the x, y and z in an event's data, or of its "position"; None if there are none."""
+    get = data.get if isinstance(data, Mapping) else functools.partial(getattr, data)
+    if (inner := get("position", None)) is not None:
+        return _position_in(inner)
+    x, y, z = (get(axis, None) for axis in "xyz")
+    try:
+        return float(x), float(y), float(z or 0.0)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+class Propagator:
+    """A filter that says which events reach a handler; ``a & b``, ``a | b``, ``~a`` combine them.
+
+    For ``filter=``, as any function of the event: true lets it pass, and an Event that it
+    returns is what the handler gets instead (upstream's propagators, seed 001).
+
+    >>> bus, got = Bus(), []
+    >>> near = Propagator.near((0, 0, 0), 10)
+    >>> handler = bus.on("game:*", got.append, filter=near & ~Propagator.exact("game:tick"))
+    >>> for x in (3, 30):
+    ...     _ = bus.emit("game:shot", {"x": x, "y": 4})
+    >>> [(event.data, event.metadata["distance"]) for event in got]
+    [({'x': 3, 'y': 4}, 5.0)]
+    """
+
+    __slots__ = ("_decide",)
+
+    def __init__(self, decide: Callable[[Event], Any]) -> None:
+        self._decide = decide
+
+    def __call__(self, event: Event) -> Any:
+        return self._decide(event)
+
+    def __and__(self, other: Callable[[Event], Any]) -> Propagator:
+        return Propagator.all_of(self, other)
+
+    def __or__(self, other: Callable[[Event], Any]) -> Propagator:
+        return Propagator.any_of(self, other)
+
+    def __invert__(self) -> Propagator:
+        return Propagator(lambda event: not self._decide(event))
+
+    @classmethod
+    def exact(cls, *keys: str) -> Propagator:
+        """Let events of these keys pass."""
+        wanted = frozenset(keys)
+        return cls(lambda event: event.key in wanted)
+
+    @classmethod
+    def namespace(cls, allow: Iterable[str] = (), block: Iterable[str] = ()) -> Propagator:
+        """Let keys pass that begin with what is allowed, like "client:chat", and not blocked.
+
+        With nothing allowed, all are.
+        """
+        if isinstance(allow, str) or isinstance(block, str):
+            raise UsageError('allow and block are several texts, like ("client:chat", "core")')
+        ours, theirs = (tuple(each.rstrip(":*") + ":" for each in texts)
+                        for texts in (allow, block))
+        return cls(lambda event: not (key := event.key + ":").startswith(theirs)
+                   and (not ours or key.startswith(ours)))
+
+    @classmethod
+    def near(cls, place: Any, distance: float) -> Propagator:
+        """Let events pass that happen within *distance* of *place*: x, y, z or a function of none.
+
+        An event without a position passes; others are told their ``metadata["distance"]``.
+        """
+        if not distance >= 0 or not callable(place) and len(place) != 3:
+            raise UsageError(f"near((x, y, z), distance), or near(function, distance), not "
+                             f"{place!r}, {distance!r}")
+
+        def decide(event: Event) -> bool:
+            here, there = place() if callable(place) else place, event.metadata.get("position")
+            if here is None or there is None:
+                return True
+            event.metadata["distance"] = away = math.dist(here, there)
+            return away <= distance
+
+        return cls(decide)
+
+    @classmethod
+    def channel(cls, *numbers: int) -> Propagator:
+        """Let replicated objects' events of these channels pass, and events that have none."""
+        return cls(lambda event: event.metadata.get("channel", numbers[0]) in numbers)
+
+    @classmethod
+    def all_of(cls, *filters: Callable[[Event], Any]) -> Propagator:
+        """Let pass what all *filters* let pass, each asked with what the one before made of it."""
+        def decide(event: Event) -> Any:
+            for each in filters:
+                if not (found := each(event)):
+                    return False
+                event = found if isinstance(found, Event) else event
+            return event
+
+        return cls(decide)
+
+    @classmethod
+    def any_of(cls, *filters: Callable[[Event], Any]) -> Propagator:
+        """Let pass what one of *filters* does, as that one makes it; without any, everything."""
+        return cls(lambda event: not filters or next(
+            filter(None, (each(event) for each in filters)), False))
+
+    @classmethod
+    def transform(cls, change: Callable[[Any], Any]) -> Propagator:
+        """Let everything pass, with the data that *change* makes of its own."""
+        return cls(lambda event: event.altered(change(event.data)))
+
+
+class _Times:
+    """How long something took, in nanoseconds; percentiles are of the last hundred."""
+
+    __slots__ = ("count", "total", "least", "most", "_recent")
+
+    def __init__(self) -> None:
+        self.count = self.total = self.most = 0
+        self.least = sys.maxsize
+        self._recent: deque[int] | None = None
+
+    def add(self, spent_ns: int) -> None:
+        """Note one more."""
+        self.count += 1
+        self.total += spent_ns
+        if spent_ns < self.least:
+            self.least = spent_ns
+        if spent_ns > self.most:
+            self.most = spent_ns
+        if self._recent is None:
+            self._recent = deque(maxlen=_RECENT_TIMES)
+        self._recent.append(spent_ns)
+
+    def figures(self) -> dict[str, int]:
+        """Return how many were timed, and their least, mean, most and 95th percentile."""
+        recent = sorted(self._recent or (0,))
+        return {"timed": self.count, "min_ns": self.least if self.count else 0,
+                "avg_ns": self.total // max(self.count, 1), "max_ns": self.most,
+                "p95_ns": recent[len(recent) * 95 // 100]}
+
+
 class Handler:
     """One registration. ``remove()`` ends it; calls, errors and times are its statistics."""
 
     __slots__ = ("key", "fn", "order", "once", "filter", "ignore_cancelled", "elsewhere", "batch",
-                 "wait_ms", "spawned", "invoke", "errors", "time_ns", "timed", "slowest_ns", "_bus",
-                 "_calls", "_routes", "_gone", "_logged_ns", "_unlogged")
+                 "wait_ms", "then", "spawned", "invoke", "errors", "times", "queued", "running",
+                 "_name", "_weak", "_bus", "_calls", "_routes", "_gone", "_logged_ns", "_unlogged",
+                 "_slow_ns")
 
-    def __init__(self, bus: Bus, key: str, fn: Callable[[Any], Any], order: tuple[int, int],
+    def __init__(self, bus: Bus, key: str, fn: Callable[[Any], Any], order: tuple[float, int],
                  once: bool, filter: Callable[[Any], Any] | None, ignore_cancelled: bool,
-                 elsewhere: bool, batch: int, wait_ms: float | None) -> None:
+                 elsewhere: bool, batch: int, wait_ms: float | None,
+                 then: Callable[[Any, Any], object] | None, weak: bool) -> None:
         self.key = key
+        self._name = getattr(fn, "__qualname__", repr(fn))
+        self._weak = None
+        if weak:
+            import weakref
+            self._weak, fn = weakref.WeakMethod(fn), self._call_weak
         self.fn = fn
         self.order = order                  # (priority, registration)
         self.once = once
@@ -3037,20 +3226,25 @@ class Handler:
         self.elsewhere = elsewhere          # async or blocking: not on the loop's thread
         self.batch = batch                  # 0: called with each event; True: as is configured
         self.wait_ms = wait_ms
+        self.then = then                    # gets what was returned elsewhere
         self.spawned = elsewhere or batch > 0       # runs afterwards
         # only handlers that are always called can let their routes count for them
-        guard = self._guarded if once or filter or ignore_cancelled else fn
+        guard = self._guarded if once or filter or ignore_cancelled or weak else fn
         self.invoke = self._start if self.spawned else guard
-        self.errors = self.time_ns = self.timed = self.slowest_ns = self._calls = 0
+        self.errors = self._calls = 0
+        self.times = _Times()
+        self.queued: _Times | None = _Times() if elsewhere else None    # before it began
+        self.running = 0                    # calls under way elsewhere
         self._bus = bus
         self._routes: list[_Route] = []
         self._gone = False
         self._logged_ns, self._unlogged = -1 << 62, 0
+        self._slow_ns = -1 << 62            # when it was last said that it is slow
 
     @property
     def name(self) -> str:
         """The function's qualified name."""
-        return getattr(self.fn, "__qualname__", repr(self.fn))
+        return self._name
 
     @property
     def calls(self) -> int:
@@ -3059,26 +3253,47 @@ class Handler:
             return self._calls
         return self._calls + sum(route.emits - route.settled for route in self._routes)
 
-    def take(self, event: Event) -> bool:
-        """Whether this handler wants *event*; counts it, and ends what is for once."""
+    def take(self, event: Event) -> Event | None:
+        """Return what this handler gets of *event*; counts it, and ends what is for once."""
+        if self._weak is not None and self._weak() is None:
+            self.remove()
+            return None
         if (self.once and self._gone                # a nested emit was first
-                or self.ignore_cancelled and event.cancelled
-                or self.filter is not None and not self.filter(event)):
-            return False
+                or self.ignore_cancelled and event.cancelled):
+            return None
+        if self.filter is not None:
+            if not (found := self.filter(event)):
+                return None
+            event = found if isinstance(found, Event) else event
         if self.once:
             self.remove()
         self._calls += 1
-        return True
+        return event
 
     def _guarded(self, event: Event) -> None:
-        if self.take(event):
-            self.fn(event)
+        if (given := self.take(event)) is not None:
+            self.fn(given)
+
+    def _call_weak(self, event: Event) -> None:
+        if self._weak is not None and (method := self._weak()) is not None:
+            method(event)
 
     def _start(self, event: Event) -> None:
-        if event._reason is None and self.take(event):
-            event._sealed = True
+        if event._reason is None and (given := self.take(event)) is not None:
+            event._sealed = given._sealed = True
             assert self._bus.spawn is not None
-            self._bus.spawn(self, event)
+            self._bus.spawn(self, given)
+
+    def took(self, spent_ns: int) -> None:
+        """Note the time of one call; one that kept the loop too long is told, once a second."""
+        self.times.add(spent_ns)
+        if 0 < self._bus.slow_ns < spent_ns and not self.elsewhere:
+            self._bus.slow += 1
+            now = self._bus._clock()
+            if now - self._slow_ns >= 1_000_000_000:
+                self._slow_ns = now
+                _log.warning("handler %s of %s took %.1f ms; what waits can be an async def, or "
+                             "blocking=True", self.name, self.key, spent_ns / 1e6)
 
     def remove(self) -> None:
         """End this registration; doing it twice is harmless."""
@@ -3088,13 +3303,14 @@ class Handler:
 class _Route:
     """The handlers of one key, ready to run."""
 
-    __slots__ = ("key", "handlers", "pinned", "emits", "settled", "errors", "time_ns", "timed")
+    __slots__ = ("key", "handlers", "pinned", "emits", "settled", "errors", "times")
 
     def __init__(self, key: str) -> None:
         self.key = key
         self.handlers: tuple[Handler, ...] = ()
         self.pinned = False                         # an emitter counts here
-        self.emits = self.settled = self.errors = self.time_ns = self.timed = 0
+        self.emits = self.settled = self.errors = 0
+        self.times = _Times()
 
     def set(self, handlers: list[Handler]) -> None:
         """Replace the handlers; what the old ones were called is settled with them first."""
@@ -3116,7 +3332,9 @@ class Bus:
     An exception in a handler is logged with its traceback (at most once a second per
     handler), counted, and never reaches the emitter. *spawn* runs ``async def`` and
     ``blocking=True`` handlers; without one they are refused. *on_time* is told the seconds
-    of sampled emits.
+    of sampled emits. A handler that took longer than *slow_ms* when it was timed is warned
+    about. With *debug* all are timed, and keys that nobody listens to are told with the
+    nearest one that has a handler.
 
     >>> bus = Bus()
     >>> handler = bus.on("round:*", lambda event: print(event.key, event.data))
@@ -3126,16 +3344,16 @@ class Bus:
     1
     """
 
-    __slots__ = ("spawn", "_clock", "_on_time", "_mask", "_handlers", "_wild", "_routes",
-                 "_strange_route", "_shared", "_nobody", "_numbers", "errors")
+    __slots__ = ("spawn", "slow_ns", "_clock", "_on_time", "_mask", "_handlers", "_wild", "_routes",
+                 "_strange_route", "_shared", "_nobody", "_numbers", "errors", "slow")
 
     def __init__(self, *, spawn: Callable[[Handler, Event], object] | None = None,
                  clock: Callable[[], int] = time.monotonic_ns, debug: bool = False,
-                 on_time: Callable[[float], object] | None = None) -> None:
+                 on_time: Callable[[float], object] | None = None, slow_ms: float = 0.0) -> None:
         self.spawn = spawn
+        self.slow_ns = int(slow_ms * 1e6)           # 0: nothing is slow
         self._clock = clock
         self._on_time = on_time
-        self.time_all(debug)
         self._handlers: dict[str, list[Handler]] = {}       # by key as it was registered
         self._wild: dict[str, list[str]] = {}       # keys with wildcards, and their segments
         self._routes: dict[str, _Route] = {}        # keys with a registration or an emitter
@@ -3144,32 +3362,41 @@ class Bus:
         self._nobody = _Route("")                   # counts what no handler wanted
         self._numbers = itertools.count()
         self.errors = 0                             # handler calls that raised
+        self.slow = 0                               # timed ones that took too long
+        self.debug(debug)
 
-    def time_all(self, yes: bool) -> None:
-        """Time every emit, for debugging, or every 64th of a key."""
+    def debug(self, yes: bool) -> None:
+        """Time every emit and tell of keys that nobody listens to; else time every 64th of a key."""
         self._mask = 0 if yes else _SAMPLE_MASK
+        self._strange_route.cache_clear()
 
     # -- registering --
 
     @overload
     def on(self, key: str, *, priority: int = 0, once: bool = False,
            filter: Callable[[Any], Any] | None = None, ignore_cancelled: bool = False,
-           blocking: bool = False, batch: int = 0,
-           wait_ms: float | None = None) -> Callable[[_F], _F]: ...
+           blocking: bool = False, batch: int = 0, wait_ms: float | None = None,
+           then: Callable[[Any, Any], object] | None = None,
+           weak: bool = False) -> Callable[[_F], _F]: ...
     @overload
     def on(self, key: str, fn: Callable[[Any], Any], *, priority: int = 0, once: bool = False,
            filter: Callable[[Any], Any] | None = None, ignore_cancelled: bool = False,
-           blocking: bool = False, batch: int = 0, wait_ms: float | None = None) -> Handler: ...
+           blocking: bool = False, batch: int = 0, wait_ms: float | None = None,
+           then: Callable[[Any, Any], object] | None = None, weak: bool = False) -> Handler: ...
 
     def on(self, key: str, fn: Callable[[Any], Any] | None = None, *, priority: int = 0,
            once: bool = False, filter: Callable[[Any], Any] | None = None,
            ignore_cancelled: bool = False, blocking: bool = False, batch: int = 0,
-           wait_ms: float | None = None) -> Any:
+           wait_ms: float | None = None, then: Callable[[Any, Any], object] | None = None,
+           weak: bool = False) -> Any:
         """Register *fn* for *key*, which may hold wildcards; without *fn*, a decorator.
 
         Lower priorities run first. *once* ends the registration at the first call; *filter*
-        is asked with the event; *ignore_cancelled* skips events that were cancelled before.
-        With *batch*, *fn* gets a list of so many events, or of those of *wait_ms*.
+        is asked with the event, and may return another to be given instead (see Propagator);
+        *ignore_cancelled* skips events that were cancelled before. With *batch*, *fn* gets a
+        list of so many events, or of those of *wait_ms*. *then* is called on the loop with the
+        event and what an ``async def`` or *blocking* function returned. A *weak* method does
+        not keep its object alive; the registration ends with it.
 
         Returns: the Handler; as a decorator, the function unchanged.
 
@@ -3184,21 +3411,30 @@ class Bus:
                 wait_ms is not None and not 0 <= wait_ms < math.inf):
             raise UsageError(f"batch of {key!r} is a number of events, wait_ms a time in ms, and "
                              f"once has none; not {batch!r}, {wait_ms!r}")
-        for what, each in (("filter", filter), ("handler", fn)):
+        for what, each in (("filter", filter), ("handler", fn), ("then", then)):
             if each is not None and not callable(each):
                 raise UsageError(f"{what} of {key!r} must be callable, got {each!r}")
         if fn is None:
             def decorate(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
                 self.on(key, function, priority=priority, once=once, filter=filter, batch=batch,
-                        ignore_cancelled=ignore_cancelled, blocking=blocking, wait_ms=wait_ms)
+                        ignore_cancelled=ignore_cancelled, blocking=blocking, wait_ms=wait_ms,
+                        then=then, weak=weak)
                 return function
             return decorate
         elsewhere = blocking or _is_async(fn)
         if (elsewhere or batch) and self.spawn is None:
             raise UsageError(f"handler of {key!r} is async, blocking or batched; "
                              "this bus has no spawn= for it")
+        if then is not None and not elsewhere:
+            raise UsageError(f"then of {key!r} is for async def and blocking=True")
+        if weak and (elsewhere or batch or getattr(fn, "__self__", None) is None):
+            raise UsageError(f"weak of {key!r} is for a method of an object, called on the loop")
+        key = sys.intern(key)
+        for dead in [each for each in self._handlers.get(key, ())
+                     if each._weak is not None and each._weak() is None]:
+            self._remove(dead)
         handler = Handler(self, key, fn, (priority, next(self._numbers)), once, filter,
-                          ignore_cancelled, elsewhere, batch, wait_ms)
+                          ignore_cancelled, elsewhere, batch, wait_ms, then, weak)
         self._handlers.setdefault(key, []).append(handler)
         if "*" in segments:
             self._wild[key] = segments
@@ -3262,6 +3498,8 @@ class Bus:
         """Return the route of a key that has no registration of its own."""
         _check_key(key)
         patterns = self._matching(key)
+        if not (patterns or self._mask) and (similar := _did_you_mean(key, self._handlers)):
+            _log.warning("nobody listens to %r%s", key, similar)
         route = self._shared.get(patterns) if patterns else self._nobody
         if route is None:
             route = self._shared[patterns] = _Route(" ".join(patterns))
@@ -3286,7 +3524,8 @@ class Bus:
         event.data = data
         event.client = client
         event._reason = None
-        route.emits = emits = route.emits + 1
+        emits = route.emits
+        route.emits = emits + 1
         if not emits & self._mask:
             return self._run_timed(route, event)
         for handler in route.handlers:
@@ -3309,6 +3548,7 @@ class Bus:
     def emitter(self, key: str) -> Callable[..., Event]:
         """Return ``emit`` for one key, which gets statistics of its own."""
         _check_key(key)
+        key = sys.intern(key)
         (self._routes.get(key) or self._own_route(key)).pinned = True
         return functools.partial(self.emit, key)
 
@@ -3324,19 +3564,11 @@ class Bus:
                 self.failed(handler, route)
             before, now = now, clock()
             if not handler.spawned:             # these are timed where they run
-                self.timed(handler, now - before)
-        route.time_ns += now - began
-        route.timed += 1
+                handler.took(now - before)
+        route.times.add(now - began)
         if self._on_time is not None and route.handlers:
             self._on_time((now - began) / 1e9)
         return event
-
-    @staticmethod
-    def timed(handler: Handler, spent_ns: int) -> None:
-        """Add one measured call to a handler's statistics."""
-        handler.time_ns += spent_ns
-        handler.timed += 1
-        handler.slowest_ns = max(handler.slowest_ns, spent_ns)
 
     def failed(self, handler: Handler, route: _Route | None = None) -> None:
         """Count the exception being handled as *handler*'s; log it, once a second at most."""
@@ -3368,21 +3600,27 @@ class Bus:
         return sum(map(len, list(self._handlers.values())))
 
     def stats(self) -> dict[str, dict[str, Any]]:
-        """Return per key: emits, errors, mean sampled time, and the same per handler."""
-        def mean_us(timed: Any) -> float:
-            return round(timed.time_ns / timed.timed / 1000, 3) if timed.timed else 0.0
+        """Return per key its emits, errors and handlers, and of both the sampled times.
+
+        These are ``timed`` (how many were), ``min_ns``, ``avg_ns``, ``max_ns`` and ``p95_ns``.
+        A handler has ``calls`` and ``errors``, which are exact; one that runs elsewhere also
+        ``running``, and the times it waited before it began, as ``queued``.
+        """
+        def of_handler(each: Handler) -> dict[str, Any]:
+            figures = {"name": each.name, "key": each.key, "calls": each.calls,
+                       "errors": each.errors, **each.times.figures()}
+            return figures if each.queued is None else {
+                **figures, "running": each.running, "queued": each.queued.figures()}
 
         return {route.key: {
-            "emits": route.emits, "errors": route.errors, "mean_us": mean_us(route),
-            "handlers": [{"name": h.name, "calls": h.calls, "errors": h.errors,
-                          "mean_us": mean_us(h), "max_us": h.slowest_ns / 1000}
-                         for h in route.handlers]} for route in self._all_routes()}
+            "emits": route.emits, "errors": route.errors, **route.times.figures(),
+            "handlers": list(map(of_handler, route.handlers))} for route in self._all_routes()}
 
     def validate(self) -> list[str]:
         """Return what looks wrong: keys emitted to nobody, keys with over 100 handlers."""
         lonely = [each.key for each in self._all_routes() if each.emits and not each.handlers]
         crowded = [each for each in self._all_routes() if len(each.handlers) > 100]
-        return ([f"nobody listens to {key!r}" for key in lonely]
+        return ([f"nobody listens to {key!r}{_did_you_mean(key, self._handlers)}" for key in lonely]
                 + [f"{each.key!r} has {len(each.handlers)} handlers" for each in crowded])
 
 
@@ -7107,6 +7345,7 @@ class Config:
     insecure: bool = _setting(False, "let strangers in from beyond this machine")
     outbox_messages: int = _setting(256, "messages that may wait for one client")
     outbox_bytes: int = _setting(1 << 20, "bytes that may wait for one client, or of one history")
+    slow_handler_ms: float = _setting(50.0, "a handler that keeps the loop longer is warned about")
     batch_size: int = _setting(20, "events of a handler with batch=True")
     batch_wait_ms: float = _setting(5.0, "how long the first of them waits")
     presence_debounce_s: float = _setting(5.0, "time to come back before one has left")
@@ -7673,6 +7912,8 @@ _PORTS_TO_TRY = 100
 _MAX_USER = 128                     # characters of a user's name
 _MAX_DROPPED_TOPICS = 1_000         # counted by name; more only by class
 _MAX_PENDING = 10_000               # events that wait for a batched handler
+_MAX_RUNNING = 1_000                # calls of one async or blocking handler at once
+_CLEANUP_S = 1.0                    # for handlers that are cancelled at the end
 _MAX_STATE = 1_024                  # bytes of a user's state, and of a connection's metadata
 _TOPICS_A_MESSAGE = 2_000           # a subscription that looks through so many counts as one more
 _REPLAYED_A_MESSAGE = 100           # or gets so many messages from before
@@ -8073,25 +8314,62 @@ def _asked_topic(topic: Any) -> str:
         raise _Refused("bad_topic", str(error)) from None
 
 
+class _Call:
+    """One call of a handler away from the loop, and when it was asked for, began and ended."""
+
+    __slots__ = ("handler", "event", "asked_ns", "began_ns", "ended_ns")
+
+    def __init__(self, handler: Handler, event: Event | list[Event]) -> None:
+        self.handler = handler
+        self.event = event
+        self.asked_ns = self.began_ns = self.ended_ns = time.monotonic_ns()
+
+    def run(self) -> Any:
+        """Call a blocking handler, in the pool."""
+        self.began_ns = time.monotonic_ns()
+        try:
+            return self.handler.fn(self.event)
+        finally:
+            self.ended_ns = time.monotonic_ns()
+
+    async def run_async(self) -> Any:
+        """Call an ``async def`` one, on the asyncio loop."""
+        self.began_ns = time.monotonic_ns()
+        try:
+            return await self.handler.fn(self.event)
+        except (SystemExit, KeyboardInterrupt) as error:    # they would end the thread
+            raise StateError(f"{error!r} ends a program only from its own thread; from here say "
+                             "app.call_soon(app.stop)") from None
+        finally:
+            self.ended_ns = time.monotonic_ns()
+
+
 class _Worker:
     """Where ``async def`` and ``blocking=True`` handlers run: away from the loop."""
 
-    __slots__ = ("batch_size", "wait_ms", "_loop", "_asyncio", "_pool", "_jobs", "_busy",
-                 "_batchers", "_dropped")
+    __slots__ = ("batch_size", "wait_ms", "running", "_loop", "_asyncio", "_thread", "_pool",
+                 "_busy", "_batchers", "_dropped")
 
     def __init__(self, loop: Loop) -> None:
         self.batch_size, self.wait_ms = 20, 5.0     # of who has not said it
+        self.running = Counter(asynchronous=0, blocking=0)      # calls under way, or waiting
         self._loop = loop
         self._asyncio: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None        # asyncio's
         self._pool: ThreadPoolExecutor | None = None
-        self._jobs = 0                          # in the pool
         self._busy: set[Handler] = set()        # whose batch is under way elsewhere
         self._batchers: dict[Handler, Batcher[Event]] = {}
         self._dropped = 0                       # by batchers that are no more
 
     def spawn(self, handler: Handler, event: Event) -> None:
-        """Run *handler*, or put the event into its batch."""
+        """Run *handler*, or put the event into its batch.
+
+        Raises:
+            LimitError: too many calls of it are under way; the bus counts that as its failure.
+        """
         if not handler.batch:
+            if handler.running >= _MAX_RUNNING:
+                raise LimitError(f"{handler.running} calls of {handler.name} are under way")
             return self._run(handler, event)
         if (batcher := self._batchers.get(handler)) is None:
             size = self.batch_size if handler.batch is True else handler.batch
@@ -8114,35 +8392,42 @@ class _Worker:
             handler.fn(events)
         except Exception:
             handler._bus.failed(handler)
-        Bus.timed(handler, time.monotonic_ns() - began_ns)
+        handler.took(time.monotonic_ns() - began_ns)
         return True
 
     def _run(self, handler: Handler, event: Event | list[Event]) -> None:
-        """Start *handler*; its time and its error come back through the loop."""
-        began_ns = time.monotonic_ns()
-        if _is_async(handler.fn):
+        """Start *handler*; its times, its result and its error come back through the loop."""
+        call, kind = _Call(handler, event), "asynchronous" if _is_async(handler.fn) else "blocking"
+        if kind == "asynchronous":
             import asyncio
             if self._asyncio is None:
                 self._asyncio = asyncio.new_event_loop()
-                threading.Thread(target=self._asyncio.run_forever, name="horizon_lite asyncio",
-                                 daemon=True).start()
-            future: Any = asyncio.run_coroutine_threadsafe(handler.fn(event), self._asyncio)
+                self._thread = threading.Thread(
+                    target=self._asyncio.run_forever, name="horizon_lite asyncio", daemon=True)
+                self._thread.start()
+            future: Any = asyncio.run_coroutine_threadsafe(call.run_async(), self._asyncio)
         else:
             if self._pool is None:
                 from concurrent.futures import ThreadPoolExecutor
                 self._pool = ThreadPoolExecutor(thread_name_prefix="horizon_lite")
-            self._jobs += 1
-            future = self._pool.submit(handler.fn, event)
-        future.add_done_callback(
-            lambda done: self._loop.call_soon(self._done, handler, began_ns, done))
+            future = self._pool.submit(call.run)
+        handler.running += 1
+        self.running[kind] += 1
+        future.add_done_callback(lambda done: self._loop.call_soon(self._done, call, kind, done))
 
-    def _done(self, handler: Handler, began_ns: int, future: Any) -> None:
-        Bus.timed(handler, time.monotonic_ns() - began_ns)
+    def _done(self, call: _Call, kind: str, future: Any) -> None:
+        handler = call.handler
+        handler.running -= 1
+        self.running[kind] -= 1
+        handler.took(call.ended_ns - call.began_ns)
+        if handler.queued is not None:
+            handler.queued.add(call.began_ns - call.asked_ns)
         try:
-            future.result()
+            result = future.result()
+            if handler.then is not None:
+                handler.then(call.event, result)
         except BaseException:               # sys.exit() in a worker is a failure like others
             handler._bus.failed(handler)
-        self._jobs -= not _is_async(handler.fn)
         if handler.batch:
             self._busy.discard(handler)
             if self._batchers[handler].wait_s() == math.inf:    # the next one had to wait for it
@@ -8167,19 +8452,23 @@ class _Worker:
 
     @property
     def idle(self) -> bool:
-        """Whether every batch and every blocking call is done."""
-        return not (self._jobs or self._busy or any(self._batchers.values()))
+        """Whether every batch and every call is done."""
+        return not (self.running.total() or any(self._batchers.values()))
 
     def stop(self) -> None:
-        """Let blocking handlers finish and coroutines go; what is lost is told."""
+        """Cancel what is under way or waits; what is lost is told."""
         if lost := sum(map(len, self._batchers.values())):
             self._dropped += lost
             self._batchers = {}
             _log.error("%d events waited in batches when the time to stop was over", lost)
+        if cut := self.running.total():
+            _log.warning("%d calls of handlers were under way when the time to stop was over; they "
+                         "are cancelled", cut)
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
-        if self._asyncio is not None:
+        if self._asyncio is not None and self._thread is not None:
             self._asyncio.call_soon_threadsafe(self._stop_asyncio)
+            self._thread.join(_CLEANUP_S)       # their finally: blocks
 
     def _stop_asyncio(self) -> None:
         import asyncio
@@ -8271,6 +8560,8 @@ _WATCHED = (                        # name, by which label, where in the engine 
     ("horizon_fragment_evictions_total", "fragments.evictions", "Fragments that had no room."),
     ("horizon_html_unchanged_total", "unchanged", "Renderings that equalled the last, not sent."),
     ("horizon_batch_dropped_total", "_worker.dropped", "Events that found no room in a batch."),
+    ("horizon_handlers_running by kind", "_worker.running", "Calls of handlers beside the loop."),
+    ("horizon_handlers_slow_total", "bus.slow", "Timed calls over slow_handler_ms."),
     ("horizon_renders_total by form", "renders", "Outboxes rendered, whoever shares the bytes."),
     ("horizon_events_sent_total by type", "events_sent", "Events sent, by type."),
     ("horizon_refused_total by reason", "server.refused", "Peers' faults and our limits."),
@@ -8405,7 +8696,8 @@ class Engine:
         """Tell the parts their settings; what is registered with them stays."""
         config, worker = self.config, self._worker
         self.server.limits = self._limits()
-        self.bus.time_all(config.log_level == "debug")
+        self.bus.debug(config.log_level == "debug")
+        self.bus.slow_ns = int(config.slow_handler_ms * 1e6)
         self.topics.max_batch = config.outbox_messages or sys.maxsize
         self.topics.max_bytes = config.outbox_bytes or sys.maxsize
         self.topics.dedup_ns = int(config.dedup_ttl_s * 1e9)
