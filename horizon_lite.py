@@ -30,6 +30,7 @@ missing here are kept for sections that are still to be built.
     12  TICKS        when to run, and what waits for whom until then
     13  PROTOCOLS    HTTP/1.1 and WebSocket without sockets
     14  TRANSPORT    the selector loop; all server sockets live here
+    15  PLUGINS      what is added: classes in this process, programs beside it
     17  MONITOR      garbage collection, memory, processor time
     18  CONFIG       the settings, their presets, and where a value came from
     19  PAGE         the browser page, one string
@@ -105,9 +106,10 @@ __all__ = [
     "Ticker", "Batcher", "Outbox",                                              # 12 TICKS
     "HTTPConnection", "WebSocketConnection", "Request", "Response",             # 13 PROTOCOLS
     "Ping", "Pong", "Close", "Deflate", "DelimitedReader", "encode_delimited",
+    "Plugin", "Plugins", "PluginHost", "PluginSpec", "Verdict",                 # 15 PLUGINS
     "Config",                                                                   # 18 CONFIG
     "Engine", "Session", "sign_token", "verify_token",                          # 20 ENGINE
-    "Client", "connect",                                                        # 21 CLIENT
+    "Client", "connect", "RemotePlugin", "PluginEvent",                         # 21 CLIENT
     "main",                                                                     # 22 CLI
 ]
 
@@ -2619,16 +2621,20 @@ message HostShutdown { string reason = 1; }
 message PluginHello {
   string name = 1; string version = 2; string api_version = 3;
   repeated CommandSpec commands = 4; string token = 100;
+  bool uncompressed = 101;               // it wants no compressed_events
 }
 message CommandSpec { string name = 1; string description = 2; }
-message EventSubscribe { repeated string events = 1; }    // "CHAT", "PLAYER_MOVE", ..., "ALL"
+message EventSubscribe {
+  repeated string events = 1;            // "CHAT", "PLAYER_MOVE", ..., "ALL"; replaces the last
+  string packed = 100;                   // "f32" or "f64": movement as one block a tick
+}
 message LogMessage { string level = 1; string message = 2; }
 
 message EventResult {
   string event_id = 1; optional bool cancel = 2;
   oneof update { ChatMutation chat = 10; BlockBreakMutation block_break = 11; }
 }
-message ChatMutation { string message = 1; }
+message ChatMutation { optional string message = 1; }
 message BlockBreakMutation { repeated ItemStack drops = 1; optional int32 xp = 2; }
 message ItemStack { string name = 1; int32 meta = 2; int32 count = 3; }
 
@@ -3366,7 +3372,7 @@ class Bus:
         self.debug(debug)
 
     def debug(self, yes: bool) -> None:
-        """Time every emit and tell of keys that nobody listens to; else time every 64th of a key."""
+        """Time every emit, and tell of keys that nobody listens to; else time a few."""
         self._mask = 0 if yes else _SAMPLE_MASK
         self._strange_route.cache_clear()
 
@@ -4904,6 +4910,7 @@ class Markup:
 # behind gets the tick's full one in place of all it missed.
 
 _MAX_COORDINATE = 3.0e38            # what an f32 can carry; NaN fails the comparison too
+_MOVES_A_PIECE = 100                # events of movement that stay together
 
 
 def _uuid_text(player: bytes) -> str:
@@ -4911,23 +4918,41 @@ def _uuid_text(player: bytes) -> str:
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
+@functools.cache
+def _move_event() -> tuple[bytes, bytes, struct.Struct]:
+    """Return how each PLAYER_MOVE of a batch begins, its tags, and what packs all of it."""
+    schema, player = builtin_schema(), _uuid_text(bytes(16))
+    move = schema.PlayerMoveEvent(player, 1.0, 1.0, 1.0)
+    sample = _batch_of(type="PLAYER_MOVE", player_move=move)
+    before = sample[:sample.index(player.encode())]
+    return before, sample[-27::9], struct.Struct(f"<{len(before)}s{len(player)}sBdBdBd")
+
+
 class Moves:
     """One tick's movement, rendered at most once per form; see Outbox for key and replaces."""
 
-    __slots__ = ("players", "full", "size", "_movement", "_rendered")
+    __slots__ = ("players", "full", "size", "moved", "_movement", "_rendered")
 
     key = "movement"
     critical = False
     topic = "world.moves"
+    kind = "PLAYER_MOVE"            # the last two are for plugins
+    alone = False
     mark = b""                      # see Publication
     seq = sys.maxsize               # after all that was published in its tick
 
     def __init__(self, movement: Movement, players: dict[bytes, _Position], full: bool) -> None:
         self.players = players
         self.full = full
+        self.moved = players                    # since the last tick
         self.size = 4 + 28 * len(players)       # packed
         self._movement = movement
         self._rendered: dict[str, bytes] = {}
+
+    @property
+    def count(self) -> int:
+        """How many events it is for plugins."""
+        return len(self.players)
 
     def measure(self) -> int:
         """Return how many bytes it takes packed."""
@@ -4948,25 +4973,50 @@ class Moves:
     def envelope(self, form: str) -> bytes:
         """Return it for an EventBatch: packed when *form* is f32 or f64, else an event each."""
         if form not in self._rendered:
-            schema, wide = builtin_schema(), form == "f64"
-            envelope, move = schema.EventEnvelope, schema.PlayerMoveEvent
-            if form:
-                packed = schema.PackedMovement(pack_moves(self.players, wide=wide), wide, self.full)
-                batch = [envelope(type="PACKED_MOVEMENT", packed_movement=packed)]
-            else:
-                batch = [envelope(type="PLAYER_MOVE", player_move=move(_uuid_text(player), *at))
-                         for player, at in self.players.items()]
-            self._rendered[form] = schema.EventBatch(events=batch).encode()
+            wide = form == "f64"
+            self._rendered[form] = self._events() if not form else _batch_of(
+                type="PACKED_MOVEMENT", packed_movement=builtin_schema().PackedMovement(
+                    pack_moves(self.players, wide=wide), wide, self.full))
         return self._rendered[form]
+
+    def _events(self) -> bytes:
+        # HOT: each tick (bench 15.plugins.marshal). All events are of one length; zeros are
+        # written, too. Twin: the schema's own encoding, in the tests.
+        before, (x_tag, y_tag, z_tag), row = _move_event()
+        pack, ids = row.pack, self._movement.texts
+        return b"".join([pack(before, ids[player], x_tag, x, y_tag, y, z_tag, z)
+                         for player, (x, y, z) in self.players.items()])
+
+    def pieces(self, form: str) -> list[tuple[int, bytes]]:
+        """Return the envelopes in parts of up to 100, each with how many they are."""
+        data, count = self.envelope(form), len(self.players)
+        if form or count <= _MOVES_A_PIECE:
+            return [(1 if form else count, data)]
+        step = len(data) // count * _MOVES_A_PIECE
+        parts = [data[at:at + step] for at in range(0, len(data), step)]
+        return [(len(part) * count // len(data), part) for part in parts]
+
+
+class PlayerMoves(Moves):
+    """The same for who hears of leaving otherwise: only those who moved, the newest of each."""
+
+    __slots__ = ()
+
+    def replaces(self, older: Moves) -> Moves:
+        """Return what stands for *older*, which was not sent, and this."""
+        here = self._movement.positions
+        players = {player: at for player, at in older.players.items() if player in here}
+        return PlayerMoves(self._movement, players | self.players, full=False)
 
 
 class Movement:
     """The latest position of every player, by 16-byte id."""
 
-    __slots__ = ("positions", "moves", "coalesced", "_moved", "_left", "_snapshot")
+    __slots__ = ("positions", "texts", "moves", "coalesced", "_moved", "_left", "_snapshot")
 
     def __init__(self) -> None:
         self.positions: dict[bytes, _Position] = {}
+        self.texts: dict[bytes, bytes] = {}     # players' ids as text
         self.moves = self.coalesced = 0     # accepted; replaced within their tick
         self._moved: dict[bytes, _Position] = {}
         self._left = False
@@ -4988,6 +5038,8 @@ class Movement:
         if not fits or not isinstance(player, bytes) or len(player) != 16:
             raise UsageError(f"can't move {player!r} to ({x!r}, {y!r}, {z!r}): "
                              "an id has 16 bytes, coordinates are finite numbers")
+        if player not in self.positions:
+            self.texts[player] = _uuid_text(player).encode()
         self.coalesced += player in self._moved
         self.positions[player] = self._moved[player] = position
         self.moves += 1
@@ -4996,6 +5048,7 @@ class Movement:
         """Forget a player; everybody is told with the next tick."""
         if self.positions.pop(player, None) is not None:
             self._moved.pop(player, None)
+            del self.texts[player]
             self._left = True
 
     def snapshot(self) -> Moves:
@@ -5010,8 +5063,14 @@ class Movement:
         moved, left = self._moved, self._left
         self._moved, self._left = {}, False
         if left:
-            return self.snapshot()
+            everybody = self.snapshot()
+            everybody.moved = moved
+            return everybody
         return Moves(self, moved, full=False) if moved else None
+
+    def for_plugins(self, moves: Moves) -> PlayerMoves | None:
+        """Return what *moves*, which ``take`` returned, comes to for plugins; events are shared."""
+        return PlayerMoves(self, moves.moved, full=False) if moves.moved else None
 
 
 # =============================================================================
@@ -6307,6 +6366,19 @@ class Limits(NamedTuple):
     trusted_proxies: _Networks = _Networks()
 
 
+class Stream(Protocol):
+    """What takes a connection's bytes where they are neither HTTP nor WebSocket."""
+
+    def receive(self, data: bytes) -> None:
+        """Take what came; PeerError ends the connection."""
+    def farewell(self, reason: str) -> bytes:
+        """Return what is to be said last."""
+    def closed(self, reason: str) -> None:
+        """Forget the connection; told once."""
+    def drained(self) -> None:
+        """Everything that waited for a slow peer is sent."""
+
+
 class Application(Protocol):
     """What the transport tells the sections below it."""
 
@@ -6517,9 +6589,13 @@ def _chunks(pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 
 class Connection:
-    """One accepted socket: HTTP at first; then perhaps a WebSocket, or a stream of events."""
+    """One accepted socket: HTTP at first; then perhaps a WebSocket, or a stream of events.
 
-    __slots__ = ("server", "sock", "peer", "address", "owner", "http", "ws", "tls", "heard_ns",
+    A connection of a server of streams is a Stream's from the start.
+    """
+
+    __slots__ = ("server", "sock", "peer", "address", "owner", "http", "ws", "stream_of", "tls",
+                 "heard_ns",
                  "_out", "_queued", "unsent", "_pieces", "_state", "_since_ns", "_fresh", "_slow",
                  "_pings", "_tokens", "_refilled_ns", "_mask", "_end")
 
@@ -6533,6 +6609,7 @@ class Connection:
         self.http: HTTPConnection | None = HTTPConnection(
             server.limits.max_header_bytes, server.limits.max_message_bytes)
         self.ws: WebSocketConnection | None = None
+        self.stream_of: Stream | None = None
         self.tls = _TLS(server.tls) if server.tls is not None else None
         self.heard_ns = now                 # last sign of life: bytes came, or were taken
         self._out: list[bytes] | None = None        # this pass's; no container until first use
@@ -6620,7 +6697,7 @@ class Connection:
             _log.debug("%s: TLS: %s", self.address, error)
             self._finish()
             self._tell_end(1006, "tls")
-            if error.reason == "HTTP_REQUEST":
+            if error.reason == "HTTP_REQUEST" and self.stream_of is None:
                 self._queue(Response("this port speaks TLS; say https\n", 400).encode(close=True))
         if answer := tls.seal(b""):
             self._write(answer)
@@ -6631,6 +6708,8 @@ class Connection:
         try:
             if self.ws is not None:
                 self._feed_websocket(self.ws, data)
+            elif self.stream_of is not None:
+                self.stream_of.receive(data)
             elif self.http is not None:         # of a stream of events nothing is asked any more
                 if data.strip(b"\r\n") and not (self._fresh or self.http.started):
                     self._since_ns = self.server.loop.now_ns
@@ -6735,6 +6814,11 @@ class Connection:
         self.send(response.encode(head_only=True, close=True, Date=_now_date()))
         self._belong(owner)
 
+    def begin(self, stream: Stream) -> None:
+        """Become *stream*'s."""
+        self.stream_of = stream
+        self._belong(stream)
+
     def _belong(self, owner: Any) -> None:
         self.http = None
         self.owner = owner
@@ -6744,7 +6828,7 @@ class Connection:
         """Answer what a peer did wrong: a status or a close code, and a count."""
         self.server.refused[error.label] += 1
         _log.debug("%s refused: %s", self.address, error)
-        if self.ws is not None:
+        if self.ws is not None or self.stream_of is not None:
             return self.close(error.close_code, error.reason)
         headers = _REFUSAL_HEADERS.get(error.http_status)
         response = Response(error.reason + "\n", error.http_status, headers)
@@ -6866,7 +6950,10 @@ class Connection:
         self._watch(_READ)
         self.flush()
         if self._state == "open" and self.owner is not None and not self.unsent:
-            self.server.app.on_drain(self)
+            if self.stream_of is not None:
+                self.stream_of.drained()
+            else:
+                self.server.app.on_drain(self)
 
     def _watch(self, mask: int) -> None:
         # an HTTP peer that does not take its answers is not read from either
@@ -6884,6 +6971,8 @@ class Connection:
             return
         if self.ws is not None:
             self._queue(self.ws.send_close(code, reason))
+        elif self.stream_of is not None:
+            self._queue(self.stream_of.farewell(reason))
         self._finish()                      # first, so that nothing follows the close frame
         self._tell_end(code, reason)
 
@@ -6907,7 +6996,10 @@ class Connection:
         if self.owner is not None and self._end is None:
             self._end = (code, reason)
             self.server.websockets -= 1
-            self.server.app.on_close(self, code, reason)
+            if self.stream_of is not None:
+                self.stream_of.closed(reason)
+            else:
+                self.server.app.on_close(self, code, reason)
 
     def check_time(self, now: int) -> None:
         """Apply the time limits; called once a second, or oftener where they are short."""
@@ -6922,7 +7014,8 @@ class Connection:
             if patience_s and waited_s > patience_s:
                 self.abort("finish_timeout")
         elif self.owner is not None:
-            self._check_ping(quiet_s, limits)
+            if self.stream_of is None:
+                self._check_ping(quiet_s, limits)
         elif busy or self.http is None or not self.http.started:
             label, limit_s = (("write_timeout", limits.idle_s) if busy else
                               ("handshake_timeout", limits.handshake_s) if self._fresh else
@@ -6975,15 +7068,20 @@ def _tls_context(cert: str, key: str) -> ssl.SSLContext:
 
 
 class Server:
-    """Listening sockets and the connections that came through them."""
+    """Listening sockets and the connections that came through them.
+
+    *app* answers what comes; where it is a function, connections are neither HTTP nor
+    WebSocket, but belong to the Stream that it makes of each.
+    """
 
     __slots__ = ("loop", "app", "limits", "connections", "draining", "full", "refused",
                  "websockets", "accepted", "requests", "messages_received", "bytes_received",
                  "bytes_sent", "writes", "tls", "_listeners", "_per_address", "_unix_file")
 
-    def __init__(self, loop: Loop, app: Application, limits: Limits) -> None:
+    def __init__(self, loop: Loop, app: Application | Callable[[Connection], Stream],
+                 limits: Limits) -> None:
         self.loop = loop
-        self.app = app
+        self.app: Any = app
         self.limits = limits
         self.connections: dict[int, Connection] = {}        # by file descriptor
         self.draining = False
@@ -7014,8 +7112,10 @@ class Server:
         self._listen(listener, address)
         return int(listener.getsockname()[1])
 
-    def listen_unix(self, path: str) -> None:
+    def listen_unix(self, path: str, mode: int | None = None) -> None:
         """Listen on a Unix socket; one that a dead process left behind is replaced.
+
+        *mode* says who may connect, as chmod does.
 
         Raises:
             OSError: somebody listens there, or the path can't be used.
@@ -7033,7 +7133,7 @@ class Server:
                 pass
             if os.path.lexists(path):
                 raise OSError(errno.EADDRINUSE, "somebody listens on this socket")
-        self._listen(socket.socket(socket.AF_UNIX), path)
+        self._listen(socket.socket(socket.AF_UNIX), path, mode)
         self._unix_file = path, os.lstat(path).st_ino
 
     def listen_inherited(self) -> int:
@@ -7050,10 +7150,12 @@ class Server:
             self._listen(socket.socket(fileno=number), None)
         return int(text)
 
-    def _listen(self, listener: socket.socket, address: Any) -> None:
+    def _listen(self, listener: socket.socket, address: Any, mode: int | None = None) -> None:
         try:
             if address is not None:
                 listener.bind(address)
+            if mode is not None:
+                os.chmod(address, mode)         # before anybody can connect
             listener.listen(1024)
         except OSError:
             listener.close()
@@ -7109,7 +7211,7 @@ class Server:
         if refusal is not None:
             self.refused[refusal.label] += 1
             with contextlib.suppress(OSError):
-                if self.tls is None:
+                if self.tls is None and not callable(self.app):
                     answer = Response(refusal.reason + "\n", refusal.http_status)
                     sock.send(answer.encode(close=True, Date=_now_date()))
                 sock.shutdown(socket.SHUT_WR)
@@ -7123,6 +7225,8 @@ class Server:
         self.connections[sock.fileno()] = connection
         self._per_address[address] += 1
         self.loop.selector.register(sock, _READ, connection.ready)
+        if callable(self.app):
+            connection.begin(self.app(connection))
 
     def identify(self, connection: Connection, request: Request) -> None:
         """Find out whom a request comes from; only trusted proxies may speak for others.
@@ -7181,6 +7285,1292 @@ class Server:
         assert self.websockets == sum(
             each.owner is not None and each._end is None for each in self.connections.values())
         assert all(fd == each.sock.fileno() for fd, each in self.connections.items())
+
+
+# =============================================================================
+# 15  PLUGINS - what is added: classes in this process, programs beside it
+# =============================================================================
+# Knows: PROTO, TICKS, PROTOCOLS, TRANSPORT.     Never: topics, sessions: what an action does,
+# and what a class registers with, is handed in.
+#
+# A Plugin is a class in this process (seed 001).  All register, then all start, each after
+# what it requires; what a plugin registered is remembered, so that it can go without a trace.
+#
+# A plugin program speaks frames of the built-in schema over a Unix socket or TCP (seed 000):
+# it says hello and what it wants to hear of.  An event is encoded once, whoever wants it; what
+# a tick made for a plugin leaves in one EventBatch.  An event that plugins may change is sent
+# at once to all of them, and the answers are awaited by the clock, never by the loop.
+
+
+class Plugin:
+    """Code that is added to an engine by ``app.load``: a class to derive from.
+
+    ``name`` is the class's in lower case unless it says so. ``requires`` names the plugins
+    that must run before this one, with the version it needs if that matters: ("economy",
+    "chat 1.2"), or {"chat": "1.2"}; the major version must be the same, the rest not older.
+    "horizon_lite" in it means this file.
+    """
+
+    name = ""
+    version = "1.0.0"
+    requires: Iterable[str] | Mapping[str, str] = ()
+    app: Any = None                 # the engine, from ``register`` on
+
+    def register(self, app: Any) -> None:
+        """Register handlers; all plugins do before the first is started."""
+
+    def on_start(self) -> None:
+        """Begin; what is required runs already."""
+
+    def on_stop(self) -> None:
+        """End; handlers are removed afterwards."""
+
+
+def _version(text: str) -> tuple[int, ...]:
+    match = re.fullmatch(r"(\d{1,9})(?:\.(\d{1,9}))?(?:\.(\d{1,9}))?(?:[-+.].*)?", text)
+    if match is None:
+        raise UsageError(f"{text!r} is no version like 1.2.3")
+    return tuple(int(part or 0) for part in match.groups())
+
+
+def _requirements(plugin: Plugin) -> dict[str, str]:
+    """Return the names of what *plugin* requires, and the versions; "" where any will do."""
+    wanted = plugin.requires
+    if isinstance(wanted, str):
+        wanted = (wanted,)
+    pairs = wanted.items() if isinstance(wanted, Mapping) else (
+        each.partition(" ")[::2] for each in wanted)
+    return {name: version.strip() for name, version in pairs}
+
+
+class _Unit:
+    """A plugin, the file it came from, how it is, and how to undo what it registered."""
+
+    __slots__ = ("plugin", "name", "path", "state", "error", "undo")
+
+    def __init__(self, plugin: Plugin | None, name: str, path: str) -> None:
+        self.plugin = plugin            # None: its file can't be imported
+        self.name = name
+        self.path = path
+        self.state = "loaded"           # "registered", "running", "stopped", "failed"
+        self.error = ""
+        self.undo: list[Callable[[], object]] = []
+
+    def replaces(self, old: _Unit | None) -> bool:
+        """Whether this may take the place of *old*: its file or class read again, or a failed one.
+        """
+        if old is None or old.state == "failed" or self.path and self.path == old.path:
+            return True
+        old_cls, cls = type(old.plugin), type(self.plugin)
+        return old_cls is not cls and (old_cls.__module__, old_cls.__qualname__) == (
+            cls.__module__, cls.__qualname__)
+
+
+def _file_stamp(path: str) -> tuple[int, int]:
+    with contextlib.suppress(OSError):
+        info = os.stat(path)
+        return info.st_mtime_ns, info.st_size
+    return 0, 0
+
+
+def import_target(target: str) -> ModuleType:
+    """Import ``file.py``, ``module`` or ``module:name``, always from its source as it is now."""
+    import importlib.util
+    from importlib.machinery import SourceFileLoader
+    name = target.partition(":")[0]
+    if name.endswith(".py"):
+        if not os.path.isfile(name):
+            raise UsageError(f"there is no file {name!r}")
+        folder, stem = os.path.dirname(os.path.abspath(name)), os.path.basename(name)[:-3]
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+        loader = SourceFileLoader(stem, name)
+        # bytecode is known by its time in seconds: an edit within one would not be seen
+        loader.get_code = (                     # type: ignore[method-assign]
+            lambda fullname: loader.source_to_code(loader.get_data(name), name))
+        spec = importlib.util.spec_from_file_location(stem, name, loader=loader)
+        assert spec is not None
+        module, before = importlib.util.module_from_spec(spec), sys.modules.get(stem)
+        if before is not None and stem in sys.stdlib_module_names:
+            raise UsageError(f"{name} has the name of a module of Python's own; rename the file")
+        sys.modules[stem] = module
+        try:
+            loader.exec_module(module)
+        except BaseException:
+            del sys.modules[stem]
+            if before is not None:
+                sys.modules[stem] = before
+            raise
+        return module
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise UsageError(f"{target!r} is neither a file.py nor a module:name")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name + ".").startswith(error.name + "."):
+            raise                       # the module is there, what it imports is not
+        raise UsageError(f"there is no module {name!r}; for a file say {name}.py") from None
+
+
+class Plugins(Mapping[str, Plugin]):
+    """The plugins in this process, by name: what runs, in the order in which it was started."""
+
+    __slots__ = ("_scope", "_tell", "_units", "_running", "_order", "_files")
+
+    def __init__(self, scope: Callable[[list[Callable[[], object]]], Any],
+                 tell: Callable[[str, dict[str, Any]], object]) -> None:
+        self._scope = scope             # makes what register gets, and notes how to undo it
+        self._tell = tell               # of what happens
+        self._units: dict[str, _Unit] = {}
+        self._running = False
+        self._order: list[_Unit] = []       # as they were started
+        self._files: dict[str, tuple[tuple[int, int], Callable[[], object]]] = {}
+
+    def __getitem__(self, name: str) -> Plugin:
+        unit = self._units[name]
+        if unit.state != "running" or unit.plugin is None:
+            raise KeyError(name)
+        return unit.plugin
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([each.name for each in self._order])
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def load(self, target: str | os.PathLike[str] | Plugin | type[Plugin]) -> list[Plugin]:
+        """Load a class, an object, a module, a file or all files of a folder; see Engine.load."""
+        made: list[_Unit] = []
+        if isinstance(target, Plugin):
+            made.append(self._unit(target, ""))
+        elif isinstance(target, type) and issubclass(target, Plugin):
+            made.append(self._unit(target(), ""))
+        elif not isinstance(target, str | os.PathLike):
+            raise UsageError(f"load a Plugin class, an object of one, a module or a file, not "
+                             f"{target!r}")
+        else:
+            path = os.fspath(target)
+            files = [path] if not os.path.isdir(path) else sorted(
+                os.path.join(path, name) for name in os.listdir(path)
+                if name.endswith(".py") and not name.startswith(("_", ".")))
+            for each in files:
+                made += self._import(each)
+        self._add(made)
+        return [each.plugin for each in made if each.plugin is not None]
+
+    def _import(self, path: str) -> list[_Unit]:
+        """Import a file; one that can't be is isolated like a plugin that fails."""
+        try:
+            units = self._units_in(path)
+        except UsageError:
+            raise
+        except (Exception, SystemExit) as error:
+            units = [_Unit(None, os.path.basename(path).removesuffix(".py"), path)]
+            self._fail(units[0], "can't be imported", error)
+        if path.endswith(".py"):
+            self.watch(path, functools.partial(self.reload, path))
+        return units
+
+    def _units_in(self, path: str) -> list[_Unit]:
+        module = import_target(path)
+        classes = [each for each in vars(module).values() if isinstance(each, type)
+                   and issubclass(each, Plugin) and each.__module__ == module.__name__]
+        if not classes:
+            raise UsageError(f"{path} has no class of hl.Plugin")
+        return [self._unit(each(), path) for each in classes]
+
+    def _unit(self, plugin: Plugin, path: str) -> _Unit:
+        plugin.name = plugin.name or type(plugin).__name__.lower()
+        for text in (plugin.version, *filter(None, _requirements(plugin).values())):
+            _version(text)
+        return _Unit(plugin, plugin.name, path)
+
+    def _add(self, units: list[_Unit]) -> None:
+        """Let plugins register, and start them if the others are."""
+        names = Counter(each.name for each in units)
+        for unit in units:
+            if names[unit.name] > 1 or not unit.replaces(self._units.get(unit.name)):
+                raise UsageError(f"there is a plugin {unit.name!r} already; give each a name of "
+                                 "its own")
+        left = self._remove([self._units[name] for name in names if name in self._units])
+        units = [*units, *(each for each in left if each.name not in names)]
+        for unit in units:
+            self._units[unit.name] = unit
+            if unit.plugin is not None:
+                self._register(unit, unit.plugin)
+        if self._running:
+            self.start()
+
+    def _remove(self, units: list[_Unit]) -> list[_Unit]:
+        """Stop plugins and forget them; return those that required them, to be added again."""
+        halted = self._halt(units)
+        for unit in halted:
+            del self._units[unit.name]
+        left = [each for each in halted if each not in units and each.plugin is not None]
+        for unit in left:
+            unit.state, unit.error = "loaded", ""
+        return left
+
+    def _register(self, unit: _Unit, plugin: Plugin) -> None:
+        try:
+            plugin.app = self._scope(unit.undo)
+            plugin.register(plugin.app)
+            unit.state = "registered"
+        except Exception as error:
+            self._fail(unit, "can't register", error)
+
+    def start(self) -> None:
+        """Start what is registered: each after what it requires, else as they were loaded."""
+        self._running = True
+        waiting = [each for each in self._units.values() if each.state == "registered"]
+        while unit := next((each for each in waiting if not self._lacks(each)), None):
+            waiting.remove(unit)
+            self._start(unit)
+        for unit in waiting:
+            self._fail(unit, f"can't start: {self._lacks(unit)}")
+
+    def _lacks(self, unit: _Unit) -> str:
+        """Return what *unit* requires and is not there, or "" if it can start."""
+        assert unit.plugin is not None
+        for name, wanted in _requirements(unit.plugin).items():
+            found = self._units.get(name)
+            version = __version__ if name == "horizon_lite" else (
+                found.plugin.version if found and found.plugin else "")
+            if not version:
+                return (f"it requires {name!r}, which is not loaded"
+                        f"{_did_you_mean(name, self._units)}")
+            if wanted and (_version(version)[0] != _version(wanted)[0]
+                           or _version(version) < _version(wanted)):
+                return f"it requires {name} {wanted}, and there is {version}"
+            if found is not None and found.state != "running":
+                return f"it requires {name!r}, which " + (
+                    "has failed" if found.state == "failed" else "waits for others, perhaps in a "
+                    "circle" if found.state == "registered" else "is stopped")
+        return ""
+
+    def _start(self, unit: _Unit) -> None:
+        assert unit.plugin is not None
+        try:
+            unit.plugin.on_start()
+        except Exception as error:
+            return self._fail(unit, "can't start", error)
+        unit.state = "running"
+        self._order.append(unit)
+        self._tell("plugin_loaded", {"plugin_name": unit.name, "version": unit.plugin.version})
+
+    def _fail(self, unit: _Unit, what: str, error: BaseException | None = None) -> None:
+        """Isolate a plugin: what it registered is removed, and it is said why."""
+        unit.state, unit.error = "failed", f"{what}: {error!r}" if error is not None else what
+        _log.error("plugin %s %s", unit.name, what, exc_info=error)
+        self._undo(unit)
+        self._tell("plugin_failed", {"plugin_name": unit.name, "error": unit.error})
+
+    def _undo(self, unit: _Unit) -> None:
+        while unit.undo:
+            try:
+                unit.undo.pop()()
+            except Exception:
+                _log.exception("what plugin %s registered can't be removed", unit.name)
+
+    def _halt(self, units: list[_Unit]) -> list[_Unit]:
+        """Stop plugins and what requires them, the last one first; return all of them."""
+        names = {each.name for each in units}
+        while more := {each.name for each in self._units.values() if each.plugin is not None
+                       and names & _requirements(each.plugin).keys()} - names:
+            names |= more
+        halted = [each for each in self._units.values() if each.name in names]
+        for unit in reversed(self._order):
+            if unit in halted and unit.plugin is not None:
+                try:
+                    unit.plugin.on_stop()
+                except Exception:
+                    _log.exception("plugin %s failed to stop", unit.name)
+                self._tell("plugin_unloaded", {"plugin_name": unit.name})
+        self._order = [each for each in self._order if each not in halted]
+        for unit in reversed(halted):
+            self._undo(unit)
+            unit.state = "stopped" if unit.state != "failed" else "failed"
+        return halted
+
+    def stop(self) -> None:
+        """Stop everything, in reverse order of starting."""
+        self._running = False
+        self._halt(list(self._units.values()))
+
+    def unload(self, name: str) -> None:
+        """Stop a plugin, and what requires it, and forget them."""
+        if name not in self._units:
+            raise UsageError(f"there is no plugin {name!r}{_did_you_mean(name, self._units)}")
+        for unit in self._halt([self._units[name]]):
+            del self._units[unit.name]
+            if not any(each.path == unit.path for each in self._units.values()):
+                self._files.pop(unit.path, None)
+
+    def reload(self, path: str) -> None:
+        """Put a file's plugins in the place of those it had; if it can't be read, they stay."""
+        try:
+            new = self._units_in(path)
+        except (Exception, SystemExit) as error:
+            _log.error("%s has changed, but the old plugin stays: %s", path, error, exc_info=error)
+            return
+        names = [each.name for each in new]
+        _log.info("%s has changed: %s", path, ", ".join(names))
+        left = self._remove([each for each in self._units.values()
+                             if each.path == path and each.name not in names])
+        try:
+            self._add(new + left)
+        except UsageError as error:
+            _log.error("%s: %s", path, error)
+
+    def discard(self, plugins: list[Plugin]) -> None:
+        """Unload those of *plugins* that others have not taken the place of."""
+        for plugin in plugins:
+            if (unit := self._units.get(plugin.name)) is not None and unit.plugin is plugin:
+                self.unload(plugin.name)
+
+    def watch(self, path: str, changed: Callable[[], object]) -> None:
+        """Have *changed* called when ``look`` finds that a file has."""
+        self._files[path] = _file_stamp(path), changed
+
+    def look(self) -> None:
+        """Look at every file, and reload what has changed."""
+        for path, (stamp, changed) in list(self._files.items()):
+            if (now := _file_stamp(path)) not in (stamp, (0, 0)):      # it may be just written
+                self._files[path] = now, changed
+                changed()
+
+    def report(self) -> dict[str, dict[str, str]]:
+        """Return how every plugin is, by name."""
+        return {each.name: {"state": each.state, "version": each.plugin.version if each.plugin
+                            else "", **({"error": each.error} if each.error else {})}
+                for each in self._units.values()}
+
+
+# -- programs --
+
+_API_VERSION = "v1"
+_HELLO_S = 2.0                      # DESIGN 4
+_EVENTS_A_BATCH = 100
+_BATCH_BYTES = 65_536
+_SQUEEZE_ABOVE = 1_024              # bytes of a batch (seed 000 item 13)
+_MAX_PROGRAMS = 1_000               # connections
+_MAX_COMMANDS = 100                 # of one plugin that are remembered
+_MAX_LOG_LINE = 2_000               # characters
+_LINES_A_SECOND = 50                # of one program's output
+_FIRST_RESTART_S, _LAST_RESTART_S = 0.5, 30.0
+_LAST_WORDS_S = 1.0                 # for a program to end by itself when the host does
+_STEADY_S = 30.0                    # a program that ran so long begins anew with short pauses
+_NEVER_DROPPED = ("PLAYER_JOIN", "PLAYER_QUIT", "CHAT", "COMMAND", "WORLD_CLOSE")
+_PLUGIN_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_PLUGIN_LOGS = {"debug": logging.DEBUG, "warn": logging.WARNING, "warning": logging.WARNING,
+                "error": logging.ERROR}
+_ADDRESS = re.compile(r"(?:unix:(?://)?(.+)|(/.+))|(?:(tcp|tls)://)?(\[[^\]]+\]|[^:/]+):(\d{1,5})")
+
+
+def plugin_address(text: str) -> tuple[str, str, int]:
+    """Return what an address means: "unix" and a path, or "tcp" or "tls", a host and a port."""
+    match = _ADDRESS.fullmatch(text)
+    if match is None or int(match[5] or 0) > 65535:
+        raise ConfigError(f"{text!r} is no address of plugins: write unix:///path, "
+                          "tcp://127.0.0.1:7000 or tls://host:7000")
+    if path := match[1] or match[2]:
+        return "unix", path, 0
+    return match[3] or "tcp", match[4].strip("[]"), int(match[5])
+
+
+class PluginSpec(NamedTuple):
+    """A ``[[plugins]]`` table of plugins.toml; without a command the program starts itself."""
+
+    id: str
+    command: str = ""
+    arguments: tuple[str, ...] = ()
+    environment: Mapping[str, str] = {}
+    folder: str = ""                # where it runs; relative to the file
+    restart: bool = True            # when it has ended
+
+
+def read_plugins(path: str) -> list[PluginSpec]:
+    """Return what a plugins.toml declares, in its order.
+
+    Raises:
+        ConfigError: it names the file and what is wrong.
+    """
+    import tomllib
+    try:
+        with open(path, "rb") as file:
+            tables = tomllib.load(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if tables.keys() - {"plugins"} or not isinstance(tables.get("plugins"), list):
+        raise ConfigError(f'{path}: it holds [[plugins]] tables, each with an id')
+    specs: dict[str, PluginSpec] = {}
+    for table in tables["plugins"]:
+        spec = _plugin_spec(path, table)
+        if spec.id in specs:
+            raise ConfigError(f"{path}: there are two plugins {spec.id!r}")
+        specs[spec.id] = spec
+    return list(specs.values())
+
+
+def _plugin_spec(path: str, table: dict[str, Any]) -> PluginSpec:
+    """Return what one table says; its folder is relative to the file's."""
+    where = f"{path}: plugin {table.get('id', '?')!r}"
+    for key, value in table.items():
+        if key not in PluginSpec._fields:
+            raise ConfigError(f"{where}: there is no key {key!r}"
+                              f"{_did_you_mean(key, PluginSpec._fields)}")
+        wanted = {"arguments": list, "environment": dict, "restart": bool}.get(key, str)
+        texts = value.values() if isinstance(value, dict) else value
+        if not isinstance(value, wanted) or wanted in (list, dict) and not all(
+                isinstance(each, str) for each in texts):
+            raise ConfigError(f"{where}: {key} = {value!r} must be "
+                              f"{'true or false' if wanted is bool else 'text'}"
+                              f"{'s' * (wanted in (list, dict))}")
+    if not _PLUGIN_ID.fullmatch(table.get("id", "")):
+        raise ConfigError(f"{where}: an id is 1 to 64 of A-Z a-z 0-9 _ . -")
+    folder = os.path.join(os.path.dirname(os.path.abspath(path)), table.get("folder", ""))
+    return PluginSpec(**{**table, "folder": folder,
+                         "arguments": tuple(table.get("arguments", ()))})
+
+
+def _delimited(*parts: bytes) -> bytes:
+    return b"".join((_varint(sum(map(len, parts))), *parts))
+
+
+class _Dialect:
+    """What a host needs to know of a schema: the built-in one, or upstream's where they agree."""
+
+    __slots__ = ("native", "writes", "reads", "payloads", "_envelope", "_parts", "_numbered")
+
+    def __init__(self, schema: Any) -> None:
+        self.native = schema is builtin_schema()
+        self.writes, self.reads = schema.HostToPlugin, schema.PluginToHost
+        parts = {each.name: each for each in self.writes._prepare()._fields}
+        self._parts = {name: _varint(each.number << 3 | _LEN) for name, each in parts.items()}
+        self._envelope = parts["event"].target
+        fields = {each.name: each for each in self._envelope._prepare()._fields}
+        # by the name of their type: payloads of events
+        self.payloads = {name.upper(): each for name, each in fields.items() if each.oneof}
+        self._numbered = fields["type"].kind == "enum"
+
+    def says(self, name: str) -> bool:
+        """Whether the host may send that, like batches."""
+        return name in self._parts
+
+    def part(self, name: str, data: bytes) -> bytes:
+        """Return a frame's payload, all of it but the plugin's id."""
+        return self._parts[name] + _delimited(data)
+
+    def alone(self, member: bytes) -> bytes:
+        """Return the payload of a frame with one event, a member of a batch."""
+        return self._parts["event"] + member[1:]
+
+    def kind(self, message: Message) -> str:
+        """Return the type of the event whose payload *message* is, or "" if it is none."""
+        return next((name for name, each in self.payloads.items()
+                     if each.target is type(message)), "")
+
+    def payload(self, kind: str, **values: Any) -> Any:
+        """Return an event's payload, with those of *values* that it has fields for."""
+        cls = self.payloads[kind].target
+        known = {each.name for each in cls._prepare()._fields}
+        if "position" in known and "x" in values:       # upstream's shape
+            place = next(each.target for each in cls._fields if each.name == "position")
+            values["position"] = place(x=values["x"], y=values["y"], z=values["z"])
+        return cls(**{name: each for name, each in values.items() if name in known})
+
+    def event(self, kind: str, payload: Any, event_id: str = "", asks: bool = False) -> bytes:
+        """Return an encoded envelope."""
+        named: Any = self.payloads[kind].number if self._numbered else kind
+        envelope: Message = self._envelope(event_id=event_id, type=named, expects_response=asks,
+                                           **{kind.lower(): payload})
+        return envelope.encode()
+
+    def wanted(self, events: Iterable[Any]) -> set[str]:
+        """Return the types of a subscription; those that are unknown are passed over."""
+        known = {each.number if self._numbered else name: name
+                 for name, each in self.payloads.items()}
+        everything = 1 if self._numbered else "ALL"     # upstream's EVENT_TYPE_ALL
+        events = set(events)
+        return {*known.values()} if everything in events else {
+            known[each] for each in events if each in known}
+
+    def moves(self, moves: Moves, packed: str) -> list[tuple[int, bytes]]:
+        """Return movement as members of a batch, each with how many events it is."""
+        if self.native:
+            return moves.pieces(packed)
+        return [(1, b"\n" + _delimited(self.event("PLAYER_MOVE", self.payload(
+            "PLAYER_MOVE", player_uuid=_uuid_text(player), x=x, y=y, z=z))))
+            for player, (x, y, z) in moves.players.items()]
+
+
+class _HostEvent:
+    """Something on its way to plugins, encoded once for all of them; see Outbox."""
+
+    __slots__ = ("kind", "data", "size", "seq", "critical", "alone")
+
+    key = None
+    count = 1
+
+    def __init__(self, kind: str, data: bytes, seq: int, critical: bool, alone: bool) -> None:
+        self.kind = kind                # its type; "" for what is no event
+        self.data = data                # a member of a batch, or a frame's payload
+        self.size = len(data)
+        self.seq = seq
+        self.critical = critical
+        self.alone = alone              # in a frame of its own, and at once
+
+
+class Verdict:
+    """What plugins said to an event: whether it may be, and what has become of it.
+
+    ``event`` is the payload with the changes; ``update`` the mutation message that holds those
+    of all plugins, or None; ``by`` the plugin that cancelled; ``answers`` the plugins' own
+    words, by id.
+    """
+
+    __slots__ = ("event", "cancelled", "by", "update", "answers")
+
+    def __init__(self, event: Any) -> None:
+        self.event = event
+        self.cancelled = False
+        self.by = ""
+        self.update: Any = None
+        self.answers: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        what = f"cancelled by {self.by}" if self.cancelled else f"{self.event!r}"
+        return f"Verdict({what}, {len(self.answers)} answers)"
+
+
+class _Ask:
+    """An event that plugins are asked about."""
+
+    __slots__ = ("id", "kind", "verdict", "waiting", "future", "began_ns")
+
+    def __init__(self, event_id: str, kind: str, payload: Any, future: Any, now_ns: int) -> None:
+        self.id = event_id
+        self.kind = kind
+        self.verdict = Verdict(payload)
+        self.waiting: dict[PluginPeer, None] = {}
+        self.future = future
+        self.began_ns = now_ns
+
+
+class PluginPeer:
+    """One plugin program, from its connection to its goodbye (a Stream).
+
+    ``id`` as the configuration knows it, ``name``, ``version`` and ``commands`` as it says
+    itself, ``wanted`` the types of events it subscribed to (None before the first time).
+    """
+
+    __slots__ = ("host", "connection", "id", "name", "version", "commands", "wanted", "packed",
+                 "squeezes", "outbox", "sent", "timeouts", "_reader", "_head", "_logged")
+
+    def __init__(self, host: PluginHost, connection: Connection) -> None:
+        self.host = host
+        self.connection = connection
+        self.id = self.name = self.version = ""
+        self.commands: list[str] = []
+        self.wanted: set[str] | None = None
+        self.packed = ""
+        self.squeezes = False
+        limits = host.limits
+        self.outbox = Outbox(host.max_items, limits.outbox_bytes, host.count_drop)
+        self.sent: Counter[str] = Counter(frames=0, events=0, bytes=0)
+        self.timeouts = 0
+        self._reader = DelimitedReader(host.dialect.reads, limits.max_message_bytes or 1 << 26)
+        self._head = b""                # of its frames: its id
+        self._logged = _LineLimit()
+
+    def __repr__(self) -> str:
+        return f"plugin {self.id or '?'} ({self.connection.address})"
+
+    # -- what the transport tells (Stream) --
+
+    def receive(self, data: bytes) -> None:
+        """Take what came."""
+        while messages := self._reader.feed(data):      # a fault behind them comes next time
+            data = b""
+            for message in messages:
+                if self.connection.is_open:
+                    self._take(message)
+
+    def farewell(self, reason: str) -> bytes:
+        """Return the HostShutdown that says why."""
+        writes = self.host.dialect.writes
+        shutdown = next(each.target for each in writes._fields if each.name == "shutdown")
+        return encode_delimited(writes(plugin_id=self.id, shutdown=shutdown(reason=reason)))
+
+    def closed(self, reason: str) -> None:
+        """Forget it."""
+        if self._reader.pending and reason in ("eof", "reset"):
+            reason = "cut"
+            self.host.refused["cut"] += 1
+        self.host.forget(self, reason)
+
+    def drained(self) -> None:
+        """Send what waited for it to read."""
+        self.host.flush([self])
+
+    # -- what it says --
+
+    def _take(self, message: Any) -> None:
+        kind = message.which("payload") or ""
+        said: Any = getattr(message, kind) if kind else None
+        if not self.id:
+            self.host.admit(self, message.plugin_id, said if kind == "hello" else None)
+            self._head = self.host.dialect.writes(plugin_id=self.id).encode()
+            self.host.welcome(self)
+        elif message.plugin_id not in ("", self.id):
+            raise PeerError(f"this is the connection of {self.id!r}, not of "
+                            f"{message.plugin_id[:64]!r}", label="wrong_id", close_code=1008)
+        elif kind == "subscribe":
+            self.wanted = self.host.dialect.wanted(said.events)
+            self.packed = getattr(said, "packed", "")
+            if self.packed not in ("", "f32", "f64"):
+                raise PeerError('packed is "f32" or "f64"', label="bad_subscribe", close_code=1008)
+            self.host.sort_peers()
+        elif kind == "actions":
+            for action in said.actions:
+                self.host.act(self, action)
+        elif kind == "event_result":
+            self.host.answer(self, said)
+        elif kind == "log":
+            self.note(said.message, _PLUGIN_LOGS.get(said.level.lower(), logging.INFO))
+        else:
+            self.host.answers["unknown_frame"] += 1
+
+    def note(self, text: str, level: int) -> None:
+        """Log a line of it."""
+        self._logged.say(self.id, text, level, self.host.loop.now_ns)
+
+    # -- what it is told --
+
+    def put(self, item: Any) -> None:
+        """Queue something for the tick, or for the end of this pass if it is for at once."""
+        if not self.connection.is_open:
+            return
+        outbox, ahead = self.outbox, len(self.connection.unsent)
+        size = item.size or item.measure()
+        self.host.waiting[self] = None
+        if item.alone:
+            self.host.urgent[self] = None
+        try:
+            if not ahead and outbox.overflows(1, size):
+                self.host.flush([self])         # one that reads loses nothing
+                ahead = len(self.connection.unsent)
+                if not ahead:
+                    return outbox.add((outbox.settle(item),), size)
+            outbox.put(item, ahead)
+        except SlowPeer:
+            outbox.take()
+            self.connection.slow()
+
+    def frames(self, parts: list[bytes]) -> bytes:
+        """Return *parts* as this plugin gets them."""
+        return b"".join([_delimited(self._head, each) for each in parts])
+
+
+class _LineLimit:
+    """Log lines that somebody else wrote: so many a second, in one line each."""
+
+    __slots__ = ("_since_ns", "_said", "_unsaid")
+
+    def __init__(self) -> None:
+        self._since_ns = self._said = self._unsaid = 0
+
+    def say(self, who: str, text: str, level: int, now_ns: int) -> None:
+        """Log *text*, what can't be printed escaped."""
+        if now_ns - self._since_ns >= 1_000_000_000:
+            if self._unsaid:
+                _log.warning("[%s] %d more lines are not shown", who, self._unsaid)
+            self._since_ns, self._said, self._unsaid = now_ns, 0, 0
+        if self._said >= _LINES_A_SECOND:
+            self._unsaid += 1
+            return
+        self._said += 1
+        text = "".join(each if each.isprintable() or each == "\t" else repr(each)[1:-1]
+                       for each in text[:_MAX_LOG_LINE])
+        _log.log(level, "[%s] %s", who, text)
+
+
+class PluginProgram:
+    """A program that the host has started: its output goes to the log, its end starts it again."""
+
+    __slots__ = ("spec", "restarts", "_loop", "_environment", "_process", "_pause_s", "_since_ns",
+                 "_due_ns", "_line", "_logged", "stopping")
+
+    def __init__(self, spec: PluginSpec, loop: Loop, environment: dict[str, str]) -> None:
+        self.spec = spec
+        self.restarts = 0
+        self._loop = loop
+        self._environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment,
+                             **spec.environment, "HORIZON_PLUGIN_ID": spec.id}
+        self._process: Any = None
+        self._pause_s = _FIRST_RESTART_S
+        self._since_ns = 0                  # when it was started
+        self._due_ns: int | None = None     # when it is to be started again
+        self._line = b""
+        self._logged = _LineLimit()
+        self.stopping = False               # it is not started again
+
+    @property
+    def pid(self) -> int:
+        """Its process's id; 0 if it does not run."""
+        return self._process.pid if self._process is not None else 0
+
+    def start(self) -> None:
+        """Start it; when that can't be, it is tried again later."""
+        import subprocess
+        self._since_ns, self._due_ns = self._loop.clock(), None
+        spec = self.spec
+        try:
+            self._process = subprocess.Popen(
+                [spec.command, *spec.arguments], cwd=spec.folder, env=self._environment,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                start_new_session=True)
+        except (OSError, ValueError) as error:
+            return self._plan(f"can't be started: {error}")
+        _log.info("plugin %s started, pid %d", spec.id, self._process.pid)
+        os.set_blocking(self._process.stdout.fileno(), False)
+        self._loop.selector.register(self._process.stdout, _READ, self._read)
+
+    def _read(self, _mask: int = 0) -> bool:
+        """Log what it printed; return whether there was something."""
+        try:
+            data = os.read(self._process.stdout.fileno(), _RECV_BYTES)
+        except BlockingIOError:
+            return False
+        *lines, rest = (self._line + data).split(b"\n")
+        if len(rest) > _MAX_LOG_LINE or not data:
+            lines, rest = [*lines, rest] if rest else lines, b""
+        self._line = rest
+        for line in lines:
+            text = line[:_MAX_LOG_LINE].decode(errors="replace").rstrip("\r")
+            self._logged.say(self.spec.id, text, logging.INFO, self._loop.now_ns)
+        if not data:
+            self._close_output()
+        return bool(data)
+
+    def _close_output(self) -> None:
+        if self._process.stdout is not None:
+            self._loop.selector.unregister(self._process.stdout)
+            self._process.stdout.close()
+            self._process.stdout = None
+
+    def check(self) -> None:
+        """Notice its end, and start it again when it is time."""
+        now = self._loop.clock()
+        if self._process is not None and (status := self._process.poll()) is not None:
+            while self._process.stdout is not None and self._read():
+                pass                        # its last words
+            self._close_output()            # a child of its may hold it still
+            self._process = None
+            if now - self._since_ns > _STEADY_S * 1e9:
+                self._pause_s = _FIRST_RESTART_S
+            self._plan(f"ended with status {status}" if status >= 0
+                       else f"ended by signal {-status}")
+        elif self._due_ns is not None and now >= self._due_ns:
+            self.restarts += 1
+            self.start()
+
+    def _plan(self, what: str) -> None:
+        if self.stopping or not self.spec.restart:
+            _log.log(logging.INFO if self.stopping else logging.WARNING, "plugin %s %s",
+                     self.spec.id, what)
+            return
+        _log.warning("plugin %s %s; it is started again in %g s", self.spec.id, what, self._pause_s)
+        self._due_ns = self._loop.clock() + int(self._pause_s * 1e9)
+        self._pause_s = min(2 * self._pause_s, _LAST_RESTART_S)
+
+    def stop(self, kill: bool = False) -> None:
+        """Ask it to end, or end it."""
+        self.stopping, self._due_ns = True, None
+        if self._process is not None:
+            (self._process.kill if kill else self._process.terminate)()
+            if kill:
+                self._process.wait()
+                self.check()
+
+
+class PluginHost:
+    """Plugin programs: who is connected, who wants what, what they were asked.
+
+    Telling: tell, move, ask, tick.   Knowing: wants, peers, report.   It is driven by the
+    engine's loop; *perform* does an action and returns what is wrong with it, or "".
+    """
+
+    __slots__ = ("loop", "dialect", "limits", "max_items", "reply_s", "peers", "programs",
+                 "waiting", "urgent", "server", "address", "answers", "actions", "events", "drops",
+                 "batches", "squeezed", "renders", "reused", "coalesced", "_perform", "_observe",
+                 "_future", "_boot_id", "_token", "_specs", "_by_type", "_ranks", "_asks",
+                 "_number", "_seq", "_told_ns", "_folder", "_stopping")
+
+    def __init__(self, loop: Loop, perform: Callable[[PluginPeer, str, Any], str],
+                 observe: Callable[[str, float], object], future: Callable[[], Any]) -> None:
+        self.loop = loop
+        self.dialect: Any = None            # until there are plugins to speak to
+        self.limits = Limits()
+        self.max_items = 256
+        self.reply_s = 0.25
+        self.peers: dict[str, PluginPeer] = {}
+        self.programs: dict[str, PluginProgram] = {}
+        self.waiting: dict[PluginPeer, None] = {}       # whose outbox is not empty
+        self.urgent: dict[PluginPeer, None] = {}        # whose outbox leaves with this pass
+        self.server: Server | None = None
+        self.address = ""
+        self.answers: Counter[str] = Counter()          # to what was asked, by outcome
+        self.actions: Counter[str] = Counter()          # by kind
+        self.events: Counter[str] = Counter()           # sent, by type
+        self.drops: Counter[str] = Counter(latest=0, droppable=0)
+        self.batches = self.squeezed = self.renders = self.reused = self.coalesced = 0
+        self._perform = perform
+        self._observe = observe
+        self._future = future
+        self._boot_id = os.urandom(8).hex()
+        self._token = ""
+        self._specs: dict[str, PluginSpec] = {}
+        self._by_type: dict[str, list[PluginPeer]] = {}     # in configured order
+        self._ranks: dict[str, int] = {}
+        self._asks: dict[str, _Ask] = {}
+        self._number = 0                    # of the last event
+        self._seq = itertools.count()
+        self._told_ns: dict[str, int] = {}
+        self._folder = ""                   # of a socket that we made a place for
+        self._stopping = False
+
+    @property
+    def refused(self) -> Counter[str]:
+        """Programs' faults and our limits, by reason."""
+        return self.server.refused if self.server is not None else Counter()
+
+    # -- coming up --
+
+    def open(self, listen: str, token: str, specs: list[PluginSpec], schema: Any,
+             tls: Callable[[], ssl.SSLContext | None]) -> None:
+        """Listen where plugins are expected, and start those that are to be started.
+
+        Raises:
+            ConfigError: an address that can't be, or that would let strangers in.
+        """
+        started = [each for each in specs if each.command]
+        if not (listen or started):
+            return
+        self.dialect = _Dialect(schema)
+        self._specs = {each.id: each for each in specs}
+        self._ranks = {each.id: number for number, each in enumerate(specs)}
+        self._token = token or (os.urandom(16).hex() if started else "")
+        self.server = Server(self.loop, self._accept, self.limits._replace(
+            max_connections=_MAX_PROGRAMS, max_connections_per_address=0, max_messages_per_s=0))
+        self.address = self._listen(listen or self._own_place(), tls)
+        _log.info("plugins are expected at %s", self.address)
+        environment = {"HORIZON_PLUGIN_ADDRESS": self.address, "HORIZON_PLUGIN_TOKEN": self._token}
+        for spec in started:
+            self.programs[spec.id] = PluginProgram(spec, self.loop, environment)
+            self.programs[spec.id].start()
+        if started:
+            self._check_programs()
+
+    def _own_place(self) -> str:
+        if os.name != "posix":
+            return "tcp://127.0.0.1:0"
+        import tempfile
+        self._folder = tempfile.mkdtemp(prefix="horizon_lite-")
+        return f"unix://{self._folder}/plugins.sock"
+
+    def _listen(self, listen: str, tls: Callable[[], ssl.SSLContext | None]) -> str:
+        kind, where, port = plugin_address(listen)
+        assert self.server is not None
+        if kind == "unix":
+            self._token = ""                    # who may open the file is trusted
+            self.server.listen_unix(where, 0o600)
+            return f"unix://{os.path.abspath(where)}"
+        if kind == "tcp" and not is_loopback(where):
+            raise ConfigError(f"plugins_listen = {listen!r} can be reached from beyond this "
+                              f"machine: write tls://{where}:{port}, with tls_cert")
+        if not self._token:
+            raise ConfigError(f"plugins_listen = {listen!r} needs plugins_token (or "
+                              "HORIZON_PLUGIN_TOKEN): any program here can reach a port. A Unix "
+                              "socket needs none")
+        if kind == "tls":
+            self.server.tls = tls()
+            if self.server.tls is None:
+                raise ConfigError(f"plugins_listen = {listen!r} needs tls_cert")
+        port = self.server.listen(where, port)
+        return f"{kind}://{f'[{where}]' if ':' in where else where}:{port}"
+
+    def _accept(self, connection: Connection) -> PluginPeer:
+        peer = PluginPeer(self, connection)
+        self.loop.call_later(_HELLO_S, functools.partial(self._expect_hello, peer))
+        return peer
+
+    def _expect_hello(self, peer: PluginPeer) -> None:
+        if not peer.id and peer.connection.is_open:
+            self.refused["hello_timeout"] += 1
+            peer.connection.close(1008, f"no hello within {_HELLO_S:g} s")
+
+    def admit(self, peer: PluginPeer, plugin_id: str, hello: Any) -> None:
+        """Let a program in that has said hello.
+
+        Raises:
+            PeerError: it is not the one it should be, or has not.
+        """
+        import hmac
+        def refuse(text: str, label: str) -> PeerError:
+            return HandshakeError(text, label=label, close_code=1008)
+
+        if hello is None:
+            raise refuse("the first frame is a PluginHello", "no_hello")
+        if not _PLUGIN_ID.fullmatch(plugin_id):
+            raise refuse("plugin_id is 1 to 64 of A-Z a-z 0-9 _ . -", "unknown_plugin")
+        token = getattr(hello, "token", "")
+        if self._token and not hmac.compare_digest(token.encode(), self._token.encode()):
+            raise refuse("the token is wrong" if token else "a token is needed "
+                         "(HORIZON_PLUGIN_TOKEN)", "bad_token")
+        if self._specs and plugin_id not in self._specs:
+            raise refuse(f"there is no plugin {plugin_id!r} here", "unknown_plugin")
+        if hello.api_version not in ("", _API_VERSION):
+            raise refuse(f"this host speaks {_API_VERSION}, not {hello.api_version[:20]!r}",
+                         "api_version")
+        if (old := self.peers.get(plugin_id)) is not None:
+            self.refused["replaced"] += 1
+            old.connection.close(1000, "replaced by a newer connection")
+        peer.id, peer.name, peer.version = plugin_id, hello.name[:200], hello.version[:50]
+        peer.commands = [each.name[:64] for each in hello.commands[:_MAX_COMMANDS]]
+        peer.squeezes = self.dialect.says("compressed_events") and not getattr(
+            hello, "uncompressed", True)
+
+    def welcome(self, peer: PluginPeer) -> None:
+        """Say hello to who was let in."""
+        self.peers[peer.id] = peer
+        self._ranks.setdefault(peer.id, len(self._ranks))
+        _log.info("plugin %s is connected: %s %s", peer.id, peer.name, peer.version)
+        hello = next(each.target for each in self.dialect.writes._fields if each.name == "hello")
+        self._control(peer, "hello", hello(api_version=_API_VERSION, boot_id=self._boot_id))
+
+    def _control(self, peer: PluginPeer, name: str, message: Message) -> None:
+        peer.put(_HostEvent("", self.dialect.part(name, message.encode()), next(self._seq), True,
+                            alone=True))
+
+    def forget(self, peer: PluginPeer, reason: str) -> None:
+        """Drop every trace of a program that has gone."""
+        self.waiting.pop(peer, None)
+        self.urgent.pop(peer, None)
+        self.coalesced += peer.outbox.coalesced
+        if not self._stopping:
+            self._say(reason, f"{peer!r} is gone: {reason}")
+        if self.peers.get(peer.id) is peer:
+            del self.peers[peer.id]
+        self.sort_peers()
+        for ask in [each for each in self._asks.values() if peer in each.waiting]:
+            self.answers["gone"] += 1
+            del ask.waiting[peer]
+            self._settle(ask)
+
+    def _say(self, what: str, text: str) -> None:
+        """Warn, once a second at most of each kind."""
+        if len(self._told_ns) > 100:
+            self._told_ns.clear()
+        if self.loop.now_ns - self._told_ns.get(what, -1 << 62) >= 1_000_000_000:
+            self._told_ns[what] = self.loop.now_ns
+            _log.warning("%s", text)
+
+    def sort_peers(self) -> None:
+        """Bring up to date who wants what."""
+        self._by_type = {}
+        for peer in sorted(self.peers.values(), key=lambda each: self._ranks[each.id]):
+            for kind in peer.wanted or ():
+                self._by_type.setdefault(kind, []).append(peer)
+
+    # -- events to plugins --
+
+    def wants(self, kind: str) -> bool:
+        """Whether some plugin hears of events of this type."""
+        return kind in self._by_type
+
+    def tell(self, kind: str, payload: Any = None, **values: Any) -> None:
+        """Tell all who want to hear of it, with the tick; *values* are the payload's fields."""
+        if peers := self._by_type.get(kind):
+            data = b"\n" + _delimited(self.dialect.event(
+                kind, payload or self.dialect.payload(kind, **values), self._next_id()))
+            item = _HostEvent(kind, data, next(self._seq), kind in _NEVER_DROPPED, alone=False)
+            for peer in list(peers):
+                peer.put(item)
+
+    def move(self, moves: Moves) -> None:
+        """Tell who moved in this tick; of what a plugin has not read the newest stays."""
+        for peer in list(self._by_type.get("PLAYER_MOVE", ())):
+            peer.put(moves)
+
+    def kind(self, message: Any) -> str:
+        """Return the type of event that *message* is the payload of, or "" if it is none."""
+        if self.dialect is None and isinstance(message, Message):
+            self.dialect = _Dialect(builtin_schema())
+        return str(self.dialect.kind(message)) if isinstance(message, Message) else ""
+
+    def ask(self, payload: Any) -> Any:
+        """Ask all who want to hear of it; returns the Future of a Verdict.
+
+        It is done when all have answered, one cancels, or ``plugin_reply_ms`` is over; who
+        can't be told is not waited for.
+        """
+        future, kind = self._future(), self.kind(payload)
+        event_id = self._next_id()
+        ask = self._asks[event_id] = _Ask(event_id, kind, payload, future, self.loop.clock())
+        peers = list(self._by_type.get(kind, ()))
+        if peers:
+            data = self.dialect.part("event", self.dialect.event(kind, payload, event_id, True))
+            item = _HostEvent(kind, data, next(self._seq), kind in _NEVER_DROPPED, alone=True)
+            for peer in peers:
+                if not item.critical and peer.connection.unsent and peer.outbox.overflows(
+                        1, item.size):
+                    self.answers["skipped"] += 1
+                    continue
+                ask.waiting[peer] = None
+                peer.put(item)
+            self.loop.call_later(self.reply_s, functools.partial(self._expire, ask))
+        self._settle(ask)
+        return future
+
+    def answer(self, peer: PluginPeer, result: Any) -> None:
+        """Take a plugin's answer, if it was asked and has not answered before."""
+        ask = self._asks.get(result.event_id)
+        if ask is None:
+            number = result.event_id if len(result.event_id) < 20 else ""
+            late = number.isascii() and number.isdigit() and 0 < int(number) <= self._number
+            self.answers["late" if late else "unknown"] += 1
+        elif peer not in ask.waiting:
+            self.answers["duplicate" if peer.id in ask.verdict.answers else "not_asked"] += 1
+        else:
+            self.answers["answered"] += 1
+            del ask.waiting[peer]
+            ask.verdict.answers[peer.id] = result
+            if result.cancel and not ask.verdict.cancelled:
+                self.answers["cancelled"] += 1
+                ask.verdict.cancelled, ask.verdict.by = True, peer.id
+            self._settle(ask)
+
+    def _next_id(self) -> str:
+        self._number += 1
+        return str(self._number)
+
+    def _expire(self, ask: _Ask) -> None:
+        for peer in ask.waiting:
+            self.answers["timeout"] += 1
+            peer.timeouts += 1
+            self._say(f"late {peer.id}", f"{peer!r} has not answered {ask.kind} within "
+                      f"{self.reply_s * 1000:g} ms")
+        ask.waiting.clear()
+        self._settle(ask)
+
+    def _settle(self, ask: _Ask) -> None:
+        """Tell the verdict when it can't change any more; forget the question after all answers."""
+        if not ask.waiting:
+            self._asks.pop(ask.id, None)
+        if (ask.waiting and not ask.verdict.cancelled) or ask.future.done():
+            return
+        if not ask.verdict.cancelled:
+            self._apply(ask)
+        if ask.verdict.answers:
+            self._observe("horizon_plugins_ask_seconds", (self.loop.clock() - ask.began_ns) / 1e9)
+        ask.future.set_result(ask.verdict)
+
+    def _apply(self, ask: _Ask) -> None:
+        """Apply what plugins changed, in configured order; what is absent changes nothing."""
+        verdict, name = ask.verdict, ask.kind.lower()
+        for plugin_id in sorted(verdict.answers, key=self._ranks.__getitem__):
+            answer = verdict.answers[plugin_id]
+            if (which := answer.which("update")) != name:
+                self.answers["wrong_update"] += which is not None
+                continue
+            change = getattr(answer, name)
+            if verdict.update is None:
+                verdict.update = type(change)()
+                verdict.event = type(verdict.event).decode(verdict.event.encode())
+            for each in change._fields:
+                if (value := getattr(change, each.name)) or value is not None and each.explicit:
+                    setattr(verdict.update, each.name, value)
+                    if hasattr(verdict.event, each.name):
+                        setattr(verdict.event, each.name, value)
+
+    # -- actions of plugins --
+
+    def act(self, peer: PluginPeer, action: Any) -> None:
+        """Do what a plugin asks for; it hears how that went if it gave a correlation_id."""
+        kind = action.which("kind") or "unknown"
+        self.actions[kind] += 1
+        try:
+            wrong = "this host knows no such action" if kind == "unknown" else (
+                self._perform(peer, kind, getattr(action, kind)))
+        except UsageError as error:
+            wrong = str(error)
+        except Exception:
+            _log.exception("action %s of %r failed", kind, peer)
+            wrong = "it failed; the host's log says why"
+        self.actions["failed"] += bool(wrong)
+        if action.correlation_id and self.dialect.says("action_result"):
+            results = next(each.target for each in self.dialect.writes._fields
+                           if each.name == "action_result")
+            status = next(each.target for each in results._prepare()._fields
+                          if each.name == "status")
+            self._control(peer, "action_result", results(
+                correlation_id=action.correlation_id,
+                status=status(ok=not wrong, error=wrong or None)))
+
+    # -- leaving --
+
+    def tick(self) -> None:
+        """Send what waits for each plugin, in one batch."""
+        if self.waiting:
+            waiting, self.waiting = self.waiting, {}
+            self.flush(waiting)
+
+    def flush_urgent(self) -> None:
+        """Send what can't wait for the tick, and what stands before it."""
+        if self.urgent:
+            urgent, self.urgent = self.urgent, {}
+            self.flush(urgent)
+
+    def flush(self, peers: Iterable[PluginPeer]) -> None:
+        """Encode and write the outboxes of *peers*; equal contents are encoded once."""
+        began_ns, rendered, ready = self.loop.clock(), {}, []
+        for peer in peers:
+            if not peer.outbox.items or peer.connection.unsent:
+                continue                        # sent already, or to be sent when it has read
+            items = peer.outbox.take()
+            key = (peer.packed, peer.squeezes, *items)
+            if key in rendered:
+                self.reused += 1
+            else:
+                self.renders += 1
+                rendered[key] = self._render(items, peer.packed, peer.squeezes)
+            ready.append((peer, items, len(rendered[key]), peer.frames(rendered[key])))
+        if ready:
+            self._observe("horizon_plugins_marshal_seconds", (self.loop.clock() - began_ns) / 1e9)
+        for peer, items, frames, data in ready:
+            for item in items:
+                self.events[item.kind or "CONTROL"] += item.count
+            peer.sent.update(frames=frames, events=sum([each.count for each in items]),
+                             bytes=len(data))
+            assert self.server is not None
+            self.server.writes += 1
+            self.server.bytes_sent += len(data)
+            peer.connection.send_now(data)
+
+    def _render(self, items: tuple[Any, ...], packed: str, squeeze: bool) -> list[bytes]:
+        """Return the payloads of frames: batches of at most 100 events, and what goes alone."""
+        parts: list[bytes] = []
+        batch: list[bytes] = []
+        count = size = 0
+        for item in items:
+            pieces = self.dialect.moves(item, packed) if isinstance(item, Moves) else [
+                (1, item.data)]
+            for events, data in pieces:
+                if batch and (item.alone or count + events > _EVENTS_A_BATCH
+                              or size + len(data) > _BATCH_BYTES):
+                    parts += self._batch(batch, count, squeeze)
+                    batch, count, size = [], 0, 0
+                if item.alone:
+                    parts.append(data)
+                else:
+                    batch.append(data)
+                    count, size = count + events, size + len(data)
+        return parts + self._batch(batch, count, squeeze) if batch else parts
+
+    def _batch(self, members: list[bytes], count: int, squeeze: bool) -> list[bytes]:
+        """Return frames that hold encoded members of an EventBatch, compressed if that helps."""
+        if not self.dialect.says("events"):             # upstream has no batches
+            return [self.dialect.alone(each) for each in members]
+        data = b"".join(members)
+        self.batches += 1
+        self._observe("horizon_plugins_batch_events", count)
+        if squeeze and len(data) > _SQUEEZE_ABOVE:
+            small = builtin_schema().CompressedEventBatch(
+                data=zlib.compress(data, 1), original_size=len(data)).encode()
+            if len(small) < len(data):
+                self.squeezed += 1
+                return [self.dialect.part("compressed_events", small)]
+        return [self.dialect.part("events", data)]
+
+    def count_drop(self, item: Any) -> None:
+        """Count what a plugin that reads too slowly will not get."""
+        self.drops["latest" if item.key is not None else "droppable"] += 1
+        self._say("drop", f"a plugin reads too slowly: {item.kind or 'something'} is dropped")
+
+    # -- ending --
+
+    def begin_stop(self, reason: str) -> None:
+        """Tell every plugin that it is over, and why."""
+        self._stopping = True
+        if self.server is not None:
+            self.tell("WORLD_CLOSE")
+            self.flush(list(self.peers.values()))
+            self.server.stop_accepting()
+            for connection in list(self.server.connections.values()):
+                connection.close(1001, reason)
+        for program in self.programs.values():
+            program.stopping = True             # it ends by itself, or is told to
+            self.loop.call_later(_LAST_WORDS_S, program.stop)
+
+    @property
+    def idle(self) -> bool:
+        """Whether every program has gone."""
+        return not (self.server is not None and self.server.connections
+                    or any(each.pid for each in self.programs.values()))
+
+    def stop(self) -> None:
+        """End what is left."""
+        for program in self.programs.values():
+            program.stop(kill=True)
+        if self.server is not None:
+            self.server.stop_accepting()
+            for connection in list(self.server.connections.values()):
+                connection.abort("stopped")
+        for ask in list(self._asks.values()):
+            self._expire(ask)
+        with contextlib.suppress(OSError):
+            if self._folder:
+                os.rmdir(self._folder)
+
+    def _check_programs(self) -> None:
+        self.loop.call_later(0.1, self._check_programs)
+        for program in self.programs.values():
+            program.check()
+
+    @property
+    def restarts(self) -> int:
+        """How often programs were started again."""
+        return sum(each.restarts for each in self.programs.values())
+
+    @property
+    def replaced(self) -> int:
+        """States that were replaced unsent."""
+        return self.coalesced + sum(each.outbox.coalesced for each in list(self.peers.values()))
+
+    def report(self) -> dict[str, dict[str, Any]]:
+        """Return how every program is, by id."""
+        return {plugin_id: {
+            "connected": (peer := self.peers.get(plugin_id)) is not None,
+            **({"name": peer.name, "version": peer.version, "commands": peer.commands,
+                "wanted": None if peer.wanted is None else sorted(peer.wanted), **peer.sent,
+                "waiting": len(peer.outbox.items), "dropped": peer.outbox.dropped,
+                "timeouts": peer.timeouts} if peer is not None else {}),
+            **({"pid": program.pid, "restarts": program.restarts} if (
+                program := self.programs.get(plugin_id)) is not None else {})}
+            for plugin_id in {**self._specs, **self.peers}}
+
+    def _check(self) -> None:
+        """Assert that every index agrees (tests)."""
+        if self.server is None:
+            return
+        self.server._check()
+        assert all(peer.id == name for name, peer in self.peers.items())
+        assert {peer for peers in self._by_type.values() for peer in peers} <= {
+            *self.peers.values()}
+        assert all(peer.id in self.peers for ask in self._asks.values() for peer in ask.waiting)
 
 
 # =============================================================================
@@ -7287,6 +8677,7 @@ _ALIASES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "max_requests_per_minute": lambda count: {"max_messages_per_s": count / 60},
     "max_message_size": lambda size: {"max_message_bytes": size},
     "max_batch_delay": lambda ms: {"batch_wait_ms": ms},
+    "plugin_token": lambda token: {"plugins_token": token},     # DESIGN 3
     "max_string_length": lambda length: {"max_json_string": length},
     "max_collection_size": lambda count: {"max_json_items": count},
     "banned_ips": lambda addresses: {"banned": addresses},
@@ -7346,6 +8737,14 @@ class Config:
     outbox_messages: int = _setting(256, "messages that may wait for one client")
     outbox_bytes: int = _setting(1 << 20, "bytes that may wait for one client, or of one history")
     slow_handler_ms: float = _setting(50.0, "a handler that keeps the loop longer is warned about")
+    plugins: tuple[str, ...] = _setting(
+        (), "files, modules or folders of plugins; and a plugins.toml of programs")
+    plugins_listen: str = _setting(
+        "", "where plugin programs connect: unix:///path, tcp://127.0.0.1:7000, tls://host:7000")
+    plugins_token: str = _setting("", "what they show by TCP; HORIZON_PLUGIN_TOKEN says it, too")
+    plugins_schema: str = _setting("", "a .proto file that they speak instead of the built-in one")
+    plugin_reply_ms: float = _setting(250.0, "time for a plugin to answer an event")
+    reload: bool = _setting(False, "load files of plugins anew when they change")
     batch_size: int = _setting(20, "events of a handler with batch=True")
     batch_wait_ms: float = _setting(5.0, "how long the first of them waits")
     presence_debounce_s: float = _setting(5.0, "time to come back before one has left")
@@ -7415,11 +8814,13 @@ def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     text: Any
     for name, text in environ.items():
         key = name.removeprefix("HORIZON_").lower()
+        if key in ("plugin_id", "plugin_address"):      # what a host tells this very program
+            continue
         if name == f"HORIZON_{key.upper()}" and key in _CONFIG_TYPES:
             values[key] = text
         elif name == f"HORIZON_{key.upper()}" and key in _ALIASES:
             with contextlib.suppress(ValueError):
-                text = json.loads(text)
+                text = json.loads(text) if key != "plugin_token" else text
             _merge(values, key, text, "environment")
         # a slip of the pen; others may be somebody else's
         elif key != name.lower() and key not in _CONFIG_TYPES and (
@@ -7915,6 +9316,8 @@ _MAX_PENDING = 10_000               # events that wait for a batched handler
 _MAX_RUNNING = 1_000                # calls of one async or blocking handler at once
 _CLEANUP_S = 1.0                    # for handlers that are cancelled at the end
 _MAX_STATE = 1_024                  # bytes of a user's state, and of a connection's metadata
+_MAX_ASKED = 64                     # events of one session that wait for plugins to answer
+_ASKED_KINDS = {"chat": "CHAT", "command": "COMMAND"}       # of clients' namespaces
 _TOPICS_A_MESSAGE = 2_000           # a subscription that looks through so many counts as one more
 _REPLAYED_A_MESSAGE = 100           # or gets so many messages from before
 _MAX_VIEWS = 1_000                  # fragments of one view of a pattern
@@ -8149,7 +9552,7 @@ class Session:
 
     __slots__ = ("id", "player", "_user", "connection", "render", "form", "packed", "outbox",
                  "engine", "handler", "subscriptions", "goodbye", "beats", "endpoint",
-                 "_metadata", "_told_ns")
+                 "asking", "_metadata", "_told_ns")
 
     def __init__(self, engine: Engine, connection: Connection, user: str, form: str = "",
                  deflate: Deflate | None = None,
@@ -8167,6 +9570,8 @@ class Session:
         self.subscriptions: dict[str, Callable[[], object]] | None = None   # and what ends each
         self.goodbye: tuple[int, str] | None = None     # to be said when it has read the rest
         self.beats: dict[str, Any] | None = None        # the heartbeats it promised, its metadata
+        # what it said that plugins are asked about, in order: their verdict, its result, the event
+        self.asking: deque[tuple[Any, Any, str, Any]] | None = None
         # where broadcasts reach it: "" for streams and other WebSockets
         self.endpoint = "" if handler or form == _EVENTS else "html" if form == _HTML else "data"
         self._metadata: dict[str, Any] | None = None
@@ -8510,6 +9915,12 @@ class _View:
             self.changed, self.shown = {}, {}
 
 
+def _added(items: list[Any], item: Any, at: int | None = None) -> Callable[[], object]:
+    """Add to a list, at its end or *at*; return what takes it out again."""
+    items.insert(len(items) if at is None else at, item)
+    return functools.partial(items.remove, item)
+
+
 class _Endpoint(NamedTuple):
     """An HTTP or WebSocket address and what answers it."""
 
@@ -8562,6 +9973,20 @@ _WATCHED = (                        # name, by which label, where in the engine 
     ("horizon_batch_dropped_total", "_worker.dropped", "Events that found no room in a batch."),
     ("horizon_handlers_running by kind", "_worker.running", "Calls of handlers beside the loop."),
     ("horizon_handlers_slow_total", "bus.slow", "Timed calls over slow_handler_ms."),
+    ("plugins_loaded", "plugins.__len__", "Plugins that run in this process."),
+    ("horizon_plugins_connected", "host.peers.__len__", "Plugin programs that said hello."),
+    ("horizon_plugins_events_sent_total by type", "host.events", "Events sent to plugin programs."),
+    ("horizon_plugins_batches_total", "host.batches", "EventBatches made for them."),
+    ("horizon_plugins_compressed_total", "host.squeezed", "Batches that were compressed."),
+    ("horizon_plugins_encode_misses_total", "host.renders", "Outboxes encoded for them."),
+    ("horizon_plugins_encode_hits_total", "host.reused", "Outboxes that were encoded already."),
+    ("horizon_plugins_answers_total by outcome", "host.answers", "Answers to what they are asked."),
+    ("horizon_plugins_actions_total by kind", "host.actions", "Actions they asked for."),
+    ("horizon_plugins_dropped_total by class", "host.drops", "Events dropped for slow ones."),
+    ("horizon_plugins_coalesced_total", "host.replaced", "Movement replaced unsent."),
+    ("horizon_plugins_refused_total by reason", "host.refused", "Their faults and our limits."),
+    ("horizon_plugins_restarts_total", "host.restarts", "Programs started again."),
+    ("horizon_encode_hits_total by form", "reused", "Rendered outboxes that served one more."),
     ("horizon_renders_total by form", "renders", "Outboxes rendered, whoever shares the bytes."),
     ("horizon_events_sent_total by type", "events_sent", "Events sent, by type."),
     ("horizon_refused_total by reason", "server.refused", "Peers' faults and our limits."),
@@ -8571,6 +9996,10 @@ _TIMED = (                          # name, help, buckets
     ("horizon_tick_seconds", "Time a tick takes.", BUCKETS_S),
     ("horizon_marshal_seconds", "Time to render one tick's messages.", BUCKETS_S),
     ("horizon_fragment_render_seconds", "Time to render one fragment of HTML.", BUCKETS_S),
+    ("horizon_plugins_marshal_seconds", "Time to encode a tick for all plugins.", BUCKETS_S),
+    ("horizon_plugins_ask_seconds", "From a question to its verdict.", BUCKETS_S),
+    ("horizon_plugins_batch_events", "Events per batch to plugins.",
+     (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)),
     ("horizon_gc_pause_seconds", "Pauses by the garbage collector.", BUCKETS_S),
     ("horizon_batch_messages", "Messages per write.", (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)))
 
@@ -8599,14 +10028,16 @@ class Engine:
     """A real-time server: events, topics, movement, one port, one loop.
 
     Handlers: on, on_core, on_client, on_plugin, every, subscribe, get, post, websocket, static,
-    html.   Who may: authenticate, allow.   What is kept: topic, fragment.
-    Sending: publish, broadcast, send, emit, emit_core, emit_client, emit_plugin.
+    html.   Who may: authenticate, allow.   What is kept: topic, fragment.   Plugins: load, unload,
+    ask.   Sending: publish, broadcast, send, emit, emit_core, emit_client, emit_plugin.
     Running: run, start, stop, ``with``, step, wait_s, fileno, call_soon.
-    Looking: url, metrics, report, bus, topics, presence, movement, sessions.
+    Looking: url, metrics, report, bus, topics, presence, movement, sessions, plugins, host.
 
     Settings are Config's fields as keywords, or a Config. Everything but ``call_soon``,
     registering and looking is for the loop's own thread, where handlers run.
     """
+
+    _undo: ClassVar[list[Callable[[], object]] | None] = None   # of a plugin's view of the engine
 
     def __init__(self, config: Config | None = None, **settings: Any) -> None:
         if config is not None and (settings or not isinstance(config, Config)):
@@ -8626,9 +10057,12 @@ class Engine:
         self.bus = Bus(spawn=self._worker.spawn,
                        on_time=functools.partial(self.metrics.observe, "event_processing_duration"))
         self.server = Server(self.loop, self, self._limits())
+        self.plugins = Plugins(self._scoped, lambda name, data: self.bus.emit(f"core:{name}", data))
+        self.host = PluginHost(self.loop, self._perform, self.metrics.observe, self._future)
         self._apply_config()
         self.tick_count = self.overruns = self.coalesced = self.unchanged = 0
         self.renders: Counter[str] = Counter()          # of outboxes, by form
+        self.reused: Counter[str] = Counter()           # rendered ones that went to one more
         self.alerts: dict[str, str] = {}                # what is wrong now, and how
         self._drops_told = 0                            # by batches
         self.drops = Counter(latest=0, droppable=0)     # by class
@@ -8657,15 +10091,12 @@ class Engine:
         self._done = threading.Event()                  # everything is given back
         self._state = "making"                          # "new", "open", "stopping", "stopped"
         self._signals = self._stop_at_ns = self._port = 0
-        self._moved = False                             # to another port than was wanted
-        self._local = True                              # listens for this machine only
+        self._moved, self._local = False, True      # to another port; for this machine only
         self._started_ns = time.monotonic_ns()
         self._tick_ns: deque[int] = deque(maxlen=500)
         self._rates: dict[str, float] = {}
         self._rate_marks = (0, 0, 0, self._started_ns)
         self._emit_tick = self.bus.emitter("core:server_tick")
-        for topic in (_PRESENCE_TOPIC, _CHANGES_TOPIC):
-            self.topics.topic(topic, replay=functools.partial(self._presence_now, topic), bare=True)
         self._add_routes()
         self._add_metrics()
         self._state = "new"
@@ -8702,6 +10133,8 @@ class Engine:
         self.topics.max_bytes = config.outbox_bytes or sys.maxsize
         self.topics.dedup_ns = int(config.dedup_ttl_s * 1e9)
         self.presence.debounce_ns = int(config.presence_debounce_s * 1e9)
+        self.host.limits, self.host.reply_s = self.server.limits, config.plugin_reply_ms / 1e3
+        self.host.max_items = config.outbox_messages
         self.fragments.max_entries = config.cache_entries or sys.maxsize
         self.fragments.ttl_s = config.cache_ttl_s
         worker.batch_size, worker.wait_ms = config.batch_size or _MAX_PENDING, config.batch_wait_ms
@@ -8745,8 +10178,8 @@ class Engine:
         if (hz is None) == (seconds is None) or not isinstance(given, int | float) or given <= 0:
             raise UsageError("write @app.every(hz=5) or @app.every(seconds=0.2)")
         rate = given if seconds is None else 1 / given
-        return self._decorator(lambda fn: self._repeats.append(
-            (Ticker(rate, max_catchup=1), _plain_function(fn))))
+        return self._decorator(lambda fn: _added(
+            self._repeats, (Ticker(rate, max_catchup=1), _plain_function(fn))))
 
     def subscribe(self, pattern: str, **options: Any) -> Callable[[_F], _F]:
         """Decorate a function that gets every Publication *pattern* covers, in process.
@@ -8781,8 +10214,24 @@ class Engine:
         pattern = ".".join(_check_topic(topic, wildcards=True))
         if pattern == Moves.topic:
             raise UsageError(f"{pattern} has no form in HTML; use client:movement:position")
-        return self._decorator(lambda fn: self._views.setdefault(pattern, []).append(
+        return self._decorator(lambda fn: self._add_view(
             _View(pattern, _plain_function(fn), next(self._view_numbers))))
+
+    def _add_view(self, view: _View) -> Callable[[], object]:
+        self._views.setdefault(view.pattern, []).append(view)
+        return functools.partial(self._remove_view, view)
+
+    def _remove_view(self, view: _View) -> None:
+        """Let go of a view, and of those that were made from it."""
+        made = [each for each in self._all_views() if each.fn is view.fn]
+        for each in made:
+            for session in list(each.audience):
+                each.leave(session)
+        self._made_views = {topic: views for topic, views in self._made_views.items()
+                            if not {*made} & {*views}}
+        self._views[view.pattern].remove(view)
+        if not self._views[view.pattern]:
+            del self._views[view.pattern]
 
     def fragment(self, key: str, render: Callable[[], Any], ttl: float | None = None) -> bytes:
         """Return HTML from the cache; *render* makes it if it is not there, or older than *ttl*.
@@ -8839,8 +10288,8 @@ class Engine:
 
         # what takes whole paths comes last, the longest first; of others the newest
         rank = 10_000 - len(path) if ":path}" in path else 0
-        return self._decorator(lambda fn: self._routes.insert(0, _Endpoint(
-            method, re.compile(pattern), _plain_function(fn), public, rank)))
+        return self._decorator(lambda fn: _added(self._routes, _Endpoint(
+            method, re.compile(pattern), _plain_function(fn), public, rank), 0))
 
     def authenticate(self, fn: _F) -> _F:
         """Decorate the function that says who a request comes from.
@@ -8851,8 +10300,16 @@ class Engine:
         PermissionError, for 403. WebSockets, ``/sub``, ``/pub``, ``/stats.json``, ``/metrics``
         and all routes that are not public are then closed to strangers.
         """
-        self._register(setattr, self, "_authenticator", _plain_function(fn))
-        return fn
+        return self._decorator(self._set_authenticator)(_plain_function(fn))
+
+    def _set_authenticator(self, fn: Callable[[Request], Any]) -> Callable[[], object]:
+        before, self._authenticator = self._authenticator, fn
+
+        def undo() -> None:
+            if self._authenticator is fn:
+                self._authenticator = before
+
+        return undo
 
     def allow(self, pattern: str, *, publish: _Who = False, subscribe: _Who = False) -> None:
         """Let clients publish to, or subscribe to, the topics of *pattern*.
@@ -8865,7 +10322,7 @@ class Engine:
             if not isinstance(who, bool | str | Iterable) and not callable(who):
                 raise UsageError(f"{who!r}: write True, a name, several, or a function of one")
         who_may = {"publish": publish, "subscribe": subscribe}
-        self._register(self._rules.append, (_check_topic(pattern, wildcards=True), who_may))
+        self._register(_added, self._rules, (_check_topic(pattern, wildcards=True), who_may))
 
     def _may(self, user: str, act: str, topic: str) -> bool:
         tokens = _check_topic(topic, wildcards=True)
@@ -8879,10 +10336,116 @@ class Engine:
             return False
 
     def _register(self, fn: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Run a registration where it is safe: on the loop, if that runs elsewhere."""
+        """Register something where it is safe; a plugin's is noted, to be undone with it."""
+        made = self._there(fn, *args, **options)
+        if self._undo is not None and made is not None and self._state != "making":
+            self._undo.append(getattr(made, "remove", made))
+        return made
+
+    def _there(self, fn: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Call *fn* where it is safe: on the loop, if that runs elsewhere."""
         if self._thread_id in (None, threading.get_ident()) or self._state == "stopped":
             return fn(*args, **options)
         return self.loop.call_soon(lambda: fn(*args, **options)).result()
+
+    # -- plugins --
+
+    def load(self, target: str | os.PathLike[str] | Plugin | type[Plugin]) -> list[Plugin]:
+        """Load plugins: a class of Plugin, an object of one, a file, a module, or a folder.
+
+        They register at once, and start with the engine, or now if it runs. One that fails is
+        isolated: it is logged, what it registered is removed, ``report()`` says why. With the
+        setting ``reload`` files are loaded anew when they have changed.
+
+        Raises:
+            UsageError: there is no such file or module, no plugin in it, or one of that name.
+        """
+        made: list[Plugin] = self._there(self.plugins.load, target)
+        if self._undo is not None:
+            self._undo.append(functools.partial(self.plugins.discard, made))
+        return made
+
+    def unload(self, name: str) -> None:
+        """Stop a plugin, and what requires it, and remove what they registered."""
+        self._there(self.plugins.unload, name)
+
+    def _scoped(self, undo: list[Callable[[], object]]) -> Self:
+        """Return this engine as a plugin sees it: what is registered through it is noted."""
+        view: Self = object.__new__(type("Engine", (type(self),), {"_undo": undo}))
+        view.__dict__ = self.__dict__
+        return view
+
+    def _future(self) -> Any:
+        future: Any = _heeded_future()()
+        future.on_loop = self._is_on_loop
+        return future
+
+    def ask(self, message: Message) -> Future[Verdict]:
+        """Ask the plugin programs that subscribed to it about an event; returns a Future.
+
+        *message* is a payload of the schema's EventEnvelope, like ``BlockBreakEvent``. The
+        Verdict comes when all have answered, when one has cancelled, or after
+        ``plugin_reply_ms``; ``add_done_callback`` calls back on the loop. Nothing waits for it.
+        """
+        self._on_loop("ask")
+        if not self.host.kind(message):
+            raise UsageError(f"{message!r} is no event of the plugins' schema: take a payload of "
+                             "its EventEnvelope, like hl.builtin_schema().BlockBreakEvent(...)")
+        future: Future[Verdict] = self.host.ask(message)
+        return future
+
+    def _open_plugins(self) -> None:
+        """Load what the settings name, and expect plugin programs."""
+        config, specs = self.config, []
+        for target in config.plugins:
+            if target.endswith(".toml"):
+                specs += read_plugins(target)
+            else:
+                self.plugins.load(target)
+        schema = load_proto(config.plugins_schema) if config.plugins_schema else builtin_schema
+        self.host.open(config.plugins_listen, config.plugins_token, specs,
+                       schema() if schema is builtin_schema else schema, lambda: self.server.tls)
+
+    def _perform(self, peer: PluginPeer, kind: str, action: Any) -> str:
+        """Do what a plugin program asks for, if no handler objects; return what is wrong."""
+        key = f"plugin:{peer.id}:{kind}"
+        event = self.bus.emit(key, action.to_dict())
+        if event.cancelled:
+            return event.reason
+        perform = {"send_chat": self._plugin_chat, "teleport": self._plugin_teleport,
+                   "kick": self._plugin_kick}.get(kind)
+        if perform is None:
+            return "" if self.bus.handles(key) else f"nobody here does {kind}"
+        return perform(peer, action)
+
+    def _plugin_chat(self, peer: PluginPeer, action: Any) -> str:
+        line = {"namespace": "chat", "event": "message",
+                "data": {"from": peer.name or peer.id, "text": action.message}}
+        if not action.target_uuid:
+            self.broadcast(line, critical=True)
+        elif not self.send(action.target_uuid, line):
+            return f"there is no player {action.target_uuid[:64]!r}"
+        return ""
+
+    def _plugin_teleport(self, _peer: PluginPeer, action: Any) -> str:
+        session, to, player = self.sessions.get(action.player_uuid), action.position, b""
+        with contextlib.suppress(ValueError):
+            player = bytes.fromhex(action.player_uuid.replace("-", ""))
+        if session is None and player not in self.movement.positions:
+            return f"there is no player {action.player_uuid[:64]!r}"
+        if to is None:
+            return "a teleport has a position"
+        self.movement.move(player, to.x, to.y, to.z)
+        if session is not None:
+            self.send(session, {"namespace": "movement", "event": "teleport", "data": {
+                "x": to.x, "y": to.y, "z": to.z}})
+        return ""
+
+    def _plugin_kick(self, _peer: PluginPeer, action: Any) -> str:
+        if (session := self.sessions.get(action.player_uuid)) is None:
+            return f"there is no player {action.player_uuid[:64]!r}"
+        session.close(1008, action.reason or "kicked")
+        return ""
 
     # -- sending --
 
@@ -8892,8 +10455,11 @@ class Engine:
         return self.bus.emit(key, data)
 
     def emit_core(self, name: str, data: Any = None) -> Event:
-        """Emit ``core:<name>``."""
-        return self.emit(f"core:{name}", data)
+        """Emit ``core:<name>``; plugin programs hear of *data* that is an event of their schema."""
+        event = self.emit(f"core:{name}", data)
+        if isinstance(data, Message) and not event.cancelled and (kind := self.host.kind(data)):
+            self.host.tell(kind, data)
+        return event
 
     def emit_client(self, namespace: str, event: str, data: Any = None) -> Event:
         """Emit ``client:<namespace>:<event>`` as if a client had; sends nothing."""
@@ -9006,6 +10572,7 @@ class Engine:
         self.reload_tls()
         try:
             self._listen()
+            self._open_plugins()
             addresses = self.server.addresses
             self._port = next((port for _, port in addresses if port), 0)
             self._local = all(is_loopback(address) for address, _ in addresses)
@@ -9017,12 +10584,14 @@ class Engine:
         except (OSError, UsageError):           # it may be tried again
             self.server.stop_accepting()
             self.server.draining = False
+            self.host.stop()
             raise
         self._state = "open"
         if self.config.tick_hz:
             self._ticker = Ticker(self.config.tick_hz, max_catchup=self.config.max_catchup_ticks)
         self._gc.start()
         self.loop.call_later(1.0, self._each_second)
+        self.loop.call_soon(self.plugins.start)
         self.loop.call_soon(lambda: self.emit_core(
             "server_started", {"url": self.url, "timestamp": time.time()}))
 
@@ -9197,13 +10766,17 @@ class Engine:
         for session in list(self.sessions.values()):
             with contextlib.suppress(SystemExit):
                 session.close(code, f"server is {what}", grace_s)
+        self.host.begin_stop(f"server is {what}")
 
     def _closed(self) -> None:
         """Give everything back; only loop.wake and the mapping of metrics stay usable."""
-        self._state = "stopped"
         for connection in list(self.server.connections.values()):
             with contextlib.suppress(SystemExit):
                 connection.abort("stopped")
+        with contextlib.suppress(SystemExit):
+            self.plugins.stop()
+        self._state = "stopped"
+        self.host.stop()
         self.server.stop_accepting()
         self._gc.stop()
         self._worker.flush(all=True)
@@ -9223,7 +10796,8 @@ class Engine:
 
     def _wait_s(self) -> float:
         """The same, the loop's own timers and calls left out."""
-        if self._urgent or self._ticker is None and (self._waiting or self.topics.pending):
+        if self._urgent or self.host.urgent or self._ticker is None and (
+                self._waiting or self.host.waiting or self.topics.pending):
             return 0.0
         waits = [ticker.wait_s() for ticker, _ in self._repeats]
         waits += [0.05 if self._state == "stopping" else 3600.0, self._worker.wait_s(),
@@ -9242,14 +10816,18 @@ class Engine:
             self._pass(timeout_s)
         finally:
             self._stepping = False
-        if self._state == "stopping" and (
-                self.loop.clock() > self._stop_at_ns or self._worker.idle and all(
-                    each.is_idle for each in self.server.connections.values())):
+        if self._state == "stopping" and (self.loop.clock() > self._stop_at_ns or self._idle):
             self._closed()
+
+    @property
+    def _idle(self) -> bool:
+        """Whether nothing is under way any more."""
+        return self._worker.idle and self.host.idle and all(
+            each.is_idle for each in self.server.connections.values())
 
     def _pass(self, timeout_s: float) -> None:
         self.loop.run_once(min(timeout_s, self._wait_s()))
-        for ticker, fn in self._repeats:
+        for ticker, fn in list(self._repeats):
             if ticker.take_due():
                 try:
                     fn()
@@ -9264,6 +10842,7 @@ class Engine:
         if self._urgent:
             urgent, self._urgent = self._urgent, {}
             self._flush(urgent)
+        self.host.flush_urgent()
         self.loop.flush()
 
     # -- ticks --
@@ -9284,6 +10863,9 @@ class Engine:
         if (moves := self.movement.take()) is not None:
             for session in list(self._movers):
                 session.put(moves)
+            if self.host.wants(moves.kind) and (news := self.movement.for_plugins(moves)):
+                self.host.move(news)
+        self.host.tick()
         self._tell_presence()
         self.topics.flush()
         for view in self._all_views():
@@ -9403,7 +10985,8 @@ class Engine:
             if (entry := known.get(key)) is None:
                 whole = (session.render, session.packed, *items)
                 if (entry := rendered.get(whole)) is None:
-                    entry = rendered[whole] = [self._render(session, items), items, 0]
+                    entry = rendered[whole] = [
+                        self._render(session, items), items, 0, session.form or "json"]
                 known[key] = entry
                 kept.append(items)
             entry[2] += 1
@@ -9422,7 +11005,8 @@ class Engine:
         self.metrics.observe("horizon_marshal_seconds", (self.loop.clock() - began) / 1e9)
         return data
 
-    def _count_sent(self, data: bytes, items: tuple[Any, ...], times: int) -> None:
+    def _count_sent(self, data: bytes, items: tuple[Any, ...], times: int, form: str) -> None:
+        self.reused[form] += times - 1
         self.server.writes += times
         self.server.bytes_sent += times * len(data)
         for item in items:
@@ -9559,7 +11143,9 @@ class Engine:
             self.refusals["player_connected"] += 1
             self.presence.leave(session.id, at_once=True)
             connection.close(1013, event.reason)
-        elif ours == _HTML and connection.is_open and session.goodbye is None:
+            return
+        self.host.tell("PLAYER_JOIN", player_uuid=session.id, name=session.user)
+        if ours == _HTML and connection.is_open and session.goodbye is None:
             asked = request.args.get("topics", "")
             for topic in filter(None, map(str.strip, asked.split(","))):
                 self._answer_request(session, None, self._do, {
@@ -9643,6 +11229,7 @@ class Engine:
         if session.form != _EVENTS:
             self.bus.emit("core:player_disconnected", {
                 **self._about(session), "reason": reason, "code": code}, session)
+            self.host.tell("PLAYER_QUIT", player_uuid=session.id, name=session.user)
 
     def _know_user(self, session: Session) -> None:
         self._users.setdefault(session.user, []).append(session)
@@ -9723,12 +11310,23 @@ class Engine:
         """Do what a client asked; answer if it gave an id, and always if it can't be done."""
         try:
             result = self._checked(act, session, *args)
-            if request_id is not None:
-                self._reply(session, request_id, None, result)
         except _Refused as refusal:
-            self.refusals[refusal.code] += 1
-            if request_id is not None or refusal.code not in (_NO_HANDLER, "failed"):
-                self._reply(session, request_id, refusal)
+            return self._tell_result(session, request_id, refusal)
+        if hasattr(result, "add_done_callback"):        # plugins are asked first
+            result.add_done_callback(
+                lambda done: self._tell_result(session, request_id, done.exception()))
+        else:
+            self._tell_result(session, request_id, None, result)
+
+    def _tell_result(self, session: Session, request_id: Any, refusal: _Refused | None,
+                     position: Mapping[str, Any] | None = None) -> None:
+        if refusal is None:
+            if request_id is not None:
+                self._reply(session, request_id, None, position)
+            return
+        self.refusals[refusal.code] += 1
+        if request_id is not None or refusal.code not in (_NO_HANDLER, "failed"):
+            self._reply(session, request_id, refusal)
 
     def _checked(self, act: Callable[..., Any], *args: Any) -> Any:
         loops = self.topics.loops
@@ -9757,22 +11355,23 @@ class Engine:
         # before what a subscription begins with, so that a client knows where it is
         (session.say if position is None else session.connection.send)(frame)
 
-    def _do(self, session: Session, message: Any) -> Mapping[str, Any] | None:
-        """Do what one message asks; of a subscription return where it begins."""
+    def _do(self, session: Session, message: Any) -> Any:
+        """Do what one message asks; of a subscription return where it begins.
+
+        An event that plugins are asked about first returns the Future of its result.
+        """
         if not isinstance(message, dict):
             raise _Refused("bad_request", "a message is a JSON object; its id, text or a number")
         if "namespace" in message:
             data = message.get("data")
             if session.form == _HTML and "data" not in message:     # a form that htmx sent
                 data = {name: value for name, value in message.items() if name not in _NOT_FIELDS}
-            self._client_event(session, message["namespace"], message.get("event"), data)
-        elif "action" in message:
+            return self._client_event(session, message["namespace"], message.get("event"), data)
+        if "action" in message:
             result = self._act(message["action"], session, message.get("topic"), message)
             return result if isinstance(result, Mapping) else None
-        else:
-            raise _Refused("bad_request",
-                           'a message has "namespace" and "event", or "action" and "topic"')
-        return None
+        raise _Refused("bad_request",
+                       'a message has "namespace" and "event", or "action" and "topic"')
 
     def _on_envelope(self, session: Session, envelope: Any) -> None:
         """Do what one protobuf envelope asks: the same as the JSON that means it."""
@@ -9805,24 +11404,68 @@ class Engine:
         except UsageError:
             raise _Refused("bad_position", "coordinates are finite numbers below 3e38") from None
 
-    def _client_event(self, session: Session, namespace: Any, event: Any, data: Any) -> None:
+    def _client_event(self, session: Session, namespace: Any, event: Any, data: Any) -> Any:
         for name in (namespace, event):
             if not (isinstance(name, str) and _NAME.fullmatch(name)):
                 raise _Refused("bad_name", f"namespace and event match {_NAME.pattern}")
         if namespace == "system":
             return self._system_event(session, event, data)
-        key = f"client:{namespace}:{event}"
-        emitted = self.bus.emit(key, data, session)
-        if emitted._reason is not None:
-            raise _Refused("cancelled", emitted.reason)
-        if emitted.failed:
-            raise _Refused("failed", "a handler failed; the server's log says why")
+        key, kind = f"client:{namespace}:{event}", _ASKED_KINDS.get(namespace, "")
+        if kind and (session.asking or self.host.wants(kind)):
+            return self._ask_plugins(session, kind, key, data)
+        self._fire(session, key, data)
         if namespace != "movement" and not self.bus.handles(key):
             raise _Refused(_NO_HANDLER, f"nobody handles {namespace}:{event}")
         if namespace == "movement" and event == "position":
             if not isinstance(data, dict):
                 raise _Refused("bad_position", 'data is {"x", "y", "z"}')
             self._move(session, data.get("x", 0), data.get("y", 0), data.get("z", 0))
+        return None
+
+    def _fire(self, session: Session, key: str, data: Any) -> None:
+        emitted = self.bus.emit(key, data, session)
+        if emitted._reason is not None:
+            raise _Refused("cancelled", emitted.reason)
+        if emitted.failed:
+            raise _Refused("failed", "a handler failed; the server's log says why")
+
+    def _ask_plugins(self, session: Session, kind: str, key: str, data: Any) -> Any:
+        """Ask plugin programs before handlers get an event; return the Future of its result.
+
+        All are asked at once, and the events of one session happen in their order.
+        """
+        queue = session.asking = session.asking or deque()
+        if len(queue) >= _MAX_ASKED:
+            raise _Refused("busy", f"{_MAX_ASKED} of your events wait for plugins to answer")
+        text = data.get("text") if isinstance(data, dict) else data
+        if not isinstance(text, str):
+            text = "" if kind == "CHAT" else key.rpartition(":")[2]
+        payload = self.host.dialect.payload(
+            kind, player_uuid=session.id, name=session.user, message=text, raw=text)
+        verdict, result = self.host.ask(payload), self._future()
+        queue.append((verdict, result, key, data))
+        verdict.add_done_callback(lambda _: self._go_on(session))
+        return result
+
+    def _go_on(self, session: Session) -> None:
+        """Let the events of a session happen that plugins have judged, in their order."""
+        queue = session.asking
+        while queue and queue[0][0].done():
+            asked, result, key, data = queue.popleft()
+            verdict, refusal = asked.result(), None
+            try:
+                if verdict.cancelled:
+                    raise _Refused("cancelled", f"plugin {verdict.by} has cancelled it")
+                if (update := verdict.update) is not None and update.message is not None:
+                    data = {**data, "text": update.message} if isinstance(data, dict) else (
+                        update.message)
+                self._fire(session, key, data)
+            except _Refused as error:
+                refusal = error
+            if refusal is None:
+                result.set_result(None)
+            else:
+                result.set_exception(refusal)
 
     def _system_event(self, session: Session, event: str, data: Any) -> None:
         if event == "ping":
@@ -9965,6 +11608,8 @@ class Engine:
     # -- looking --
 
     def _add_routes(self) -> None:
+        for topic in (_PRESENCE_TOPIC, _CHANGES_TOPIC):
+            self.topics.topic(topic, replay=functools.partial(self._presence_now, topic), bare=True)
         for path in _WEBSOCKETS:
             self.websocket(path)(self._on_html if path.endswith("html") else self._on_data)
         self._endpoint("EVENTS", "/sub/{pattern}", False)(lambda: None)
@@ -10058,6 +11703,8 @@ class Engine:
             self.metrics.observe("horizon_gc_pause_seconds", pause / 1e9)
         self.topics.sweep()
         self.presence.sweep()
+        if self.config.reload:
+            self.plugins.look()
         self._check_alerts()
         server, now = self.server, self.loop.clock()
         marks = (server.messages_received, sum(self.events_sent.values()), server.bytes_sent, now)
@@ -10076,7 +11723,9 @@ class Engine:
         dropped, self._drops_told = self._worker.dropped - self._drops_told, self._worker.dropped
         found = {"memory": f"{resident_mb:.0f} MB are resident, of max_memory_mb = {limit_mb}"
                  if self.server.full else "",
-                 "batches": f"{dropped} events found no room in a batch" if dropped else ""}
+                 "batches": f"{dropped} events found no room in a batch" if dropped else "",
+                 "plugins": ", ".join(f"{name} has failed" for name, each in
+                                      self.plugins.report().items() if each["state"] == "failed")}
         for name, text in found.items():
             if bool(text) == (name in self.alerts):
                 continue
@@ -10121,13 +11770,15 @@ class Engine:
                       "coalesced": self._replaced(), "by_class": dict(self.drops),
                       "by_topic": dict(self._dropped_topics.most_common(10))},
             "refused": dict(server.refused), "requests_refused": dict(self.refusals),
-            "handler_errors": self.bus.errors}
+            "handler_errors": self.bus.errors,
+            "plugins": self.plugins.report(), "programs": self.host.report()}
 
     def _check(self) -> None:
         """Assert that every index agrees with the sessions there are (tests)."""
         self.server._check()
         assert sum(map(len, self._users.values())) == len(self.sessions)
         self.presence._check()
+        self.host._check()
         assert set(self._movers) <= set(self.sessions.values())
         assert self._present.total() == len(self.sessions)
         views = self._all_views()
@@ -10140,7 +11791,7 @@ class Engine:
 # =============================================================================
 # 21  CLIENT - a small blocking client
 # =============================================================================
-# Knows: PROTO, PROTOCOLS, its own socket.     Never: ENGINE.
+# Knows: PROTO, PROTOCOLS, PLUGINS' addresses, its own socket.     Never: ENGINE.
 
 
 _FIRST_DELAY_S, _LAST_DELAY_S = 0.1, 5.0        # between two tries to connect again
@@ -10592,6 +12243,334 @@ def connect(url: str, *, token: str | None = None, protocol: str = "json",
         300.0 if reconnect is True else float(reconnect)))
 
 
+# -- a plugin program --
+
+_MAX_BATCH = 1 << 24                # bytes of what a host may send, inflated or not
+
+
+class PluginEvent:
+    """What a handler of a plugin program gets: the payload's fields, and how to answer.
+
+    ``type`` is like "CHAT", ``payload`` the message of the schema, whose fields are read as the
+    event's own: ``event.message``. Of "PACKED_MOVEMENT" there is ``moves``: id -> (x, y, z).
+    """
+
+    __slots__ = ("type", "payload", "expects_response", "result")
+
+    def __init__(self, envelope: Any) -> None:
+        self.type = envelope.type
+        self.payload: Any = getattr(envelope, envelope.which("payload") or "type")
+        self.expects_response = envelope.expects_response
+        self.result = builtin_schema().EventResult(event_id=envelope.event_id)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.payload, name)
+
+    def __repr__(self) -> str:
+        return f"PluginEvent({self.type}, {self.payload!r})"
+
+    @property
+    def moves(self) -> dict[bytes, _Position]:
+        """The positions of a packed block."""
+        return unpack_moves(self.payload.data, wide=self.payload.wide)
+
+    def _must_be_asked(self) -> None:
+        if not self.expects_response:
+            raise StateError(f"{self.type} is not asked about; it can't be cancelled or changed")
+
+    def cancel(self) -> None:
+        """Veto the event; what other plugins change is then of no account."""
+        self._must_be_asked()
+        self.result.cancel = True
+
+    def change(self, **fields: Any) -> None:
+        """Change what happens, like ``change(message="...")`` of a CHAT."""
+        self._must_be_asked()
+        schema = builtin_schema()
+        kinds = {"CHAT": ("chat", schema.ChatMutation),
+                 "BLOCK_BREAK": ("block_break", schema.BlockBreakMutation)}
+        if self.type not in kinds:
+            raise UsageError(f"{self.type} can be cancelled, but not changed")
+        name, cls = kinds[self.type]
+        setattr(self.result, name, cls(**fields))
+
+
+class RemotePlugin:
+    """A plugin program: a blocking client of an engine's ``plugins_listen``.
+
+    Where the host has started it, id, address and token come from the environment. Register
+    handlers with ``on``, then ``run``. One thread uses it.
+
+    *packed* ("f32" or "f64") asks for movement as PACKED_MOVEMENT events; *compress* False
+    for batches as they are.
+    """
+
+    __slots__ = ("id", "version", "commands", "packed", "compress", "boot_id", "closed", "errors",
+                 "_address", "_token", "_timeout_s", "_ssl_context", "_handlers", "_sock",
+                 "_reader", "_out", "_stepping", "_awaited", "_number")
+
+    def __init__(self, plugin_id: str = "", address: str = "", token: str = "", *,
+                 version: str = "1.0.0", commands: Mapping[str, str] | None = None,
+                 packed: str = "", compress: bool = True, timeout_s: float = 10.0,
+                 ssl_context: ssl.SSLContext | None = None) -> None:
+        self.id = plugin_id or os.environ.get("HORIZON_PLUGIN_ID", "")
+        where = address or os.environ.get("HORIZON_PLUGIN_ADDRESS", "")
+        if not self.id or not where:
+            raise UsageError("a plugin needs its id and the host's address: RemotePlugin('shop', "
+                             "'unix:///path'), or HORIZON_PLUGIN_ID and HORIZON_PLUGIN_ADDRESS")
+        if packed not in ("", "f32", "f64"):
+            raise UsageError(f'packed is "f32" or "f64", not {packed!r}')
+        self._address = plugin_address(where)
+        self._token = token or os.environ.get("HORIZON_PLUGIN_TOKEN", "")
+        self.version = version
+        self.commands = dict(commands or {})        # name: what it does
+        self.packed = packed
+        self.compress = compress
+        self.boot_id = ""                   # of the host: another one after it was started again
+        self.closed: str | None = None      # why the connection ended
+        self.errors = 0                     # handlers' calls that raised
+        self._timeout_s = timeout_s
+        self._ssl_context = ssl_context
+        self._handlers: dict[str, list[Callable[[PluginEvent], object]]] = {}
+        self._sock: socket.socket | None = None
+        self._reader: Any = None
+        self._out: list[bytes] = []
+        self._stepping = False
+        self._awaited: dict[str, Callable[[str], object]] = {}      # results of actions
+        self._number = 0
+
+    def on(self, *types: str) -> Callable[[_F], _F]:
+        """Decorate a handler of events: "CHAT", "PLAYER_JOIN", ..., or "ALL"."""
+        known = {"ALL", "PACKED_MOVEMENT", *(each.name.upper() for each in
+                 builtin_schema().EventEnvelope._fields if each.oneof)}
+        for each in types:
+            if each not in known:
+                raise UsageError(f"there is no event {each!r}{_did_you_mean(each, known)}")
+
+        def decorate(fn: _F) -> _F:
+            for each in types:
+                self._handlers.setdefault(each, []).append(fn)
+            if self._sock is not None:
+                self._subscribe()
+            return fn
+
+        return decorate
+
+    # -- the connection --
+
+    def connect(self) -> None:
+        """Connect and say hello.
+
+        Raises:
+            OSError: the host can't be reached.
+        """
+        kind, where, port = self._address
+        if kind == "unix":
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(self._timeout_s)
+            try:
+                sock.connect(where)
+            except OSError:
+                sock.close()
+                raise
+        else:
+            sock = socket.create_connection((where, port), timeout=self._timeout_s)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if kind == "tls":
+            import ssl
+            context = self._ssl_context or ssl.create_default_context()
+            sock = context.wrap_socket(sock, server_hostname=where)
+        schema = builtin_schema()
+        self._sock, self.closed, self.boot_id = sock, None, ""
+        self._reader = DelimitedReader(schema.HostToPlugin, _MAX_BATCH)
+        self._awaited, self._out = {}, []
+        self._send(hello=schema.PluginHello(
+            name=self.id, version=self.version, api_version=_API_VERSION, token=self._token,
+            uncompressed=not self.compress, commands=[
+                schema.CommandSpec(name=name, description=text)
+                for name, text in self.commands.items()]))
+        self._subscribe()
+
+    def _subscribe(self) -> None:
+        wanted = {"PLAYER_MOVE" if each == "PACKED_MOVEMENT" else each for each in self._handlers}
+        self._send(subscribe=builtin_schema().EventSubscribe(
+            events=sorted(wanted), packed=self.packed))
+
+    def _send(self, **payload: Any) -> None:
+        if self._sock is None:
+            raise StateError("the plugin is not connected")
+        self._out.append(encode_delimited(
+            builtin_schema().PluginToHost(plugin_id=self.id, **payload)))
+        if not self._stepping:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._sock is not None and self._out:
+            data, self._out = b"".join(self._out), []
+            self._sock.settimeout(self._timeout_s)
+            self._sock.sendall(data)
+
+    def close(self, reason: str = "") -> None:
+        """Hang up."""
+        if self._sock is not None:
+            self._sock.close()
+            self._sock, self.closed = None, reason
+
+    def __enter__(self) -> Self:
+        self.connect()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, reconnect_s: float = 0.0) -> None:
+        """Connect, and serve until the host ends the connection; ``closed`` tells why.
+
+        With *reconnect_s* it is tried again, later and later, until the host was away so long.
+
+        Raises:
+            OSError: the host can't be reached.
+            HandshakeError: it refuses this plugin.
+        """
+        seen, pause_s = time.monotonic(), _FIRST_DELAY_S
+        while True:
+            try:
+                self.connect()
+                while self.step():
+                    seen, pause_s = time.monotonic(), _FIRST_DELAY_S
+            except OSError:
+                self.close("the connection was lost")
+                if time.monotonic() - seen >= reconnect_s:
+                    raise
+            if time.monotonic() - seen >= reconnect_s:
+                return
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LAST_DELAY_S)
+
+    def step(self, timeout: float | None = None) -> bool:
+        """Wait for what the host says next, and handle it; False when the connection has ended.
+
+        Raises:
+            TimeoutError: nothing came within *timeout* seconds.
+            HandshakeError: the host refuses this plugin.
+            PeerError: what came is malformed.
+        """
+        if self._sock is None:
+            return False
+        self._sock.settimeout(timeout)
+        try:
+            data = self._sock.recv(_RECV_BYTES)
+        except TimeoutError:
+            raise
+        except OSError:
+            data = b""
+        if not data:
+            self.close("the host hung up")
+            return False
+        self._stepping = True
+        try:
+            while messages := self._reader.feed(data):
+                data = b""
+                for message in messages:
+                    self._take(message)
+            self._flush()
+        except PeerError:
+            self.close("malformed")
+            raise
+        except OSError:
+            self.close("the host hung up")
+        finally:
+            self._stepping = False
+        return self._sock is not None
+
+    def _take(self, message: Any) -> None:
+        kind = message.which("payload")
+        if kind == "hello":
+            self.boot_id = message.hello.boot_id
+        elif kind == "shutdown":
+            self.close(message.shutdown.reason)
+            if not self.boot_id:
+                raise HandshakeError(f"the host refuses plugin {self.id!r}: {self.closed}")
+        elif kind == "event":
+            self._handle(message.event)
+        elif kind == "events":
+            for envelope in message.events.events:
+                self._handle(envelope)
+        elif kind == "compressed_events":
+            for envelope in _inflated(message.compressed_events).events:
+                self._handle(envelope)
+        elif kind == "action_result":
+            then = self._awaited.pop(message.action_result.correlation_id, None)
+            status = message.action_result.status
+            if then is not None and status is not None:
+                self._call(then, "" if status.ok else status.error or "failed")
+
+    def _handle(self, envelope: Any) -> None:
+        handlers = (*self._handlers.get(envelope.type, ()), *self._handlers.get("ALL", ()))
+        if not handlers and not envelope.expects_response:
+            return
+        event = PluginEvent(envelope)
+        for handler in handlers:
+            self._call(handler, event)
+        if envelope.expects_response and self._sock is not None:
+            self._send(event_result=event.result)
+
+    def _call(self, fn: Callable[[Any], object], argument: Any) -> None:
+        try:
+            fn(argument)
+        except Exception:
+            self.errors += 1
+            _log.exception("handler %s of %s failed", getattr(fn, "__qualname__", fn), self.id)
+
+    # -- what it can do --
+
+    def act(self, then: Callable[[str], object] | None = None, **kind: Any) -> None:
+        """Ask the host for an action, given as its message: ``act(kick=schema.KickAction(...))``.
+
+        *then* is called when it is done, with what went wrong, or "".
+        """
+        action = builtin_schema().Action(**kind)
+        if then is not None:
+            self._number += 1
+            action.correlation_id = str(self._number)
+            self._awaited[action.correlation_id] = then
+        self._send(actions=builtin_schema().ActionBatch(actions=[action]))
+
+    def send_chat(self, message: str, to: str = "",
+                  then: Callable[[str], object] | None = None) -> None:
+        """Say something to a player, by its id, or to everybody."""
+        self.act(then, send_chat=builtin_schema().SendChatAction(target_uuid=to, message=message))
+
+    def teleport(self, player: str, x: float, y: float, z: float,
+                 then: Callable[[str], object] | None = None) -> None:
+        """Put a player somewhere else."""
+        schema = builtin_schema()
+        self.act(then, teleport=schema.TeleportAction(
+            player_uuid=player, position=schema.Vec3(x=x, y=y, z=z)))
+
+    def kick(self, player: str, reason: str = "",
+             then: Callable[[str], object] | None = None) -> None:
+        """Disconnect a player."""
+        self.act(then, kick=builtin_schema().KickAction(player_uuid=player, reason=reason))
+
+    def log(self, message: str, level: str = "info") -> None:
+        """Write a line to the host's log; levels are debug, info, warn and error."""
+        self._send(log=builtin_schema().LogMessage(level=level, message=message))
+
+
+def _inflated(compressed: Any) -> Any:
+    """Return the EventBatch of a compressed one, whose size is bounded before it is stored."""
+    inflater = zlib.decompressobj()
+    try:
+        data = inflater.decompress(compressed.data, _MAX_BATCH)
+    except zlib.error as error:
+        raise WireError(f"compressed_events: {error}") from None
+    if not inflater.eof or inflater.unused_data or len(data) != compressed.original_size:
+        raise TooBig(f"compressed_events that are not {compressed.original_size} bytes, or over "
+                     f"{_MAX_BATCH}")
+    return builtin_schema().EventBatch.decode(data)
+
+
 # =============================================================================
 # 22  CLI - python -m horizon_lite
 # =============================================================================
@@ -10662,6 +12641,12 @@ def _add_chat(app: Engine) -> None:
             return event.cancel('say something: {"text": "..."}')
         app.publish("chat.lobby", {"from": event.client.user, "text": text[:300]}, critical=True)
 
+    @app.on("plugin:*:send_chat")
+    def said(event: Event) -> None:
+        if not event.data.get("target_uuid"):
+            app.publish("chat.lobby", {"from": event.key.split(":")[1],
+                                       "text": event.data.get("message", "")[:300]}, critical=True)
+
 
 def _banner(app: Engine, what: str) -> None:
     url = app.url
@@ -10710,46 +12695,50 @@ def _serve(args: argparse.Namespace) -> int:
         raise ConfigError("--config is for a server without an app; "
                           "the app says hl.Engine(hl.Config.load(...))")
     ran: list[Engine] = []
+    undo: list[Callable[[], object]] = []       # of what the file registers
 
     def run(app: Engine) -> None:       # also for files that call app.run() themselves
+        if ran:                         # the file is read again
+            return
         ran.append(app)
         if said := _said(args):
             app.configure(**said)
+        if app.config.reload and args.app.partition(":")[0].endswith(".py"):
+            app.plugins.watch(args.app.partition(":")[0],
+                              functools.partial(_read_again, app, args.app, undo))
         _serve_engine(app, f"serving {args.app}.")
 
     original, Engine.run = Engine.run, run      # type: ignore[method-assign, assignment]
+    Engine._undo = undo
     try:
-        module = _import_app(args.app)
+        module = import_target(args.app)
         if not ran:
             run(_find_engine(module, args.app))
     finally:
         Engine.run = original           # type: ignore[method-assign]
+        Engine._undo = None
     return 0
 
 
-def _import_app(target: str) -> ModuleType:
-    """Import ``file.py``, ``module`` or ``module:name``."""
-    import importlib.util
-    name = target.partition(":")[0]
-    if name.endswith(".py"):
-        if not os.path.isfile(name):
-            raise UsageError(f"there is no file {name!r}")
-        sys.path.insert(0, os.path.dirname(os.path.abspath(name)))
-        spec = importlib.util.spec_from_file_location(os.path.basename(name)[:-3], name)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
-    if not all(part.isidentifier() for part in name.split(".")):
-        raise UsageError(f"{target!r} is neither a file.py nor a module:name")
-    sys.path.insert(0, os.getcwd())
+def _read_again(app: Engine, target: str, undo: list[Callable[[], object]]) -> None:
+    """Run the user's file again for the engine that runs; what it registered before goes.
+
+    If the file can't be run, what was stays. *undo* is where Engine._undo notes what is new.
+    """
+    here: Any = sys.modules[__name__]
+    old, kind = undo[:], Engine
+    undo.clear()
+    here.Engine = lambda *args, **settings: app     # what hl.Engine() makes in the file
     try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (name + ".").startswith(error.name + "."):
-            raise                       # the module is there, what it imports is not
-        raise UsageError(f"there is no module {name!r}; for a file say {name}.py") from None
+        import_target(target)
+        _log.info("%s has changed, and was read again", target)
+    except (Exception, SystemExit):
+        _log.exception("%s has changed, but what it was stays", target)
+        undo[:], old = old, undo[:]
+    finally:
+        here.Engine = kind
+    for each in reversed(old):
+        each()
 
 
 def _find_engine(module: ModuleType, target: str) -> Engine:

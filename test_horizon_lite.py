@@ -261,7 +261,7 @@ def test_the_readme_tells_the_truth_about_names():
         assert re.search(rf"\|\s*{number}\s*\|\s*{name}\s*\|", text), f"section {number} {name}"
     app = hl.Engine(port=0)
     table = text.partition("## Metrics")[2].partition("\n## ")[0]
-    described = set(re.findall(r"`((?:server|memory|event|events|horizon)_[a-z_]+)[`{]", table))
+    described = set(re.findall(r"`((?:server|memory|event|events|horizon|plugins)_[a-z_]+)[`{]", table))
     assert "@@" not in text and "| what |" in text.partition("## Numbers")[2]
     names = set(app.metrics._families)
     assert names - described == set(), "metrics that the README does not list"
