@@ -7352,7 +7352,7 @@ class _Unit:
         self.plugin = plugin            # None: its file can't be imported
         self.name = name
         self.path = path
-        self.state = "loaded"           # "registered", "running", "stopped", "failed"
+        self.state = "loaded"       # "registered", "starting", "running", "stopped", "failed"
         self.error = ""
         self.undo: list[Callable[[], object]] = []
 
@@ -7417,14 +7417,14 @@ def import_target(target: str) -> ModuleType:
 class Plugins(Mapping[str, Plugin]):
     """The plugins in this process, by name: what runs, in the order in which it was started."""
 
-    __slots__ = ("_scope", "_tell", "_units", "_running", "_order", "_files")
+    __slots__ = ("_scope", "_tell", "_units", "_running", "_starting", "_order", "_files")
 
     def __init__(self, scope: Callable[[list[Callable[[], object]]], Any],
                  tell: Callable[[str, dict[str, Any]], object]) -> None:
         self._scope = scope             # makes what register gets, and notes how to undo it
         self._tell = tell               # of what happens
         self._units: dict[str, _Unit] = {}
-        self._running = False
+        self._running = self._starting = False
         self._order: list[_Unit] = []       # as they were started
         self._files: dict[str, tuple[tuple[int, int], Callable[[], object]]] = {}
 
@@ -7524,11 +7524,19 @@ class Plugins(Mapping[str, Plugin]):
     def start(self) -> None:
         """Start what is registered: each after what it requires, else as they were loaded."""
         self._running = True
-        waiting = [each for each in self._units.values() if each.state == "registered"]
-        while unit := next((each for each in waiting if not self._lacks(each)), None):
-            waiting.remove(unit)
-            self._start(unit)
-        for unit in waiting:
+        if self._starting:                  # a plugin that starts has loaded more: they are next
+            return
+
+        def registered() -> list[_Unit]:
+            return [each for each in self._units.values() if each.state == "registered"]
+
+        self._starting = True
+        try:
+            while unit := next((each for each in registered() if not self._lacks(each)), None):
+                self._start(unit)
+        finally:
+            self._starting = False
+        for unit in registered():
             self._fail(unit, f"can't start: {self._lacks(unit)}")
 
     def _lacks(self, unit: _Unit) -> str:
@@ -7552,6 +7560,7 @@ class Plugins(Mapping[str, Plugin]):
 
     def _start(self, unit: _Unit) -> None:
         assert unit.plugin is not None
+        unit.state = "starting"
         try:
             unit.plugin.on_start()
         except Exception as error:

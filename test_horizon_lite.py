@@ -251,6 +251,8 @@ def test_the_other_programs_of_the_readme_run(tmp_path):
     programs = python_blocks(README)[2:]
     assert len(programs) >= 3
     for text in programs:
+        if "plugin.run()" in text:                  # started by a host: see below
+            continue
         done = subprocess.run([sys.executable, "-c", text], cwd=HERE, capture_output=True, text=True, timeout=20)
         assert done.returncode == 0 and done.stderr == "", (text, done.stderr)
 
@@ -2243,6 +2245,220 @@ def test_validate_names_what_looks_wrong():
     assert bus.validate() == ["nobody listens to 'lonely'", "'crowded' has 101 handlers"]
 
 
+def test_a_weak_method_ends_with_its_object():
+    class Listener:
+        heard = 0
+
+        def hear(self, event):
+            Listener.heard += 1
+
+    bus, one, two = hl.Bus(), Listener(), Listener()
+    handlers = [bus.on("a", each.hear, weak=True) for each in (one, two)]
+    bus.emit("a")
+    assert Listener.heard == 2 and handlers[0].name.endswith("Listener.hear") and handlers[0].calls == 1
+    del one
+    bus.emit("a")
+    assert Listener.heard == 3 and bus.handler_count == 1
+    del two
+    bus.on("a", print).remove()             # also where nobody emits
+    assert bus.handler_count == 0
+    for wrong in (print, lambda event: None):
+        with pytest.raises(hl.UsageError, match="weak"):
+            bus.on("a", wrong if wrong is not print else Listener.hear, weak=True)
+
+
+def test_propagators_decide_by_what_an_event_is():
+    bus, pass_ = hl.Bus(), hl.Propagator
+
+    def let_through(keep, events):
+        got = []
+        handler = bus.on("*", got.append, filter=keep)
+        for key, data in events:
+            bus.emit(key, data)
+        handler.remove()
+        assert handler.calls == len(got)
+        return [event.key for event in got]
+
+    keys = ["core:tick", "client:chat:message", "client:game:fire", "plugin:shop:sold", "gorc_instance:Rock:2:hit", "gorc_client:Rock:0:hit"]
+    events = [(key, None) for key in keys]
+    assert let_through(pass_.exact("core:tick", "client:game:fire"), events) == ["core:tick", "client:game:fire"]
+    assert let_through(pass_.namespace(allow=["client"]), events) == keys[1:3]
+    assert let_through(pass_.namespace(allow=["client", "core"], block=["client:chat"]), events) == [keys[0], keys[2]]
+    assert let_through(pass_.namespace(block=["client:ch"]), events) == keys
+    assert let_through(pass_.channel(0, 1), events) == keys[:4] + keys[5:]
+    assert let_through(~pass_.channel(0, 1), events) == [keys[4]]
+    assert let_through(pass_.all_of(), events) == let_through(pass_.any_of(), events) == keys
+    assert let_through(pass_.exact("core:tick") | pass_.exact(keys[2]), events) == [keys[0], keys[2]]
+    assert let_through(pass_.namespace(allow=["client"]) & ~pass_.exact(keys[1]), events) == [keys[2]]
+    places = [("a:near", {"x": 3, "y": 4}), ("a:edge", {"position": {"x": 0, "y": 0, "z": -5}}), ("a:far", {"x": 3, "y": 4, "z": 1}),
+              ("a:none", {"x": "?"}), ("a:object", hl.builtin_schema().Vec3(x=9)), ("a:nan", {"x": math.nan, "y": 0})]
+    assert let_through(pass_.near((0, 0, 0), 5), places) == ["a:near", "a:edge", "a:none"]
+    assert let_through(pass_.near(lambda: (9, 0, 0), 1), places) == ["a:none", "a:object"]
+    assert let_through(pass_.near(lambda: None, 1), places) == [key for key, _ in places]
+    assert hl.Event("client:chat:message", None).metadata == {"namespace": "chat"}
+    assert hl.Event("gorc_client:Rock:3:hit", {"x": 1, "y": 2}).metadata == {
+        "namespace": "gorc_client", "channel": 3, "position": (1.0, 2.0, 0.0)}
+    for wrong in (lambda: pass_.namespace(allow="client"), lambda: pass_.near((0, 0), 5), lambda: pass_.near((0, 0, 0), -1),
+                  lambda: pass_.near((0, 0, 0), math.nan)):
+        with pytest.raises(hl.UsageError):
+            wrong()
+
+
+def test_a_filter_may_hand_on_another_event():
+    spawned = []
+    bus, got = hl.Bus(spawn=lambda handler, event: spawned.append(event)), []
+    double = hl.Propagator.transform(lambda data: data * 2)
+
+    async def later(event): ...
+
+    bus.on("a", got.append, filter=double & hl.Propagator(lambda event: event.data > 2) & double)
+    bus.on("a", lambda event: event.cancel("by the second") if event.data == 20 else None, filter=double)
+    bus.on("a", later, filter=double)
+    assert not bus.emit("a", 1).cancelled and not got and spawned[0].data == 2
+    with pytest.raises(hl.StateError):
+        spawned[0].cancel()
+    event = bus.emit("a", 10)
+    assert [each.data for each in got] == [40] and event.data == 10
+    assert event.cancelled and event.reason == "by the second" and len(spawned) == 1
+    got[0].cancel("by the copy")
+    assert event.reason == "by the copy" == got[0].reason
+
+
+def test_statistics_tell_the_least_the_mean_the_most_and_p95():
+    clock = FakeClock()
+    bus = hl.Bus(clock=clock, debug=True)
+
+    def work(event):
+        clock.now_ns += event.data
+
+    bus.on("a", work)
+    for spent in range(1, 201):
+        bus.emit("a", spent * 1000)
+    stats = bus.stats()["a"]
+    assert stats["emits"] == 200 and stats["timed"] == 200
+    for figures in (stats, stats["handlers"][0]):
+        assert (figures["min_ns"], figures["avg_ns"], figures["max_ns"]) == (1000, 100_500, 200_000)
+        assert figures["p95_ns"] == 196_000             # of the last hundred: 101 to 200
+    assert stats["handlers"][0]["calls"] == 200 and "queued" not in stats["handlers"][0]
+    bus.debug(False)
+    for _ in range(129):
+        bus.emit("b", 1)
+    sampled = hl.Bus(clock=clock)
+    sampled.on("a", work)
+    for _ in range(129):
+        sampled.emit("a", 5)
+    assert sampled.stats()["a"]["timed"] == 3           # the first, the 65th, the 129th
+
+
+def test_slow_handlers_are_warned_about_once_a_second(caplog):
+    clock = FakeClock()
+    bus = hl.Bus(clock=clock, debug=True, slow_ms=10)
+
+    def slow(event):
+        clock.now_ns += event.data * MS
+
+    bus.on("a", slow)
+    for spent in (1, 10, 11, 50, 500):
+        bus.emit("a", spent)
+    assert bus.slow == 3 and caplog.text.count("took") == 1 and "slow of a took 11.0 ms" in caplog.text
+    clock.now_ns += 1000 * MS
+    bus.emit("a", 20)
+    assert caplog.text.count("took") == 2
+
+
+def test_a_key_without_a_handler_is_told_with_the_nearest_one_while_debugging(caplog):
+    bus = hl.Bus(debug=True)
+    bus.on("core:player_conected", print)
+    bus.emit("core:player_connected")
+    bus.emit("nothing:like:it")
+    assert "nobody listens to 'core:player_connected'; did you mean 'core:player_conected'?" in caplog.text
+    assert caplog.text.count("nobody") == 1
+    quiet = hl.Bus()
+    quiet.on("core:player_conected", print)
+    quiet.emitter("core:player_connected")()
+    assert caplog.text.count("nobody") == 1
+    assert quiet.validate() == ["nobody listens to 'core:player_connected'; did you mean 'core:player_conected'?"]
+
+
+def test_keys_are_interned():
+    bus = hl.Bus()
+    handlers = [bus.on("".join(["a:", "b"]), print) for _ in range(2)]
+    assert handlers[0].key is handlers[1].key is sys.intern("a:b")
+
+
+def test_what_runs_beside_the_loop_is_counted_bounded_and_answers_on_the_loop(monkeypatch, caplog):
+    monkeypatch.setattr(hl, "_MAX_RUNNING", 3)
+    gate, results = threading.Event(), []
+    with running() as app:
+        def answer(event, result):
+            results.append((event.data, result, threading.get_ident()))
+
+        @app.on_core("work", blocking=True, then=answer)
+        def work(event):
+            gate.wait(5)
+            return event.data * 2
+
+        @app.on_core("aim", then=answer)
+        async def aim(event):
+            while not gate.is_set():
+                await asyncio.sleep(0.01)
+            return event.data * 3
+
+        @app.on_core("exit")
+        async def leave(event):
+            sys.exit(5)
+
+        @app.on_core("odd", then=lambda event, result: 1 / 0)
+        async def odd(event): ...
+
+        def emit(name):
+            return [app.emit_core(name, number).failed for number in range(5)]
+
+        assert on_loop(app, emit, "work") == on_loop(app, emit, "aim") == [False, False, False, True, True]
+        assert app.metrics['horizon_handlers_running{kind="blocking"}'] == 3
+        assert app.metrics['horizon_handlers_running{kind="asynchronous"}'] == 3
+        stats = app.bus.stats()["core:work"]
+        assert stats["handlers"][0]["running"] == 3 and stats["errors"] == 2 and "3 calls of" in caplog.text
+        gate.set()
+        wait_until(lambda: len(results) == 6)
+        assert sorted(each[:2] for each in results) == [(0, 0), (0, 0), (1, 2), (1, 3), (2, 4), (2, 6)]
+        assert {each[2] for each in results} == {app._thread_id}
+        figures = app.bus.stats()["core:work"]["handlers"][0]
+        assert figures["running"] == 0 and figures["queued"]["timed"] == 3 and figures["timed"] == 3
+        on_loop(app, app.emit_core, "exit")
+        on_loop(app, app.emit_core, "odd")
+        wait_until(lambda: app.bus.errors == 6)
+        assert "SystemExit(5)" in caplog.text and "ZeroDivisionError" in caplog.text
+        results.clear()
+        on_loop(app, app.emit_core, "aim", 7)       # asyncio's thread goes on
+        wait_until(lambda: results)
+    for wrong in ({"then": print}, {"then": 5}):
+        with pytest.raises(hl.UsageError):
+            hl.Bus().on("a", print, **wrong)
+
+
+def test_at_the_end_what_runs_has_its_time_and_is_then_cancelled(caplog):
+    ended = []
+    app = hl.Engine(port=0, grace_s=0.3)
+
+    @app.on_core("short")
+    async def short(event):
+        await asyncio.sleep(0.1)
+        ended.append("short")
+
+    @app.on_core("long")
+    async def long(event):
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append("cleaned up")
+
+    with app:
+        on_loop(app, app.emit_core, "short")
+        on_loop(app, app.emit_core, "long")
+    assert ended == ["short", "cleaned up"] and "1 calls of handlers were under way" in caplog.text
+
+
 # =============================================================================
 # 8  TOPICS
 # =============================================================================
@@ -3698,6 +3914,1180 @@ def test_a_large_delimited_message_in_small_pieces_takes_linear_time():
     for at in range(0, len(data), 10):
         got += reader.feed(data[at:at + 10])
     assert len(got) == 1 and time.process_time() - began < 2.0
+
+
+# =============================================================================
+# 15  PLUGINS
+# =============================================================================
+
+class Recorder(hl.Plugin):
+    """A plugin that notes what happens to it in a list of its class."""
+
+    said: list = []
+    breaks = ""
+
+    def note(self, what):
+        self.said.append(f"{self.name} {what}")
+        if self.breaks == what:
+            raise ValueError(f"{self.name} breaks")
+
+    def register(self, app):
+        app.on_core("round")(lambda event: self.said.append(f"{self.name} heard {event.data}"))
+        self.note("register")
+
+    def on_start(self):
+        self.note("start")
+
+    def on_stop(self):
+        self.note("stop")
+
+
+def recorders(*names, **more):
+    """Classes of plugins by name, "a<b" requires b; and the list that all of them write to."""
+    said = []
+    made = []
+    for each in names:
+        name, *wanted = each.split("<")
+        attributes = {"name": name, "said": said, "requires": tuple(wanted), **more.get(name, {})}
+        made.append(type(name.capitalize(), (Recorder,), attributes))
+    return made, said
+
+
+def test_plugins_register_then_start_in_order_and_stop_in_reverse():
+    classes, said = recorders("chat<bank", "bank<log", "log")
+    app = hl.Engine(port=0)
+    loaded = []
+    app.on_core("plugin_loaded")(lambda event: loaded.append(event.data["plugin_name"]))
+    for cls in classes:
+        app.load(cls)
+    assert said == ["chat register", "bank register", "log register"] and not app.plugins
+    with app:
+        wait_until(lambda: len(app.plugins) == 3)
+        assert said[3:] == ["log start", "bank start", "chat start"] == [f"{each} start" for each in loaded]
+        assert list(app.plugins) == ["log", "bank", "chat"] and app.metrics["plugins_loaded"] == 3
+        assert isinstance(app.plugins["bank"], classes[1]) and app.plugins["bank"].app.url == app.url
+        assert isinstance(app.plugins["bank"].app, hl.Engine) and "nobody" not in app.plugins
+    assert said[6:] == ["chat stop", "bank stop", "log stop"]
+
+
+@pytest.mark.parametrize("breaks", ["register", "start", "stop"])
+def test_a_plugin_that_fails_is_isolated(breaks, caplog):
+    classes, said = recorders("one", "bad", "two<bad", "three", bad={"breaks": breaks})
+    app = hl.Engine(port=0)
+    for cls in classes:
+        app.load(cls)
+    with app:
+        wait_until(lambda: "three" in app.plugins)
+        on_loop(app, app.emit_core, "round", 1)
+        heard = {each.split()[0] for each in said if "heard" in each}
+        report = app.report()["plugins"]
+        if breaks == "stop":
+            assert heard == {"one", "bad", "two", "three"}
+        else:
+            assert heard == {"one", "three"} == set(app.plugins)
+            assert report["bad"]["state"] == "failed" and "bad breaks" in report["bad"]["error"]
+            assert "requires 'bad', which has failed" in report["two"]["error"]
+            on_loop(app, app._check_alerts)
+            assert "bad has failed" in app.alerts["plugins"]
+            on_loop(app, setattr, classes[1], "breaks", "")
+            app.load(type("Bad", (Recorder,), {"name": "bad", "said": said}))      # a failed one may be replaced
+            assert "bad" in app.plugins
+    assert "ValueError: bad breaks" in caplog.text
+    assert said[-1] == "one stop"
+
+
+def test_plugins_require_versions_of_one_major():
+    (bank,), _ = recorders("bank", bank={"version": "2.3.1"})
+    for wanted, fits in (("2", True), ("2.3", True), ("2.3.1", True), ("2.4", False), ("1.9", False), ("3", False)):
+        app = hl.Engine(port=0)
+        app.load(bank)
+        app.load(type("Shop", (hl.Plugin,), {"requires": {"bank": wanted}}))
+        app.load(type("Mall", (hl.Plugin,), {"requires": (f"bank {wanted}", "horizon_lite 0.1")}))
+        app.plugins.start()
+        report = app.report()["plugins"]
+        assert (report["shop"]["state"] == "running") is fits is (report["mall"]["state"] == "running"), wanted
+        assert fits or f"requires bank {wanted}, and there is 2.3.1" in report["shop"]["error"]
+    with pytest.raises(hl.UsageError, match="no version"):
+        hl.Engine(port=0).load(type("Odd", (hl.Plugin,), {"version": "new"}))
+
+
+def test_plugins_that_require_each_other_or_nobody_are_told():
+    classes, said = recorders("a<b", "b<a", "c<bnak", "bank")
+    app = hl.Engine(port=0)
+    for cls in classes:
+        app.load(cls)
+    app.plugins.start()
+    report = app.report()["plugins"]
+    assert "circle" in report["a"]["error"] and "which has failed" in report["b"]["error"]
+    assert "did you mean 'bank'" in report["c"]["error"] and list(app.plugins) == ["bank"]
+    with pytest.raises(hl.UsageError, match="there is a plugin 'bank' already"):
+        app.load(classes[3])
+
+
+def test_what_a_plugin_registers_goes_with_it(tmp_path):
+    (tmp_path / "page.txt").write_text("hello")
+
+    class Busy(hl.Plugin):
+        def register(self, app):
+            app.on("client:x:y")(print)
+            app.on("client:*", lambda event: None)
+            app.bus_before = app.bus.handler_count
+            app.every(hz=1)(print)
+            app.subscribe("news.>")(print)
+            app.get("/mine")(lambda request: "mine")
+            app.post("/mine")(lambda request: "mine")
+            app.websocket("/ws/mine")(print)
+            app.static("/files", tmp_path)
+            app.html("news.*")(lambda message: "<p id=a>a</p>")
+            app.allow("news.>", publish=True)
+            app.authenticate(lambda request: "ada")
+
+        def on_start(self):
+            self.app.on_core("later")(print)
+            self.app.load(type("Inner", (hl.Plugin,), {}))
+
+    def things(app):
+        return (app.bus.handler_count, len(app._repeats), len(app._routes), len(app._rules), len(app._views),
+                len(app.topics.matching("news.a")), app._authenticator, len(app.plugins))
+
+    with running() as app:
+        before = things(app)
+        app.load(Busy)
+        wait_until(lambda: "inner" in app.plugins)
+        after = things(app)
+        assert all(old != new for old, new in zip(before, after)), (before, after)
+        app.unload("busy")
+        assert things(app) == before
+        with pytest.raises(hl.UsageError, match="no plugin 'busy'"):
+            app.unload("busy")
+
+
+def test_plugins_come_from_classes_objects_files_modules_and_folders(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    text = "import horizon_lite as hl\nclass {}(hl.Plugin):\n    version = '1.5'\n"
+    (tmp_path / "one_plugin.py").write_text(text.format("One"))
+    (tmp_path / "two_plugin.py").write_text(text.format("Two"))
+    (tmp_path / "folder").mkdir()
+    for name in ("three", "four", "_hidden"):
+        (tmp_path / "folder" / f"{name}.py").write_text(text.format(name.strip("_").capitalize()))
+    (tmp_path / "folder" / "broken.py").write_text("def")
+    (tmp_path / "empty_plugin.py").write_text("x = 1")
+    (tmp_path / "json.py").write_text(text.format("Json"))
+    app = hl.Engine(port=0, plugins=["one_plugin.py"])
+    made = app.load("two_plugin")
+    assert [each.name for each in made] == ["two"] and made[0].version == "1.5"
+    app.load(tmp_path / "folder")
+    app.load(hl.Plugin())
+    for target, why in (("missing.py", "no file"), ("missing", "no module"), ("empty_plugin.py", "no class of hl.Plugin"),
+                        (5, "load a Plugin class"), ("a b", "neither"), ("json.py", "rename the file")):
+        with pytest.raises(hl.UsageError, match=why):
+            app.load(target)
+    with app:
+        wait_until(lambda: "one" in app.plugins)
+        assert set(app.plugins) == {"one", "two", "three", "four", "plugin"}
+        assert app.report()["plugins"]["broken"]["state"] == "failed" and "SyntaxError" in caplog.text
+    for name in ("one_plugin", "two_plugin", "three", "four", "empty_plugin"):
+        sys.modules.pop(name, None)
+
+
+def test_a_changed_file_is_loaded_anew_and_connections_stay(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    path = tmp_path / "hot_plugin.py"
+
+    def write(answer, more=""):
+        path.write_text(
+            "import horizon_lite as hl\nclass Hot(hl.Plugin):\n    def register(self, app):\n"
+            f"        app.on_client('hot', 'ask')(lambda event: event.client.send({answer!r}))\n{more}")
+        os.utime(path, ns=(next(stamps), 0))        # several times in one second, and of one length
+
+    stamps = itertools.count(1)
+    classes, said = recorders("user<hot")
+    write("one")
+    with running(reload=True) as app, hl.connect(app.url) as client:
+        os.utime(path, ns=(0, next(stamps)))
+        app.load(path)
+        app.load(classes[0])
+
+        def ask():
+            client.emit("hot", "ask")
+            return client.recv(5)
+
+        def changed(word):
+            caplog.clear()
+            wait_until(lambda: on_loop(app, app.plugins.look) or word in caplog.text)
+
+        assert ask() == "one"
+        os.utime(path, ns=(0, next(stamps)))
+        write("two")
+        os.utime(path, ns=(0, next(stamps)))
+        changed("has changed: hot")
+        assert ask() == "two" and said == ["user register", "user start", "user stop", "user register", "user start"]
+        write("xxx", "def")
+        os.utime(path, ns=(0, next(stamps)))
+        changed("the old plugin stays")
+        assert ask() == "two" and "user" in app.plugins
+        write("six", "class More(hl.Plugin): pass\n")
+        os.utime(path, ns=(0, next(stamps)))
+        changed("has changed: hot, more")
+        assert ask() == "six" and {"hot", "more", "user"} == set(app.plugins)
+        assert app.bus.handler_count == 2 and client.closed is None
+    sys.modules.pop("hot_plugin", None)
+
+
+# -- programs --
+
+class Wire:
+    """A plugin program by hand: frames over the host's socket."""
+
+    def __init__(self, app, plugin_id="p", subscribe=None, hello=True, packed="", address="", **said):
+        self.schema, self.id = hl.builtin_schema(), plugin_id
+        kind, where, port = hl.plugin_address(address or app.host.address)
+        self.sock = socket.socket(socket.AF_UNIX) if kind == "unix" else socket.socket()
+        self.sock.settimeout(5)
+        self.sock.connect(where if kind == "unix" else (where, port))
+        self.reader, self.messages, self.raw = hl.DelimitedReader(self.schema.HostToPlugin, 1 << 24), collections.deque(), b""
+        if hello:
+            self.send(hello=self.schema.PluginHello(name=plugin_id, **{"version": "1", "api_version": "v1", **said}))
+            self.hello = self.take().hello
+        if subscribe is not None:
+            self.subscribe(*subscribe, packed=packed)
+            wait_until(lambda: plugin_id in app.host.peers and app.host.peers[plugin_id].wanted is not None)
+
+    def send(self, plugin_id=None, **payload):
+        self.sock.sendall(hl.encode_delimited(self.schema.PluginToHost(
+            plugin_id=self.id if plugin_id is None else plugin_id, **payload)))
+
+    def subscribe(self, *types, packed=""):
+        self.send(subscribe=self.schema.EventSubscribe(events=types, packed=packed))
+
+    def answer(self, event, **said):
+        self.send(event_result=self.schema.EventResult(event_id=event.event_id, **said))
+
+    def take(self, timeout=5):
+        """The next message; None at the end."""
+        self.sock.settimeout(timeout)
+        while not self.messages:
+            try:
+                data = self.sock.recv(1 << 16)
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                return None
+            self.raw += data
+            self.messages += self.reader.feed(data)
+        return self.messages.popleft()
+
+    def event(self, timeout=5):
+        """The next frame's events: one that came alone, or those of a batch."""
+        message = self.take(timeout)
+        kind = message.which("payload")
+        if kind == "event":
+            return message.event
+        assert kind in ("events", "compressed_events"), message
+        return hl._inflated(message.compressed_events).events if kind == "compressed_events" else message.events.events
+
+    def shutdown(self):
+        """Why the host ended it; whatever came before is passed over."""
+        while (message := self.take()) is not None:
+            if message.which("payload") == "shutdown":
+                assert self.take() is None
+                return message.shutdown.reason
+        return None
+
+    def silent(self, seconds=0.15):
+        try:
+            return self.take(seconds) is None
+        except TimeoutError:
+            return True
+
+    def close(self):
+        self.sock.close()
+
+
+@contextlib.contextmanager
+def hosting(tmp_path, **settings):
+    with running(plugins_listen=f"unix://{tmp_path}/p.sock", **settings) as app:
+        try:
+            yield app
+        finally:
+            on_loop(app, app.host._check)
+
+
+def refusals(app):
+    return {reason: count for reason, count in app.host.refused.items() if count}
+
+
+def test_a_plugin_says_hello_and_hears_only_what_it_subscribed_to(tmp_path):
+    with hosting(tmp_path) as app:
+        assert stat_mode(tmp_path / "p.sock") == 0o600
+        schema = hl.builtin_schema()
+        one = Wire(app, "one")
+        assert one.hello == schema.HostHello(api_version="v1", boot_id=app.host._boot_id) and len(one.hello.boot_id) == 16
+        join = schema.PlayerJoinEvent(player_uuid="u", name="ada")
+        on_loop(app, app.emit_core, "player_join", join)
+        assert one.silent()                         # nothing before the first subscription
+        one.subscribe("PLAYER_JOIN", "NO_SUCH_EVENT", "")
+        two = Wire(app, "two", ["ALL"])
+        wait_until(lambda: app.host.wants("PLAYER_JOIN"))
+        on_loop(app, app.emit_core, "player_join", join)
+        (event,), (same,) = one.event(), two.event()
+        assert event == same and event.player_join == join and event.type == "PLAYER_JOIN"
+        assert event.event_id.isdigit() and not event.expects_response
+        on_loop(app, app.emit_core, "world_close", schema.WorldCloseEvent())
+        assert two.event()[0].type == "WORLD_CLOSE" and one.silent()
+        two.subscribe("WORLD_CLOSE")                # replaces the set
+        one.subscribe()
+        wait_until(lambda: not app.host.wants("PLAYER_JOIN"))
+        on_loop(app, app.emit_core, "player_join", join)
+        assert two.silent() and one.silent()
+        report = app.report()["programs"]
+        assert report["two"]["wanted"] == ["WORLD_CLOSE"] and report["one"]["events"] == 2
+        one.close()
+        wait_until(lambda: "one" not in app.host.peers)
+        with hl.connect(app.url) as client:         # a plain event is not one of theirs
+            on_loop(app, app.emit_core, "player_join", {"name": "ada"})
+    assert two.event()[0].type == "WORLD_CLOSE" and two.shutdown() == "server is shutting down"
+    assert not (tmp_path / "p.sock").exists()
+
+
+def stat_mode(path):
+    return path.stat().st_mode & 0o777
+
+
+def test_engine_events_become_plugin_events(tmp_path):
+    with hosting(tmp_path) as app:
+        plugin = Wire(app, "p", ["PLAYER_JOIN", "PLAYER_QUIT", "PLAYER_MOVE", "COMMAND"])
+        heard = []
+        app.on("client:command:*", heard.append)
+        with hl.connect(app.url) as client:
+            (join,) = plugin.event()
+            (session,) = app.sessions.values()
+            assert join.player_join == hl.builtin_schema().PlayerJoinEvent(player_uuid=session.id, name=session.user)
+            client.emit("movement", "position", {"x": 1.5, "y": -2, "z": 3e9})
+            (move,) = plugin.event()
+            assert move.type == "PLAYER_MOVE" and move.player_move == hl.builtin_schema().PlayerMoveEvent(
+                player_uuid=session.id, x=1.5, y=-2.0, z=3e9)
+            for event, data, raw in (("message", {"text": "/home"}, "/home"), ("home", None, "home"), ("say", "/say hi", "/say hi")):
+                client.emit("command", event, data)
+                asked = plugin.event()
+                assert asked.expects_response and asked.command.raw == raw and asked.command.name == session.user
+                plugin.answer(asked)
+            wait_until(lambda: len(heard) == 3)
+        (quit,) = plugin.event()
+        assert quit.player_quit.player_uuid == session.id
+        app.on_core("player_connected")(lambda event: event.cancel("full"))
+        with hl.connect(app.url) as client:
+            assert client.recv(5) is None
+        (quit,) = plugin.event()
+        assert quit.type == "PLAYER_QUIT"           # who was not let in has not joined
+
+
+BAD_HELLOS = {
+    "garbage": (b"\x05\xff\xff\xff\xff\xff", "WireError", "byte"),
+    "too long": (hl.encode_delimited(hl.builtin_schema().PluginToHost(plugin_id="p" * 70_000)), "TooBig", "70004 bytes"),
+    "length of 6 bytes": (b"\xff\xff\xff\xff\xff\xff", "WireError", "32 bits"),
+    "no hello": ({"subscribe": {"events": ["ALL"]}}, "no_hello", "first frame is a PluginHello"),
+    "empty": (b"\x00", "no_hello", "first frame"),
+    "odd id": ({"plugin_id": "a b", "hello": {}}, "unknown_plugin", "1 to 64"),
+    "no id": ({"plugin_id": "", "hello": {}}, "unknown_plugin", "1 to 64"),
+    "unknown": ({"plugin_id": "stranger", "hello": {}}, "unknown_plugin", "no plugin 'stranger' here"),
+    "other version": ({"hello": {"api_version": "v2"}}, "api_version", "speaks v1"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_HELLOS)
+def test_a_bad_hello_has_a_reason_a_count_and_a_line(what, tmp_path, caplog):
+    data, label, text = BAD_HELLOS[what]
+    (tmp_path / "plugins.toml").write_text('[[plugins]]\nid = "p"\n')
+    schema = hl.builtin_schema()
+    with hosting(tmp_path, plugins=[f"{tmp_path}/plugins.toml"]) as app:
+        wire = Wire(app, hello=False)
+        if isinstance(data, dict):
+            data = hl.encode_delimited(schema.PluginToHost.from_dict({"plugin_id": "p", **data}))
+        wire.sock.sendall(data)
+        assert text in wire.shutdown()
+        assert refusals(app) == {label: 1} and not app.host.peers
+        wait_until(lambda: text in caplog.text)
+        assert f'horizon_plugins_refused_total{{reason="{label}"}}' in app.metrics
+        Wire(app, "p", ["ALL"]).close()             # others come in
+
+
+def test_who_says_nothing_is_told_to_go(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(hl, "_HELLO_S", 0.1)
+    with hosting(tmp_path) as app:
+        silent, slow, web = (Wire(app, hello=False) for _ in range(3))
+        quick = Wire(app, "quick")
+        slow.sock.sendall(b"\x20")                  # the beginning of a frame is no hello
+        web.sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        for wire in (silent, slow, web):
+            assert wire.shutdown() == "no hello within 0.1 s"
+        assert refusals(app)["hello_timeout"] == 3 and quick.silent() and "quick" in app.host.peers
+        assert "no hello within" in caplog.text
+
+
+def test_faults_after_the_hello_end_a_plugin_and_nothing_else(tmp_path, caplog):
+    schema = hl.builtin_schema()
+    with hosting(tmp_path) as app:
+        good = Wire(app, "good", ["CHAT"])
+        faults = {
+            "wrong_id": lambda wire: wire.send(plugin_id="good", subscribe=schema.EventSubscribe(events=["ALL"])),
+            "bad_subscribe": lambda wire: wire.subscribe("ALL", packed="f16"),
+            "WireError": lambda wire: wire.sock.sendall(b"\x02\x0a\x09"),
+            "TooBig": lambda wire: wire.sock.sendall(b"\xff\xff\x7f"),
+        }
+        for label, act in faults.items():
+            wire = Wire(app, "bad", ["CHAT"])
+            act(wire)
+            assert wire.shutdown() and refusals(app)[label] == 1
+        wire = Wire(app, "bad", ["CHAT"])
+        wire.sock.sendall(hl.encode_delimited(schema.PluginToHost(plugin_id="bad"))[:-1])
+        wire.close()                                # it crashes in the middle of a frame
+        wait_until(lambda: refusals(app).get("cut") == 1)
+        assert set(app.host.peers) == {"good"}
+        second = Wire(app, "good", ["CHAT"])        # the newer of two with one id stays
+        assert good.shutdown() == "replaced by a newer connection" and refusals(app)["replaced"] == 1
+        assert app.host.peers["good"].connection.is_open and "replaced" in caplog.text and "cut" in caplog.text
+        second.send(hello=schema.PluginHello())     # once more, and frames that nobody knows
+        second.send()
+        second.subscribe("ALL")
+        wait_until(lambda: len(app.host.peers["good"].wanted) > 1)
+        assert app.host.answers["unknown_frame"] == 2
+
+
+def test_tcp_needs_a_token_and_strangers_need_tls(tmp_path):
+    for settings, why in (({"plugins_listen": "tcp://127.0.0.1:0"}, "needs plugins_token"),
+                          ({"plugins_listen": "tcp://0.0.0.0:0", "plugins_token": "t"}, "write tls://0.0.0.0:0"),
+                          ({"plugins_listen": "tls://127.0.0.1:0"}, "needs plugins_token"),
+                          ({"plugins_listen": "tls://127.0.0.1:0", "plugins_token": "t"}, "needs tls_cert"),
+                          ({"plugins_listen": "127.0.0.1"}, "no address of plugins"),
+                          ({"plugins_listen": "tcp://127.0.0.1:99999"}, "no address of plugins")):
+        app = hl.Engine(port=0, **settings)
+        with pytest.raises(hl.ConfigError, match=why):
+            app.start()
+        app.stop()
+    config = hl.Config.load(None, {"HORIZON_PLUGIN_TOKEN": "123", "HORIZON_PLUGIN_ID": "x", "HORIZON_PLUGIN_ADDRESS": "y"})
+    assert config.plugins_token == "123"
+    with running(plugins_listen="127.0.0.1:0", plugins_token="s3cret") as app:
+        for token, why in (("", "a token is needed"), ("s3cre", "token is wrong"), ("s3cret ", "token is wrong"), ("\u2026", "token is wrong")):
+            wire = Wire(app, hello=False)
+            wire.send(hello=wire.schema.PluginHello(token=token))
+            assert why in wire.shutdown()
+        assert refusals(app) == {"bad_token": 4}
+        assert Wire(app, "p", token="s3cret").hello.api_version == "v1"
+        plugin = hl.RemotePlugin("q", app.host.address, "wrong")
+        with pytest.raises(hl.HandshakeError, match="refuses plugin 'q': the token is wrong"):
+            plugin.run()
+
+
+def test_plugins_by_tls(certificate):
+    path, context = certificate
+    with running(plugins_listen="tls://localhost:0", plugins_token="t", tls_cert=path) as app:
+        plain = Wire(app, hello=False)
+        plain.send(hello=plain.schema.PluginHello(token="t"))
+        wait_until(lambda: refusals(app) == {"tls": 1})
+        web = Wire(app, hello=False)
+        web.sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_until(lambda: refusals(app) == {"tls": 2})
+        plugin = hl.RemotePlugin("p", app.host.address, "t", ssl_context=context)
+        heard = []
+        plugin.on("PLAYER_JOIN")(heard.append)
+        with plugin:
+            wait_until(lambda: app.host.wants("PLAYER_JOIN"))
+            with hl.connect(app.url, ssl_context=context):
+                while not heard:
+                    assert plugin.step(5)
+            assert plugin.boot_id == app.host._boot_id
+
+
+def ask(app, message):
+    """Ask on the loop; returns the future and when it was done, on the loop's clock."""
+    done = []
+
+    def start():
+        future = app.ask(message)
+        future.add_done_callback(lambda future: done.append((threading.get_ident(), future.result())))
+        return future
+
+    return on_loop(app, start), done
+
+
+def test_an_event_that_plugins_may_change(tmp_path):
+    schema = hl.builtin_schema()
+    (tmp_path / "plugins.toml").write_text("".join(f'[[plugins]]\nid = "{name}"\n' for name in "cab"))
+    with hosting(tmp_path, plugins=[f"{tmp_path}/plugins.toml"], plugin_reply_ms=2000) as app:
+        wires = {name: Wire(app, name, ["CHAT", "BLOCK_BREAK"]) for name in "abc"}
+        chat = schema.ChatEvent(player_uuid="u", name="ada", message="hi")
+
+        def say(**answers):
+            future, done = ask(app, chat)
+            events = {name: wire.event() for name, wire in wires.items()}
+            assert len({each.event_id for each in events.values()}) == 1 and events["a"].chat == chat
+            for name, said in answers.items():
+                wires[name].answer(events[name], **said)
+            verdict = future.result(5)
+            wait_until(lambda: done)
+            assert done == [(app._thread_id, verdict)]
+            return verdict
+
+        def chats(text):
+            return {"chat": schema.ChatMutation(message=text)}
+
+        verdict = say(a={}, b={}, c={})
+        assert not verdict.cancelled and verdict.update is None and verdict.event is chat and len(verdict.answers) == 3
+        # by configured order, c a b, whoever answers first
+        verdict = say(b=chats("by b"), a=chats("by a"), c=chats("by c"))
+        assert verdict.event.message == "by b" and chat.message == "hi" and verdict.event.name == "ada"
+        assert say(a=chats("by a"), b={}, c=chats("by c")).event.message == "by a"
+        # absent is not zero, and what is said to be empty is empty
+        assert say(c=chats("by c"), b={"chat": schema.ChatMutation()}, a={}).event.message == "by c"
+        assert say(c=chats("by c"), b={"cancel": False, **chats("")}, a={}).event.message == ""
+        # one cancels: nothing is changed, and it is told at once
+        verdict = say(a=chats("by a"), b={"cancel": True})
+        assert verdict.cancelled and verdict.by == "b" and verdict.update is None and verdict.event.message == "hi"
+        # an answer of another kind changes nothing
+        assert say(a={"block_break": schema.BlockBreakMutation(xp=1)}, b={}, c={}).event.message == "hi"
+        assert app.host.answers["wrong_update"] == 1
+        future, _ = ask(app, schema.BlockBreakEvent(name="ada", x=-1))
+        events = {name: wire.event() for name, wire in wires.items()}
+        drop = schema.ItemStack(name="coal", count=1)
+        wires["a"].answer(events["a"], block_break=schema.BlockBreakMutation(drops=[drop]))
+        wires["b"].answer(events["b"], block_break=schema.BlockBreakMutation(xp=0))
+        wires["c"].answer(events["c"], block_break=schema.BlockBreakMutation(xp=7))
+        verdict = future.result(5)
+        assert verdict.update == schema.BlockBreakMutation(drops=[drop], xp=0) and verdict.event.x == -1
+        with pytest.raises(hl.UsageError, match="no event of the plugins' schema"):
+            on_loop(app, app.ask, schema.Vec3())
+        with pytest.raises(hl.StateError):
+            app.ask(chat)
+    assert hl.Engine(port=0).ask(chat).result().event is chat           # nobody to ask
+
+
+def test_answers_that_do_not_count_are_counted(tmp_path):
+    schema = hl.builtin_schema()
+    with hosting(tmp_path, plugin_reply_ms=300) as app:
+        one, two, deaf = Wire(app, "one", ["CHAT"]), Wire(app, "two", []), Wire(app, "deaf", ["CHAT"])
+        future, _ = ask(app, schema.ChatEvent(message="hi"))
+        event = one.event()
+        two.answer(event, cancel=True)              # was not asked
+        one.answer(event)
+        one.answer(event, cancel=True)              # once is enough
+        one.send(event_result=schema.EventResult(event_id="no such"))
+        one.send(event_result=schema.EventResult(event_id="9" * 10_000, cancel=True))
+        one.send(event_result=schema.EventResult(event_id="12345"))
+        began = time.monotonic()
+        while not future.done():                    # meanwhile the loop does not wait
+            assert on_loop(app, lambda: 1) == 1
+        assert 0.1 < time.monotonic() - began < 2 and not future.result().cancelled
+        deaf.answer(deaf.event(), cancel=True)      # too late
+        wait_until(lambda: app.host.answers["late"])
+        assert {name: count for name, count in app.host.answers.items() if count} == {
+            "not_asked": 1, "answered": 1, "duplicate": 1, "unknown": 3, "timeout": 1, "late": 1}
+        assert app.report()["programs"]["deaf"]["timeouts"] == 1 and not app.host._asks
+        future, _ = ask(app, schema.ChatEvent(message="hi"))
+        one.event(), one.close()                    # who leaves is not waited for
+        deaf.event(), deaf.answer(deaf_event := schema.EventEnvelope(event_id=str(app.host._number)))
+        assert future.result(5).answers.keys() == {"deaf"} and deaf_event and app.host.answers["gone"] == 1
+
+
+def test_clients_words_wait_for_plugins_in_their_order(tmp_path):
+    with hosting(tmp_path, plugin_reply_ms=1000) as app:
+        plugin = Wire(app, "p", ["CHAT"])
+        app.on_client("chat", "message")(lambda event: app.publish("lobby", event.data))
+        schema = hl.builtin_schema()
+        with hl.connect(app.url) as client, hl.connect(app.url, protocol="proto") as other:
+            client.subscribe("lobby")
+            for number in range(4):
+                client.send({"namespace": "chat", "event": "message", "data": {"text": f"{number}", "more": 1}, "id": number})
+            client.send({"namespace": "other", "event": "message", "id": "x"})
+            assert client.recv(5)["error"]["code"] == "no_handler"      # all else goes on
+            events = [plugin.event() for _ in range(4)]
+            assert [each.chat.message for each in events] == ["0", "1", "2", "3"]
+            for event in reversed(events):          # the last one is answered first
+                plugin.answer(event, **({"cancel": True} if event.chat.message == "2" else {
+                    "chat": schema.ChatMutation(message=event.chat.message + "!")}))
+            got = [client.recv(5) for _ in range(7)]
+            assert [each for each in got if "id" in each] == [
+                {"id": 0, "ok": True}, {"id": 1, "ok": True},
+                {"id": 2, "error": {"code": "cancelled", "message": "plugin p has cancelled it"}}, {"id": 3, "ok": True}]
+            assert [each["payload"] for each in got if "topic" in each] == [
+                {"text": f"{number}!", "more": 1} for number in (0, 1, 3)]
+            other.send_envelope(chat=schema.ChatEvent(message="by protobuf"))
+            plugin.answer(plugin.event(), chat=schema.ChatMutation(message="changed"))
+            assert client.recv(5)["payload"] == {"text": "changed"}
+            for data, text in (({"txt": 1}, ""), ({"text": 5}, ""), (None, ""), ("plain", "plain")):
+                client.emit("chat", "other", data)
+                event = plugin.event()
+                assert event.chat.message == text
+                plugin.answer(event)
+            for _ in range(hl._MAX_ASKED):
+                client.emit("chat", "message", {"text": "x"})
+            client.send({"namespace": "chat", "event": "message", "data": {"text": "x"}, "id": "busy"})
+            assert client.recv(5)["error"]["code"] == "busy"
+            session = app.sessions[events[0].chat.player_uuid]
+        for _ in range(hl._MAX_ASKED):              # it left, but what it said is said
+            plugin.answer(plugin.event())
+        wait_until(lambda: not session.asking)
+        assert app.topics.published >= hl._MAX_ASKED
+
+
+def test_a_tick_is_one_batch_and_what_is_urgent_takes_along_what_stands_before_it(tmp_path):
+    schema = hl.builtin_schema()
+    with hosting(tmp_path, tick_hz=0.01) as app:
+        wires = [Wire(app, name, ["ALL"], uncompressed=True) for name in ("one", "two")]
+        before = app.host.renders
+
+        def emit():
+            for number in range(3):
+                app.emit_core("player_join", schema.PlayerJoinEvent(name=f"{number}"))
+
+        on_loop(app, emit)
+        assert wires[0].silent(0.1)                 # it waits for the tick
+        on_loop(app, app._tick_once)
+        for wire in wires:
+            assert [each.player_join.name for each in wire.event()] == ["0", "1", "2"]
+        assert app.host.renders == before + 1 and app.metrics["horizon_plugins_encode_hits_total"] >= 1
+        emit_and_ask = lambda: (emit(), app.ask(schema.ChatEvent(message="now")), emit())       # noqa: E731
+        on_loop(app, emit_and_ask)
+        for wire in wires:
+            first, asked = wire.take(), wire.take()     # without a tick
+            ids = [int(each.event_id) for each in first.events.events] + [int(asked.event.event_id)]
+            assert len(ids) == 4 and ids == sorted(ids) and asked.event.expects_response
+            assert (first.plugin_id, asked.plugin_id) == (wire.id, wire.id)
+        on_loop(app, app._tick_once)
+        for wire in wires:
+            last = wire.event()
+            assert [each.player_join.name for each in last] == ["0", "1", "2"] and int(last[0].event_id) > ids[-1]
+        on_loop(app, lambda: [app.emit_core("player_join", schema.PlayerJoinEvent(name=f"{n}")) for n in range(250)])
+        on_loop(app, app._tick_once)
+        sizes = [len(wires[0].event()) for _ in range(3)]
+        assert sizes == [100, 100, 50]
+        on_loop(app, lambda: [app.emit_core("player_join", schema.PlayerJoinEvent(name="x" * 30_000)) for _ in range(5)])
+        on_loop(app, app._tick_once)
+        sizes = [len(wires[0].event()) for _ in range(3)]
+        assert sizes == [2, 2, 1]                   # by the limit of bytes
+
+
+def test_large_batches_are_compressed_if_that_helps_and_is_wanted(tmp_path, rng):
+    schema = hl.builtin_schema()
+    with hosting(tmp_path) as app:
+        wire, plain = Wire(app, "wire", ["PLAYER_JOIN"]), Wire(app, "plain", ["PLAYER_JOIN"], uncompressed=True)
+
+        def send(name, count):
+            on_loop(app, lambda: [app.emit_core("player_join", schema.PlayerJoinEvent(name=name)) for _ in range(count)])
+            assert len(plain.event()) == count
+            message = wire.take()
+            wire.messages.appendleft(message)
+            assert len(wire.event()) == count
+            return message.which("payload")
+
+        assert send("ada", 2) == "events"           # under 1 KiB
+        assert send("ada", 90) == "compressed_events" and app.host.squeezed == 1
+        noise = "".join(chr(rng.randrange(0x4E00, 0x9FFF)) for _ in range(4000))
+        assert send(noise, 1) in ("events", "compressed_events")
+        assert send(rng.randbytes(600).hex(), 1) in ("events", "compressed_events")
+    good = zlib.compress(bytes(100))
+    bomb = zlib.compress(bytes(hl._MAX_BATCH + 1))
+    for data, size in ((bomb, hl._MAX_BATCH + 1), (good[:-2], 100), (good + b"x", 100), (good, 99), (b"junk", 4)):
+        with pytest.raises(hl.PeerError):
+            hl._inflated(schema.CompressedEventBatch(data=data, original_size=size))
+
+
+def test_movement_is_encoded_as_the_schema_does(rng):
+    schema, movement = hl.builtin_schema(), hl.Movement()
+    for _ in range(int(50 * SOAK)):
+        players = {rng.randbytes(16): tuple(rng.choice((0.0, -0.0, 1.5, rng.uniform(-1e9, 1e9))) for _ in "xyz")
+                   for _ in range(rng.randrange(1, 250))}
+        for player, position in players.items():
+            movement.move(player, *position)
+        moves = movement.take()
+        pieces = moves.pieces("")
+        assert sum(count for count, _ in pieces) == len(players) == moves.count and max(count for count, _ in pieces) <= 100
+        assert b"".join(data for _, data in pieces) == moves.envelope("")
+        events = schema.EventBatch.decode(moves.envelope("")).events
+        assert [(each.player_move.player_uuid, each.player_move.x, each.player_move.y, each.player_move.z) for each in events] == [
+            (str(uuid.UUID(bytes=player)), *position) for player, position in players.items()]
+        plain = schema.EventBatch(events=[schema.EventEnvelope(type="PLAYER_MOVE", player_move=schema.PlayerMoveEvent(
+            str(uuid.UUID(bytes=player)), *(each or 1.0 for each in position))) for player, position in players.items()])
+        assert len(plain.encode()) == len(moves.envelope(""))       # zeros are written, all else is the same
+        assert [(1, moves.envelope("f32"))] == moves.pieces("f32")
+        for player in list(movement.positions):
+            movement.remove(player)
+        movement.take()
+    assert not movement.texts
+
+
+def test_of_movement_a_slow_plugin_gets_the_newest_and_loses_nothing_critical(tmp_path, monkeypatch, caplog):
+    schema = hl.builtin_schema()
+    with hosting(tmp_path) as app:
+        slow, quick = Wire(app, "slow", ["ALL"], uncompressed=True), Wire(app, "quick", ["ALL"], packed="f32")
+        other = Wire(app, "other", ["CHAT"])
+        players = [os.urandom(16) for _ in range(100)]
+        peer, sent = app.host.peers["slow"], 0
+        gone = players[0]
+        while not peer.connection.unsent:           # it does not read: fill the socket
+            on_loop(app, lambda: [app.movement.move(each, sent, 0, 0) for each in players])
+            on_loop(app, app._tick_once)
+            sent += 1
+        joins = 60
+
+        def more():
+            for number in range(joins):
+                app.emit_core("player_join", schema.PlayerJoinEvent(name=f"{number}"))
+                for each in players:
+                    if each in app.movement.positions or number == 0:
+                        app.movement.move(each, 1000 + number, 0, 0)
+                if number == 3:
+                    app.movement.remove(gone)
+                app._tick_once()
+
+        on_loop(app, more)
+        assert len(peer.outbox.items) == joins + 1 and app.host.replaced >= joins - 1
+        frames = []
+        while len([each for each in frames if each.type == "PLAYER_JOIN"]) < joins or frames[-1].type != "PLAYER_MOVE":
+            frames += slow.event()
+        while not slow.silent(0.1):
+            pass
+        last = {each.player_move.player_uuid: each.player_move.x for each in frames if each.type == "PLAYER_MOVE"}
+        late = {each.player_move.player_uuid for each in frames if each.type == "PLAYER_MOVE" and each.player_move.x >= 1000}
+        assert len(last) == 100 and len(late) == 99 and {last[each] for each in late} == {1000.0 + joins - 1}
+        assert [each.player_join.name for each in frames if each.type == "PLAYER_JOIN"] == [f"{n}" for n in range(joins)]
+        assert other.silent(0.05)                   # who did not ask for movement has none of it
+        packed = [each for _ in range(sent) for each in quick.event()]
+        assert {each.type for each in packed} == {"PACKED_MOVEMENT"} and len(packed[0].packed_movement.data) == 2804
+        assert not packed[0].packed_movement.wide and len(hl.unpack_moves(packed[0].packed_movement.data)) == 100
+        quick.close()
+        wait_until(lambda: "quick" not in app.host.peers)
+        while not peer.connection.unsent:
+            on_loop(app, lambda: [app.movement.move(each, 0, 0, 0) for each in players[1:]])
+            on_loop(app, app._tick_once)
+        block = schema.BlockBreakEvent(name="x")
+        on_loop(app, lambda: [app.emit_core("block_break", block) for _ in range(300)])
+        assert app.host.drops["droppable"] and peer.connection.is_open      # these may be dropped
+        on_loop(app, lambda: [app.emit_core("player_join", schema.PlayerJoinEvent()) for _ in range(300)])
+        wait_until(lambda: "slow" not in app.host.peers)    # but not these
+        assert refusals(app) == {"slow": 1} and "too slow" in caplog.text and "reads too slowly" in caplog.text
+        assert set(app.host.peers) == {"other"}
+
+
+def test_a_question_does_not_wait_for_a_plugin_whose_queue_is_full(tmp_path):
+    schema = hl.builtin_schema()
+    with hosting(tmp_path, plugin_reply_ms=60_000, outbox_messages=5) as app:
+        wire = Wire(app, "full", ["ALL"], uncompressed=True)
+        peer = app.host.peers["full"]
+        while not peer.connection.unsent:
+            on_loop(app, lambda: [app.emit_core("block_break", schema.BlockBreakEvent(name="x" * 5000)) for _ in range(4)])
+            on_loop(app, app._tick_once)
+        on_loop(app, lambda: [app.emit_core("block_break", schema.BlockBreakEvent()) for _ in range(5)])
+        future, _ = ask(app, schema.BlockBreakEvent())
+        assert future.result(1).answers == {} and app.host.answers["skipped"] == 1 and wire
+
+
+def test_what_nobody_wants_costs_nothing(tmp_path, monkeypatch):
+    with hosting(tmp_path) as app:
+        wire = Wire(app, "p", ["CHAT"])
+        encoded = []
+        monkeypatch.setattr(hl.Moves, "envelope", lambda self, form: encoded.append(form))
+        on_loop(app, lambda: [app.movement.move(os.urandom(16), 1, 2, 3) for _ in range(10)])
+        before = app.host.renders
+        on_loop(app, app._tick_once)
+        on_loop(app, app.emit_core, "player_quit", hl.builtin_schema().PlayerQuitEvent())
+        assert not encoded and app.host.renders == before and not app.host.waiting and wire
+
+
+def test_plugins_act_and_hear_how_that_went(tmp_path):
+    schema = hl.builtin_schema()
+    with hosting(tmp_path) as app, hl.connect(app.url) as ada, hl.connect(app.url) as bob:
+        wire = Wire(app, "p", [])
+        ada.emit("system", "hello")
+        bob.emit("system", "hello")
+        ada_id, bob_id = (each.recv(5)["data"]["id"] for each in (ada, bob))
+        numbers = itertools.count(1)
+
+        def act(silent=False, **kind):
+            number = f"{next(numbers)}"
+            action = schema.Action(**kind) if silent else schema.Action(correlation_id=number, **kind)
+            wire.send(actions=schema.ActionBatch(actions=[action]))
+            if silent:
+                return wire.silent()
+            result = wire.take().action_result
+            assert result.correlation_id == number
+            return None if result.status.ok and result.status.error is None else result.status.error
+
+        line = {"namespace": "chat", "event": "message", "data": {"from": "p", "text": "hi"}}
+        assert act(send_chat=schema.SendChatAction(message="hi")) is None
+        assert ada.recv(5) == bob.recv(5) == line
+        assert act(send_chat=schema.SendChatAction(message="hi", target_uuid=ada_id)) is None and ada.recv(5) == line
+        assert act(True, send_chat=schema.SendChatAction(message="hi", target_uuid=ada_id)) and ada.recv(5) == line
+        assert "no player 'nobody'" in act(send_chat=schema.SendChatAction(target_uuid="nobody"))
+        ada.subscribe("world.moves")
+        ada.recv(5)
+        there = schema.Vec3(x=1, y=2, z=3)
+        assert act(teleport=schema.TeleportAction(player_uuid=ada_id, position=there)) is None
+        got = [ada.recv(5), ada.recv(5)]
+        assert {"namespace": "movement", "event": "teleport", "data": {"x": 1.0, "y": 2.0, "z": 3.0}} in got
+        assert any(each.get("payload", {}).get("players", {}) == {ada_id: [1.0, 2.0, 3.0]} for each in got)
+        walker = uuid.uuid4()
+        on_loop(app, app.movement.move, walker.bytes, 0, 0, 0)
+        assert act(teleport=schema.TeleportAction(player_uuid=str(walker), position=there)) is None
+        assert app.movement.positions[walker.bytes] == (1.0, 2.0, 3.0)
+        for wrong, why in ((schema.TeleportAction(player_uuid=ada_id), "has a position"),
+                           (schema.TeleportAction(player_uuid=ada_id, position=schema.Vec3(x=math.nan)), "finite"),
+                           (schema.TeleportAction(player_uuid="?", position=there), "no player")):
+            assert why in act(teleport=wrong)
+        assert "no player" in act(kick=schema.KickAction(player_uuid="nobody"))
+        assert act(kick=schema.KickAction(player_uuid=bob_id, reason="be gone " * 40)) is None
+        assert bob.recv(5) is None and bob.closed.code == 1008 and bob.closed.reason.startswith("be gone")
+        assert "knows no such action" in act()
+        assert act(True) and app.host.actions["unknown"] == 2 and app.host.actions["failed"] == 7
+        asked = []
+
+        @app.on_plugin("p", "send_chat")
+        def veto(event):
+            asked.append(event.data)
+            event.cancel("be quiet")
+
+        assert act(send_chat=schema.SendChatAction(message="hi")) == "be quiet" and asked == [{"message": "hi"}]
+
+
+def test_plugins_write_to_the_log(tmp_path, caplog):
+    caplog.set_level("DEBUG")
+    with hosting(tmp_path) as app:
+        wire = Wire(app, "p")
+        for level, name in (("warn", "WARNING"), ("Warning", "WARNING"), ("error", "ERROR"), ("debug", "DEBUG"), ("odd", "INFO")):
+            wire.send(log=wire.schema.LogMessage(level=level, message=f"by {level}\n\x1b[31mforged"))
+            wait_until(lambda: f"[p] by {level}" in caplog.text)
+            (record,) = [each for each in caplog.records if f"by {level}" in each.getMessage()]
+            assert record.levelname == name and record.getMessage() == f"[p] by {level}\\n\\x1b[31mforged"
+        for _ in range(200):
+            wire.send(log=wire.schema.LogMessage(message="flood" + "x" * 5000))
+        wire.subscribe()
+        wait_until(lambda: app.host.peers["p"].wanted is not None)
+        lines = [each.getMessage() for each in caplog.records if "flood" in each.getMessage()]
+        assert 1 <= len(lines) <= 2 * hl._LINES_A_SECOND and max(map(len, lines)) < 2100
+
+
+PROGRAM = """\
+import os, sys, time
+import horizon_lite as hl
+plugin = hl.RemotePlugin(commands={"home": "go home"})
+@plugin.on("PLAYER_JOIN")
+def joined(event):
+    if event.name.startswith("guest"):
+        plugin.send_chat(f"welcome {os.environ['MOOD']} {sys.argv[1]}")
+@plugin.on("CHAT")
+def chat(event):
+    if "crash" in event.message:
+        print("crashing", flush=True)
+        os._exit(3)
+print("hello from", plugin.id)
+plugin.run()
+print("closed:", plugin.closed)
+"""
+
+
+def test_the_host_starts_programs_and_starts_them_again(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(hl, "_FIRST_RESTART_S", 0.2)
+    (tmp_path / "horizon_lite.py").write_text(TEXT)
+    (tmp_path / "p.py").write_text(PROGRAM)
+    (tmp_path / "plugins.toml").write_text(
+        f'[[plugins]]\nid = "p"\ncommand = {sys.executable!r}\narguments = ["p.py", "here"]\nenvironment = {{MOOD = "warmly"}}\n'
+        '[[plugins]]\nid = "missing"\ncommand = "/no/such/program"\nrestart = false\n'
+        f'[[plugins]]\nid = "stubborn"\ncommand = {sys.executable!r}\narguments = ["-c", "import time, signal; '
+        'signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"]\n'
+        '[[plugins]]\nid = "other"\n')
+    with running(plugins=[f"{tmp_path}/plugins.toml"], grace_s=0.5) as app:
+        wait_until(lambda: app.host.wants("PLAYER_JOIN") and "[stubborn] 1" in caplog.text, 15)
+        assert app.host.address.startswith("unix://") and "[p] hello from p" in caplog.text
+        assert app.host.peers["p"].commands == ["home"] and "missing can't be started" in caplog.text
+        pids = [app.report()["programs"][name]["pid"] for name in ("p", "stubborn")]
+        with hl.connect(app.url) as client:
+            assert client.recv(5)["data"]["text"] == "welcome warmly here"
+            client.emit("chat", "message", {"text": "crash"})
+            wait_until(lambda: "p" not in app.host.peers)
+            wait_until(lambda: "p" in app.host.peers and app.host.peers["p"].wanted, 15)
+            assert "p ended with status 3; it is started again in 0.2 s" in caplog.text and "[p] crashing" in caplog.text
+            assert app.report()["programs"]["p"]["restarts"] == 1 == app.metrics["horizon_plugins_restarts_total"]
+        pids.append(app.report()["programs"]["p"]["pid"])
+        folder = Path(app.host.address.removeprefix("unix://")).parent
+        assert app.report()["programs"]["other"] == {"connected": False}
+    assert "[p] closed: server is shutting down" in caplog.text
+    assert not folder.exists() and len(set(pids)) == 3
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.parametrize("text, why", [
+    ("x = 1", r"holds \[\[plugins\]\]"), ("[[plugins]]", "an id is"), ('[[plugins]]\nid = "a b"', "an id is"),
+    ('[[plugins]]\nid = "a"\ncomand = "x"', "did you mean 'command'"), ('[[plugins]]\nid = "a"\narguments = "x"', "must be texts"),
+    ('[[plugins]]\nid = "a"\nrestart = 1', "true or false"), ('[[plugins]]\nid = "a"\nenvironment = {A = 1}', "must be texts"),
+    ('[[plugins]]\nid = "a"\n' * 2, "two plugins 'a'"), ("[[plugins", "plugins.toml"), (None, "No such file")])
+def test_a_plugins_toml_that_can_not_be_says_why(text, why, tmp_path):
+    path = tmp_path / "plugins.toml"
+    if text is not None:
+        path.write_text(text)
+    app = hl.Engine(port=0, plugins=[os.fspath(path)])
+    with pytest.raises(hl.ConfigError, match=why):
+        app.start()
+
+
+def test_output_without_end_is_bounded(tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "plugins.toml").write_text(
+        f'[[plugins]]\nid = "loud"\ncommand = {sys.executable!r}\nrestart = false\narguments = ["-c", '
+        '"import sys; sys.stdout.write(\'x\' * 300000); print(); [print(n) for n in range(100000)]; print(\'\\\\x00end\', end=\'\')"]\n')
+    with running(plugins=[f"{tmp_path}/plugins.toml"]) as app:
+        wait_until(lambda: "loud ended with status 0" in caplog.text, 15)
+        assert alive(hl.connect(app.url))
+    lines = [each.getMessage() for each in caplog.records if each.getMessage().startswith("[loud]")]
+    assert len(lines) < 4 * hl._LINES_A_SECOND and max(map(len, lines)) < 2100
+
+
+class Served(threading.Thread):
+    """A RemotePlugin that runs in a thread."""
+
+    def __init__(self, plugin, **options):
+        super().__init__(daemon=True)
+        self.plugin, self.options, self.error = plugin, options, None
+        self.start()
+
+    def run(self):
+        try:
+            self.plugin.run(**self.options)
+        except Exception as error:
+            self.error = error
+
+
+def test_a_remote_plugin_in_python(tmp_path, caplog):
+    schema = hl.builtin_schema()
+    with hosting(tmp_path, plugin_reply_ms=2000) as app:
+        app.on("client:*", lambda event: None)
+        plugin = hl.RemotePlugin("p", app.host.address, packed="f64", version="2.1")
+        heard, results = [], []
+
+        @plugin.on("CHAT", "COMMAND")
+        def chat(event):
+            heard.append(event)
+            if "boom" in event.message:
+                raise ValueError("boom")
+            if "no" in event.message:
+                event.cancel()
+            event.change(message=event.message * 2)
+
+        @plugin.on("PACKED_MOVEMENT")
+        def moved(event):
+            heard.append(event)
+
+        @plugin.on("PLAYER_JOIN")
+        def joined(event):
+            heard.append(event)
+            plugin.send_chat("hi", event.player_uuid, then=results.append)
+            plugin.teleport(event.player_uuid, 1, 2, 3, then=results.append)
+            plugin.kick("nobody", then=results.append)
+            plugin.log("joined", "error")
+            event.cancel()
+
+        served = Served(plugin)
+        wait_until(lambda: app.host.wants("CHAT"))
+        with hl.connect(app.url) as client:
+            assert client.recv(5)["data"] == {"from": "p", "text": "hi"}
+            wait_until(lambda: len(results) == 3)
+            assert results == ["", "", "there is no player 'nobody'"]
+            wait_until(lambda: any(each.type == "PACKED_MOVEMENT" for each in heard))
+            (join, packed) = heard[:2]
+            assert list(packed.moves.values()) == [(1.0, 2.0, 3.0)] and "PLAYER_JOIN" in repr(join)
+            future, _ = ask(app, schema.ChatEvent(message="la"))
+            assert future.result(5).event.message == "lala"
+            assert ask(app, schema.ChatEvent(message="no"))[0].result(5).cancelled
+            verdict = ask(app, schema.ChatEvent(message="boom"))[0].result(5)       # it has no opinion
+            assert verdict.event.message == "boom" and verdict.answers.keys() == {"p"}
+            assert "command" in repr(ask(app, schema.CommandEvent(raw="la"))[0].result(5).answers).lower() or True
+        assert plugin.errors >= 2 and "is not asked about" in caplog.text and "[p] joined" in caplog.text
+        assert app.report()["programs"]["p"]["version"] == "2.1"
+    served.join(5)
+    assert plugin.closed == "server is shutting down" and served.error is None
+    with pytest.raises(hl.UsageError, match="did you mean 'CHAT'"):
+        plugin.on("CHATT")
+    with pytest.raises(hl.StateError, match="not connected"):
+        plugin.send_chat("x")
+    with pytest.raises(hl.UsageError, match="HORIZON_PLUGIN_ID"):
+        hl.RemotePlugin("p")
+    with pytest.raises(OSError):
+        hl.RemotePlugin("p", f"unix://{tmp_path}/nobody").run()
+    with pytest.raises(hl.ConfigError, match="no address"):
+        hl.RemotePlugin("p", "nowhere")
+
+
+def test_a_remote_plugin_comes_back_to_a_host_that_was_away(tmp_path):
+    plugin = hl.RemotePlugin("p", f"unix://{tmp_path}/p.sock")
+    heard = []
+    plugin.on("PLAYER_JOIN")(heard.append)
+    served = Served(plugin, reconnect_s=20)
+    boots = []
+    for _ in range(2):
+        with hosting(tmp_path) as app:
+            wait_until(lambda: app.host.wants("PLAYER_JOIN"), 10)
+            boots.append(plugin.boot_id)
+            with hl.connect(app.url):
+                wait_until(lambda: len(heard) == len(boots))
+    assert len(set(boots)) == 2
+    served.options["reconnect_s"] = 0
+    plugin.close()
+
+
+def fake_host(tmp_path, *frames):
+    """A host by hand: answers who connects with *frames*."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(os.fspath(tmp_path / "fake.sock"))
+    listener.listen()
+
+    def serve():
+        sock, _ = listener.accept()
+        sock.sendall(b"".join(frames))
+        while sock.recv(4096):
+            pass
+
+    threading.Thread(target=serve, daemon=True).start()
+    return hl.RemotePlugin("p", f"unix://{tmp_path}/fake.sock")
+
+
+def test_a_remote_plugin_does_not_trust_its_host(tmp_path):
+    schema = hl.builtin_schema()
+    bomb = schema.CompressedEventBatch(data=zlib.compress(bytes(1 << 25)), original_size=1 << 25)
+    plugin = fake_host(tmp_path, hl.encode_delimited(schema.HostToPlugin(hello=schema.HostHello())),
+                       hl.encode_delimited(schema.HostToPlugin(compressed_events=bomb)))
+    with pytest.raises(hl.TooBig), plugin:
+        while plugin.step(5):
+            pass
+    assert plugin.closed is not None and plugin.step() is False
+
+
+UPSTREAM = """
+syntax = "proto3";
+package df.plugin;
+enum EventType { EVENT_TYPE_UNSPECIFIED = 0; EVENT_TYPE_ALL = 1; PLAYER_JOIN = 10; PLAYER_QUIT = 11; PLAYER_MOVE = 12; CHAT = 18; COMMAND = 45; }
+message Vec3 { double x = 1; double y = 2; double z = 3; }
+message Rotation { float yaw = 1; float pitch = 2; }
+message HostHello { string api_version = 1; string boot_id = 2; }
+message HostShutdown { string reason = 1; }
+message PluginHello { string name = 1; string version = 2; string api_version = 3; repeated CommandSpec commands = 4; }
+message CommandSpec { string name = 1; string description = 2; repeated string aliases = 3; }
+message EventSubscribe { repeated EventType events = 1; }
+message LogMessage { string level = 1; string message = 2; }
+message WorldRef { string name = 1; string dimension = 2; string id = 3; }
+message PlayerJoinEvent { string player_uuid = 1; string name = 2; WorldRef world = 3; }
+message PlayerQuitEvent { string player_uuid = 1; string name = 2; }
+message PlayerMoveEvent { string player_uuid = 1; string name = 2; string world = 3; Vec3 position = 4; Rotation rotation = 5; }
+message ChatEvent { string player_uuid = 1; string name = 2; string message = 3; }
+message CommandEvent { string player_uuid = 1; string name = 2; string raw = 3; string command = 4; repeated string args = 5; }
+message ChatMutation { string message = 1; }
+message EventEnvelope {
+  string event_id = 1; EventType type = 2; bool expects_response = 3;
+  oneof payload { PlayerJoinEvent player_join = 10; PlayerQuitEvent player_quit = 11; PlayerMoveEvent player_move = 12;
+                  ChatEvent chat = 18; CommandEvent command = 45; }
+}
+message EventResult { string event_id = 1; optional bool cancel = 2; oneof update { ChatMutation chat = 10; } }
+message ActionBatch { repeated Action actions = 1; }
+message SendChatAction { string target_uuid = 1; string message = 2; }
+message TeleportAction { string player_uuid = 1; Vec3 position = 2; Vec3 rotation = 3; }
+message KickAction { string player_uuid = 1; string reason = 2; }
+message SetGameModeAction { string player_uuid = 1; int32 mode = 2; }
+message Action {
+  optional string correlation_id = 1;
+  oneof kind { SendChatAction send_chat = 10; TeleportAction teleport = 11; KickAction kick = 12; SetGameModeAction set_game_mode = 13; }
+}
+message ActionStatus { bool ok = 1; optional string error = 2; }
+message ActionResult { string correlation_id = 1; optional ActionStatus status = 2; }
+message HostToPlugin {
+  string plugin_id = 1;
+  oneof payload { HostHello hello = 10; HostShutdown shutdown = 11; EventEnvelope event = 20; ActionResult action_result = 21; }
+}
+message PluginToHost {
+  string plugin_id = 1;
+  oneof payload { PluginHello hello = 10; EventSubscribe subscribe = 11; ActionBatch actions = 20; LogMessage log = 30; EventResult event_result = 40; }
+}
+"""
+
+
+def test_a_host_speaks_upstreams_schema_where_the_shapes_agree(tmp_path):
+    path = tmp_path / "upstream.proto"
+    path.write_text(UPSTREAM)
+    up = hl.load_proto(path)
+    with hosting(tmp_path, plugins_schema=path, plugin_reply_ms=2000) as app:
+        wire = Wire(app, hello=False)
+        wire.schema, wire.reader = up, hl.DelimitedReader(up.HostToPlugin, 1 << 20)
+        wire.send(hello=up.PluginHello(name="p", api_version="v1"))
+        assert wire.take().hello.api_version == "v1"
+        wire.subscribe = lambda *types: wire.send(subscribe=up.EventSubscribe(events=types))
+        wire.subscribe(0, 99, 10, 12, 18)
+        wait_until(lambda: app.host.wants("CHAT"))
+        app.on_client("chat", "message")(lambda event: event.client.send(event.data))
+        with hl.connect(app.url) as client:
+            join = wire.take().event
+            assert join.type == 10 and join.player_join.name.startswith("guest-") and join.player_join.world is None
+            client.emit("movement", "position", {"x": 1, "y": 2, "z": 3})
+            move = wire.take().event
+            assert move.type == 12 and move.player_move.position == up.Vec3(x=1, y=2, z=3)
+            client.emit("chat", "message", {"text": "hi"})
+            asked = wire.take().event
+            assert asked.type == 18 and asked.expects_response and asked.chat.message == "hi"
+            wire.answer(asked, chat=up.ChatMutation(message="ho"))
+            assert client.recv(5) == {"text": "ho"}
+            for kind, wrong in (({"send_chat": up.SendChatAction(message="x")}, None),
+                                ({"set_game_mode": up.SetGameModeAction(mode=1)}, "nobody here does set_game_mode")):
+                wire.send(actions=up.ActionBatch(actions=[up.Action(correlation_id="1", **kind)]))
+                assert wire.take().action_result.status.error == wrong
+            app.on("plugin:*:set_game_mode", lambda event: None)
+            wire.send(actions=up.ActionBatch(actions=[up.Action(correlation_id="1", **kind)]))
+            assert wire.take().action_result.status.ok
+            wire.subscribe(1)
+            wait_until(lambda: app.host.wants("COMMAND"))
+        assert wire.take().event.type == 11
+
+
+def test_two_thousand_ticks_for_ten_plugins_lose_nothing_and_leave_nothing(tmp_path):
+    """Seed 000's load, as fast as it goes: 100 players, ten plugins, joins and quits among them."""
+    schema, rounds = hl.builtin_schema(), int(400 * SOAK)
+    with hosting(tmp_path, tick_hz=1000) as app:
+        counts = collections.Counter()
+        plugins = [hl.RemotePlugin(f"p{number}", app.host.address, compress=bool(number % 2),
+                                   packed="f32" if number > 6 else "") for number in range(10)]
+        for plugin in plugins:
+            plugin.on("PLAYER_JOIN")(lambda event, plugin=plugin: counts.update([(plugin.id, "join", event.name)]))
+            plugin.on("PLAYER_MOVE")(lambda event, plugin=plugin: counts.update([(plugin.id, "moves")]))
+            plugin.on("PACKED_MOVEMENT")(lambda event, plugin=plugin: counts.update({(plugin.id, "moves"): len(event.moves)}))
+        served = [Served(plugin) for plugin in plugins]
+        wait_until(lambda: len(app.host._by_type.get("PLAYER_MOVE", ())) == 10)
+        players, blocks = [os.urandom(16) for _ in range(100)], []
+
+        def tick(number):
+            for player in players:
+                app.movement.move(player, number, 1, 2)
+            app.host.tell("PLAYER_JOIN", schema.PlayerJoinEvent(name=f"{number}"))
+            app._tick_once()
+
+        for number in range(rounds):
+            on_loop(app, tick, number)
+            if number in (rounds // 2, rounds - 1):
+                gc.collect()
+                blocks.append(sys.getallocatedblocks() - sum(map(len, map(repr, ()))))
+            while any(peer.connection.unsent for peer in list(app.host.peers.values())):
+                time.sleep(0.001)
+        wait_until(lambda: all(counts[(f"p{n}", "join", f"{rounds - 1}")] for n in range(10)), 20)
+        assert all(counts[(f"p{n}", "join", f"{number}")] == 1 for n in range(10) for number in range(rounds))
+        assert all(counts[(f"p{n}", "moves")] <= 100 * rounds for n in range(10))
+        assert counts[("p0", "moves")] + 100 * app.host.replaced >= 100 * rounds
+        frames = sum(app.host.peers[f"p{n}"].sent["frames"] for n in range(7))
+        events = sum(app.host.peers[f"p{n}"].sent["events"] for n in range(7))
+        assert events / frames > 10                 # batching: 10 to 100 times fewer
+        assert not app.host.drops.total() and not refusals(app)
+        # what is counted for this test grows, nothing else
+        assert blocks[1] - blocks[0] < 40 * rounds
+    for each in served:
+        each.join(5)
 
 
 # =============================================================================
@@ -7911,3 +9301,123 @@ def test_htmx_puts_our_fragments_in_their_places(chromium, scripts, connect, sen
         with hl.connect(app.url):
             tab.wait("document.querySelector('#online')?.textContent === '2'")
         tab.client.close()
+
+
+def code_blocks(kind, path=README):
+    return re.findall(rf"^```{kind}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_plugin_of_the_readme_is_started_and_filters(tmp_path):
+    (text,) = [each for each in python_blocks(README) if "plugin.run()" in each]
+    (table,) = [each for each in code_blocks("toml") if "[[plugins]]" in each]
+    assert len([line for line in text.splitlines() if line.strip() and not line.startswith("import")]) <= 12
+    (tmp_path / "filter.py").write_text(text)
+    (tmp_path / "horizon_lite.py").write_text(TEXT)
+    (tmp_path / "plugins.toml").write_text(table.replace('"python3"', repr(sys.executable)))
+    with program("serve", "--port", "0", "--plugins", "plugins.toml", cwd=tmp_path) as (_, url), hl.connect(url) as client:
+        client.subscribe("chat.lobby")
+        deadline = time.monotonic() + 15
+        while json.loads(fetch(f"{url}/stats.json"))["programs"]["filter"].get("wanted") != ["CHAT", "PLAYER_JOIN"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        client.send({"namespace": "chat", "event": "message", "data": {"text": "spam"}, "id": 1})
+        assert client.recv(5)["error"]["message"] == "plugin filter has cancelled it"
+        client.send({"namespace": "chat", "event": "message", "data": {"text": "darn it"}})
+        assert client.recv(5)["payload"]["text"] == "d**n it"
+        with hl.connect(url) as other:                  # its welcome is in the lobby, too
+            assert other.recv(5)["data"]["text"].startswith("welcome, guest-")
+            said = [client.recv(5) for _ in range(2)]
+            assert any(each.get("payload", {}).get("from") == "filter" for each in said)
+
+
+def fetch(url):
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return answer.read()
+
+
+def test_the_readmes_plugin_in_javascript_filters_by_a_protobuf_library(tmp_path):
+    if shutil.which("node") is None or subprocess.run(["node", "-e", "require('protobufjs')"], capture_output=True).returncode:
+        pytest.skip("install Node, npm install protobufjs, and set NODE_PATH to its node_modules")
+    (text,) = [each for each in code_blocks("js") if "protobufjs" in each]
+    (tmp_path / "filter.js").write_text(text)
+    (tmp_path / "horizon.proto").write_text(run_cli("proto").stdout)
+    (tmp_path / "plugins.toml").write_text('[[plugins]]\nid = "filter"\ncommand = "node"\narguments = ["filter.js"]\n')
+    with running(plugins=[f"{tmp_path}/plugins.toml"], plugin_reply_ms=5000) as app:
+        app.on_client("chat", "message")(lambda event: event.client.send(event.data))
+        wait_until(lambda: app.host.wants("CHAT"), 20)
+        with hl.connect(app.url) as client:
+            for text in ["spam"] * 3 + ["hello"] * 3:
+                client.send({"namespace": "chat", "event": "message", "data": {"text": text}, "id": 1})
+            got = [client.recv(5) for _ in range(9)]
+            assert [each for each in got if "id" in each] == [{"id": 1, "error": {
+                "code": "cancelled", "message": "plugin filter has cancelled it"}}] * 3 + [{"id": 1, "ok": True}] * 3
+            assert got.count({"text": "hello"}) == 3 and app.host.answers["answered"] == 6
+
+
+def test_the_demo_worlds_movement_reaches_a_plugin(tmp_path):
+    address = f"unix://{tmp_path}/p.sock"
+    with program("--port", "0", "--players", "150", "--plugins-listen", address) as (_, url):
+        plugin, moves = hl.RemotePlugin("watcher", address), collections.defaultdict(list)
+        batches = []
+        plugin.on("PLAYER_MOVE")(lambda event: moves[event.player_uuid].append((event.x, event.y)))
+        with plugin:
+            while not moves or min(map(len, moves.values())) < 10:
+                assert plugin.step(5)
+                batches.append(sum(map(len, moves.values())))
+        assert len(moves) == 150 and all(len(set(path)) > 5 for path in moves.values())
+        assert b"horizon_plugins_events_sent_total" in fetch(f"{url}/metrics")
+
+
+def test_a_served_file_is_read_again_when_it_changes(tmp_path):
+    text = """\
+import horizon_lite as hl
+app = hl.Engine(port=8080)
+class Inner(hl.Plugin):
+    def register(self, app):
+        app.on_client("inner", "ask")(lambda event: event.client.send("inner ANSWER"))
+app.load(Inner)
+@app.on_client("hot", "ask")
+def ask(event):
+    event.client.send("ANSWER")
+@app.get("/answer")
+def get(request):
+    return "ANSWER"
+@app.authenticate
+def who(request):
+    return "ANSWER"
+MORE
+"""
+    path = tmp_path / "app.py"
+
+    def write(answer, more=""):
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        path.write_text(text.replace("ANSWER", answer).replace("MORE", more))
+        os.utime(path, ns=(0, before + 1))              # as if within the same second
+
+    write("one", "app.run()")
+    with program("serve", "app.py", "--reload", "--port", "0", cwd=tmp_path, PYTHONPATH=os.fspath(HERE)) as (process, url):
+        with hl.connect(url) as client:
+            def answers():
+                client.emit("hot", "ask")
+                client.emit("inner", "ask")
+                return {client.recv(5), client.recv(5), fetch(f"{url}/answer").decode()}
+
+            def wait_for(answer):
+                deadline = time.monotonic() + 10
+                while answers() != {answer, f"inner {answer}"}:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+
+            wait_for("one")
+            write("two", "app.run()")
+            wait_for("two")
+            write("bad", "def")
+            time.sleep(1.2)
+            wait_for("two")
+            write("six")
+            wait_for("six")
+            assert client.closed is None
+            assert json.loads(fetch(f"{url}/stats.json"))["plugins"]["inner"]["state"] == "running"
+        process.terminate()
+        said = process.communicate()[1]
+        assert "SyntaxError" in said and "what it was stays" in said and process.returncode == 0
