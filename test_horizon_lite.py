@@ -4141,7 +4141,10 @@ def test_a_changed_file_is_loaded_anew_and_connections_stay(tmp_path, monkeypatc
 class Wire:
     """A plugin program by hand: frames over the host's socket."""
 
+    made: list = []                                 # to be closed, so that no host waits for them
+
     def __init__(self, app, plugin_id="p", subscribe=None, hello=True, packed="", address="", **said):
+        self.made.append(self)
         self.schema, self.id = hl.builtin_schema(), plugin_id
         kind, where, port = hl.plugin_address(address or app.host.address)
         self.sock = socket.socket(socket.AF_UNIX) if kind == "unix" else socket.socket()
@@ -4213,6 +4216,8 @@ def hosting(tmp_path, **settings):
             yield app
         finally:
             on_loop(app, app.host._check)
+            while Wire.made:
+                Wire.made.pop().close()
 
 
 def refusals(app):
@@ -4248,6 +4253,7 @@ def test_a_plugin_says_hello_and_hears_only_what_it_subscribed_to(tmp_path):
         wait_until(lambda: "one" not in app.host.peers)
         with hl.connect(app.url) as client:         # a plain event is not one of theirs
             on_loop(app, app.emit_core, "player_join", {"name": "ada"})
+        Wire.made.remove(two)
     assert two.event()[0].type == "WORLD_CLOSE" and two.shutdown() == "server is shutting down"
     assert not (tmp_path / "p.sock").exists()
 
