@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import gc
 import importlib
 import json
 import operator
@@ -520,6 +521,106 @@ def _():
     return compare(**emit_peers(4))
 
 
+class Uncounted(hl.Bus):
+    """Emits as hl.Bus does, but counts nothing and times nothing."""
+
+    def emit(self, key, data=None, client=None):
+        event = hl.Event.__new__(hl.Event)
+        event.key, event.data, event.client, event._reason = key, data, client, None
+        route = self._routes[key]
+        for handler in route.handlers:
+            invoke = handler.invoke
+            try:
+                invoke(event)
+            except Exception:
+                event._failed = True
+                self.failed(handler, route)
+        return event
+
+
+@bench("7.bus.statistics", "ns")
+def _():
+    """What it costs that every emit is counted, and every 64th timed; and that all are timed."""
+    calls, heard = {}, []
+    for who, bus in (("horizon_lite", hl.Bus()), ("nothing counted", Uncounted()), ("every emit timed", hl.Bus(debug=True))):
+        bus.on("bench:event", heard.append)
+        bus.emit("bench:event", 1)
+        bus.on("bench:quick", eval("lambda event: None"))
+        calls[who] = functools.partial(bus.emit, "bench:quick", 1)
+    assert len(heard) == 3
+    return compare(**calls)
+
+
+class Serialising:
+    """A bus as seed 001 found it: every handler gets its own copy, through JSON."""
+
+    def __init__(self, handlers):
+        self.handlers = handlers
+
+    def emit(self, key, data):
+        for handler in self.handlers:
+            handler(json.loads(json.dumps(data)))
+
+
+EVENT = {"player": "00010203-0405-0607-0809-0a0b0c0d0e0f", "item": "iron sword", "count": 3, "at": {"x": 1.5, "y": 2.5, "z": 0.0}}
+
+
+@bench("7.bus.naive_4", "ns")
+def _():
+    """An event of 110 bytes to four handlers; seed 001 hopes for 2 to 5 times the throughput."""
+    bus, heard = hl.Bus(), []
+    naive = Serialising([lambda data: heard.append(data)] * 4)
+    for _ in range(4):
+        bus.on("bench:event", lambda event: heard.append(event.data))
+    bus.emit("bench:event", EVENT), naive.emit("bench:event", EVENT)
+    assert heard == [EVENT] * 8
+    quiet, bus = Serialising([eval("lambda data: data")] * 4), hl.Bus()
+    for handler in quiet.handlers:
+        bus.on("bench:event", handler)
+    result = compare(horizon_lite=functools.partial(bus.emit, "bench:event", EVENT),
+                     **{"a copy for each": functools.partial(quiet.emit, "bench:event", EVENT)})
+    assert result["a copy for each"] / result["horizon_lite"] > 2
+    return result
+
+
+@bench("7.bus.allocations", "blocks/emit")
+def _():
+    """Blocks that an emit to four handlers allocates, all kept to be counted; 50 to 80 % fewer are hoped for."""
+    def blocks(emit, kept):
+        emit("bench:event", EVENT)
+        kept.extend([None] * 50_000)
+        kept.clear()
+        gc.collect()
+        gc.disable()
+        before = sys.getallocatedblocks()
+        for _ in range(5_000):
+            emit("bench:event", EVENT)
+        made = sys.getallocatedblocks() - before
+        gc.enable()
+        return made / 5_000
+    bus, ours, theirs = hl.Bus(), [], []
+    for _ in range(4):
+        bus.on("bench:event", ours.append)
+    result = {"horizon_lite": blocks(bus.emit, ours), "a copy for each": blocks(Serialising([theirs.append] * 4).emit, theirs)}
+    assert len(ours) == len(theirs) == 20_000 and result["horizon_lite"] < 0.5 * result["a copy for each"]
+    return result
+
+
+@bench("7.bus.emitter", "ns")
+def _():
+    """A key that is at hand, one that is built for each emit."""
+    bus, seen = hl.Bus(), []
+    bus.on("client:chat:message", seen.append)
+    emitter = bus.emitter("client:chat:message")
+    emitter(1), bus.emit("client:chat:message", 1)
+    assert len(seen) == 2
+    bus.remove("*")
+    bus.on("client:chat:message", eval("lambda event: None"))
+    emitter, names = bus.emitter("client:chat:message"), ("chat", "message")
+    return compare(horizon_lite=functools.partial(emitter, 1),
+                   **{"key built": lambda: bus.emit(f"client:{names[0]}:{names[1]}", 1)})
+
+
 # =============================================================================
 # 8, 12  TOPICS, TICKS
 # =============================================================================
@@ -847,10 +948,25 @@ def serve_picows():
     asyncio_server(start, send)
 
 
+def serve_plugins():
+    """The seed's load: 100 players that move, 50 ticks a second, and a join in each."""
+    app = hl.Engine(port=0, plugins_listen=os.environ["BENCH_PLUGINS"], tick_hz=float(os.environ["BENCH_HZ"]),
+                    log_level="error", max_memory_mb=0, grace_s=0)
+    world, joined = hl.DemoWorld(app, 100), hl.builtin_schema().PlayerJoinEvent
+
+    @app.on_core("server_tick")
+    def tick(event):
+        world.walk(0.02)
+        app.emit_core("player_join", joined(player_uuid="", name=f"{event.data['tick_count']}"))
+
+    print(app.url.rpartition(":")[2], flush=True)
+    app.run()
+
+
 SERVERS = {"horizon_lite": serve_horizon_lite, "websockets": serve_websockets, "aiohttp": serve_aiohttp,
            "picows": serve_picows}
 SPECIAL = {"horizon_lite TLS": lambda: serve_horizon_lite(tls_cert=os.environ["BENCH_CERT"]),
-           "websockets deflate": lambda: serve_websockets("deflate")}
+           "websockets deflate": lambda: serve_websockets("deflate"), "plugins": serve_plugins}
 
 
 def installed():
@@ -1189,6 +1305,133 @@ def _():
 def _():
     """What a tick brings is encoded and framed once for a room of twenty, says the engine's own counter."""
     return {"horizon_lite": rooms()[2], "each for itself": 1.0}
+
+
+# =============================================================================
+# 15  PLUGINS - programs over real sockets
+# =============================================================================
+
+def report_of(connect):
+    with socket.create_connection(("127.0.0.1", connect.port)) as sock:
+        sock.sendall(b"GET /stats.json HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        return json.loads(b"".join(iter(functools.partial(sock.recv, 65536), b"")).partition(b"\r\n\r\n")[2])
+
+
+def hear(message, reader, joins):
+    """Count what a frame brings; return how many movements."""
+    kind = message.which("payload")
+    if kind not in ("events", "compressed_events"):
+        return 0
+    batch = hl._inflated(message.compressed_events) if kind == "compressed_events" else message.events
+    moves = 0
+    for event in batch.events:
+        if event.type == "PLAYER_JOIN":
+            joins[reader].append(int(event.player_join.name))
+        else:
+            moves += len(event.packed_movement.data) // 28 if event.packed_movement else 1
+    return moves
+
+
+@functools.cache
+def plugin_load(hz=50, seconds=10, packed="", plain=False, reading=True):
+    """Ten programs that hear of everything; returns what it cost the server, by its own counters."""
+    schema = hl.builtin_schema()
+    with tempfile.TemporaryDirectory() as folder, selectors.DefaultSelector() as selector:
+        os.environ.update(BENCH_PLUGINS=f"unix://{folder}/p.sock", BENCH_HZ=str(hz))
+        with server("plugins") as (pid, connect):
+            readers, joins, sent = {}, {}, {}
+            for n in range(10):
+                sock = socket.socket(socket.AF_UNIX)
+                sock.connect(f"{folder}/p.sock")
+                for said in ({"hello": schema.PluginHello(name="p", uncompressed=plain)},
+                             {"subscribe": schema.EventSubscribe(events=["PLAYER_MOVE", "PLAYER_JOIN"], packed=packed)}):
+                    sock.sendall(hl.encode_delimited(schema.PluginToHost(plugin_id=f"p{n}", **said)))
+                readers[sock] = hl.DelimitedReader(schema.HostToPlugin, 1 << 24)
+                joins[sock], sent[sock] = [], 0
+                selector.register(sock, selectors.EVENT_READ)
+
+            def take(until):
+                while (left := until - time.monotonic()) > 0:
+                    for key, _ in selector.select(left):
+                        data = key.fileobj.recv(1 << 18)
+                        for message in readers[key.fileobj].feed(data) if reading else ():
+                            sent[key.fileobj] += hear(message, key.fileobj, joins)
+
+            names = ("marshal_seconds_sum", "marshal_seconds_count", "batches_total", "coalesced_total", "dropped_total")
+            take(time.monotonic() + 1)
+            before, cpu = {name: counted(connect, f"horizon_plugins_{name}") for name in names}, process_stat(pid)[0]
+            first, began = report_of(connect), time.monotonic()
+            take(began + seconds / 3)
+            third = process_stat(pid)[1]
+            take(began + seconds)
+            spent = time.monotonic() - began
+            after, last = {name: counted(connect, f"horizon_plugins_{name}") for name in names}, report_of(connect)
+            cpu, rss = process_stat(pid)[0] - cpu, process_stat(pid)[1]
+            take(time.monotonic() + 0.5)
+        ticks = last["tick"]["count"] - first["tick"]["count"]
+        grown = {name: after[name] - before[name] for name in names}
+        for sock, heard in joins.items():           # nothing critical is lost, and none comes twice
+            assert not reading or heard and heard == list(range(heard[0], heard[-1] + 1)) and heard[-1] >= last["tick"]["count"]
+            assert not reading or sent[sock] >= 0.98 * 100 * (heard[-1] - heard[0]), (sent[sock], heard[-1] - heard[0])
+            sock.close()
+        assert grown["dropped_total"] == 0 and ticks >= 0.95 * hz * seconds or hz > 50, (grown, ticks)
+        programs = last["programs"].values()
+        figures = {"marshal_us": grown["marshal_seconds_sum"] / ticks * 1e6, "ticks": ticks,
+                   "frames_per_event": sum(each["frames"] for each in programs) / sum(each["events"] for each in programs),
+                   "cpu_ms": cpu / spent * 1000, "gc_ms": last["memory"]["gc_slowest_ms"], "mb": rss / 1e6,
+                   "grown_kb": (rss - third) / 1e3, "overruns": last["tick"]["overruns"] - first["tick"]["overruns"]}
+        print(f"    10 plugins, {packed or ('uncompressed' if plain else 'compressed')}: {figures}", file=sys.stderr)
+        return figures
+
+
+@bench("15.plugins.marshal", "us/tick")
+def _():
+    """All marshalling of a tick of 100 players for ten plugins; the seed allows 2 ms, we aim at 0.2."""
+    ours = plugin_load()
+    assert ours["overruns"] == 0 and ours["marshal_us"] < 2000
+    schema, players = hl.builtin_schema(), [(str(uuid.uuid4()), float(n), 1.0, 2.0) for n in range(100)]
+
+    def each_for_itself():
+        for plugin in range(10):
+            for player in players:
+                hl.encode_delimited(schema.HostToPlugin(plugin_id="p", event=schema.EventEnvelope(
+                    type="PLAYER_MOVE", player_move=schema.PlayerMoveEvent(*player))))
+    return {"horizon_lite": ours["marshal_us"], "uncompressed": plugin_load(plain=True)["marshal_us"],
+            "packed": plugin_load(packed="f32", plain=True)["marshal_us"], "event by event": best_ns(each_for_itself) / 1000}
+
+
+@bench("15.plugins.frames", "frames/event")
+def _():
+    """Batching: the seed hopes for 10 to 100 times fewer."""
+    assert plugin_load()["frames_per_event"] < 0.1
+    return {"horizon_lite": plugin_load()["frames_per_event"], "event by event": 1.0}
+
+
+@bench("15.plugins.cpu", "ms CPU/s")
+def _():
+    return {"horizon_lite": plugin_load()["cpu_ms"], "uncompressed": plugin_load(plain=True)["cpu_ms"]}
+
+
+@bench("15.plugins.gc_pause", "ms")
+def _():
+    """The longest pause of the collector in ten minutes' ticks, as fast as they go; the seed allows 10."""
+    ours = ten_minutes()["gc_ms"]
+    assert ours < 10
+    return {"horizon_lite": ours}
+
+
+@functools.cache
+def ten_minutes():
+    """30,000 ticks: ten minutes of 50 a second."""
+    figures = plugin_load(hz=1500, seconds=40, reading=False)
+    assert figures["ticks"] >= 30_000, figures
+    return figures
+
+
+@bench("15.plugins.10_minutes_growth", "KB")
+def _():
+    """How much memory the server's process takes after the first third of ten minutes."""
+    return {"horizon_lite": ten_minutes()["grown_kb"]}
 
 
 # =============================================================================

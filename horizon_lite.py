@@ -7751,30 +7751,40 @@ def _delimited(*parts: bytes) -> bytes:
 class _Dialect:
     """What a host needs to know of a schema: the built-in one, or upstream's where they agree."""
 
-    __slots__ = ("native", "writes", "reads", "payloads", "_envelope", "_parts", "_numbered")
+    __slots__ = ("native", "writes", "reads", "payloads", "_fields", "_numbered")
 
     def __init__(self, schema: Any) -> None:
         self.native = schema is builtin_schema()
-        self.writes, self.reads = schema.HostToPlugin, schema.PluginToHost
-        parts = {each.name: each for each in self.writes._prepare()._fields}
-        self._parts = {name: _varint(each.number << 3 | _LEN) for name, each in parts.items()}
-        self._envelope = parts["event"].target
-        fields = {each.name: each for each in self._envelope._prepare()._fields}
+        try:
+            self.writes, self.reads = schema.HostToPlugin, schema.PluginToHost
+            self._fields = {each.name: each for each in self.writes._prepare()._fields}
+            inside = {each.name: each for each in self._fields["event"].target._prepare()._fields}
+            self._numbered = inside["type"].kind == "enum"
+            self.part("hello", self.make("hello", api_version=_API_VERSION, boot_id=""))
+            self.make("shutdown", reason="")
+            self.reads(plugin_id="", hello=None, subscribe=None, event_result=None, actions=None)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ConfigError(f"plugins_schema has not the messages of a plugin host: {error}"
+                              ) from None
         # by the name of their type: payloads of events
-        self.payloads = {name.upper(): each for name, each in fields.items() if each.oneof}
-        self._numbered = fields["type"].kind == "enum"
+        self.payloads = {name.upper(): each for name, each in inside.items() if each.oneof}
 
     def says(self, name: str) -> bool:
         """Whether the host may send that, like batches."""
-        return name in self._parts
+        return name in self._fields
 
-    def part(self, name: str, data: bytes) -> bytes:
+    def make(self, name: str, **values: Any) -> Any:
+        """Return the message of one of the host's frames."""
+        return self._fields[name].target(**values)
+
+    def part(self, name: str, message: Any) -> bytes:
         """Return a frame's payload, all of it but the plugin's id."""
-        return self._parts[name] + _delimited(data)
+        data = message if isinstance(message, bytes) else message.encode()
+        return _varint(self._fields[name].number << 3 | _LEN) + _delimited(data)
 
     def alone(self, member: bytes) -> bytes:
         """Return the payload of a frame with one event, a member of a batch."""
-        return self._parts["event"] + member[1:]
+        return _varint(self._fields["event"].number << 3 | _LEN) + member[1:]
 
     def kind(self, message: Message) -> str:
         """Return the type of the event whose payload *message* is, or "" if it is none."""
@@ -7793,8 +7803,8 @@ class _Dialect:
     def event(self, kind: str, payload: Any, event_id: str = "", asks: bool = False) -> bytes:
         """Return an encoded envelope."""
         named: Any = self.payloads[kind].number if self._numbered else kind
-        envelope: Message = self._envelope(event_id=event_id, type=named, expects_response=asks,
-                                           **{kind.lower(): payload})
+        envelope: Message = self.make("event", event_id=event_id, type=named, expects_response=asks,
+                                      **{kind.lower(): payload})
         return envelope.encode()
 
     def wanted(self, events: Iterable[Any]) -> set[str]:
@@ -7909,9 +7919,9 @@ class PluginPeer:
 
     def farewell(self, reason: str) -> bytes:
         """Return the HostShutdown that says why."""
-        writes = self.host.dialect.writes
-        shutdown = next(each.target for each in writes._fields if each.name == "shutdown")
-        return encode_delimited(writes(plugin_id=self.id, shutdown=shutdown(reason=reason)))
+        dialect = self.host.dialect
+        return encode_delimited(dialect.writes(
+            plugin_id=self.id, shutdown=dialect.make("shutdown", reason=reason)))
 
     def closed(self, reason: str) -> None:
         """Forget it."""
@@ -8257,12 +8267,11 @@ class PluginHost:
         self.peers[peer.id] = peer
         self._ranks.setdefault(peer.id, len(self._ranks))
         _log.info("plugin %s is connected: %s %s", peer.id, peer.name, peer.version)
-        hello = next(each.target for each in self.dialect.writes._fields if each.name == "hello")
-        self._control(peer, "hello", hello(api_version=_API_VERSION, boot_id=self._boot_id))
+        self._control(peer, "hello", api_version=_API_VERSION, boot_id=self._boot_id)
 
-    def _control(self, peer: PluginPeer, name: str, message: Message) -> None:
-        peer.put(_HostEvent("", self.dialect.part(name, message.encode()), next(self._seq), True,
-                            alone=True))
+    def _control(self, peer: PluginPeer, name: str, **values: Any) -> None:
+        data = self.dialect.part(name, self.dialect.make(name, **values))
+        peer.put(_HostEvent("", data, next(self._seq), True, alone=True))
 
     def forget(self, peer: PluginPeer, reason: str) -> None:
         """Drop every trace of a program that has gone."""
@@ -8421,13 +8430,10 @@ class PluginHost:
             wrong = "it failed; the host's log says why"
         self.actions["failed"] += bool(wrong)
         if action.correlation_id and self.dialect.says("action_result"):
-            results = next(each.target for each in self.dialect.writes._fields
-                           if each.name == "action_result")
-            status = next(each.target for each in results._prepare()._fields
-                          if each.name == "status")
-            self._control(peer, "action_result", results(
-                correlation_id=action.correlation_id,
-                status=status(ok=not wrong, error=wrong or None)))
+            result = self.dialect.make("action_result")
+            status = next(each.target for each in result._fields if each.name == "status")
+            self._control(peer, "action_result", correlation_id=action.correlation_id,
+                          status=status(ok=not wrong, error=wrong or None))
 
     # -- leaving --
 
@@ -8894,6 +8900,9 @@ def _config_value(key: str, value: Any) -> Any:
     try:
         if wanted is tuple:
             parts = value.split(",") if isinstance(value, str) else list(map(str, value))
+            if key == "plugins" and any("{" in each for each in parts):
+                raise ConfigError("[[plugins]] tables go into a file of their own, that is named "
+                                  'here: plugins = ["plugins.toml"]')
             return tuple(part.strip() for part in parts if part.strip())
         if wanted is bool:
             return value if isinstance(value, bool) else _TRUTHS[str(value).lower()]
@@ -10684,8 +10693,10 @@ class Engine:
             self._open()
             ready()
             _tell_systemd("READY=1")
+            self._gc.stop()         # this pause is at nobody's cost
             gc.collect()
             gc.freeze()             # what lives now lives on: the collector need not look again
+            self._gc.start()
             self._run_loop()
         finally:
             for each, handler in before.items():
@@ -12771,6 +12782,8 @@ def _print_config(args: argparse.Namespace) -> int:
     for name in _CONFIG_TYPES:
         value = getattr(config, name)
         shown = json.dumps(list(value) if isinstance(value, tuple) else value)
+        if name == "plugins_token" and value:
+            shown = '"..."'                 # a secret: terminals are seen, and logs are kept
         origin = next((where for where, layer in reversed(layers) if name in layer), "default")
         if origin == "said":
             origin = f"--{name.replace('_', '-')}" if name in said else "--port"
