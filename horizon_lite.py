@@ -8899,10 +8899,8 @@ def _config_value(key: str, value: Any) -> Any:
     wanted = _CONFIG_TYPES[key]
     try:
         if wanted is tuple:
-            parts = value.split(",") if isinstance(value, str) else list(map(str, value))
-            if key == "plugins" and any("{" in each for each in parts):
-                raise ConfigError("[[plugins]] tables go into a file of their own, that is named "
-                                  'here: plugins = ["plugins.toml"]')
+            parts = value.split(",") if isinstance(value, str) else [
+                str(each) if isinstance(each, str | int) else os.fspath(each) for each in value]
             return tuple(part.strip() for part in parts if part.strip())
         if wanted is bool:
             return value if isinstance(value, bool) else _TRUTHS[str(value).lower()]
@@ -8914,7 +8912,8 @@ def _config_value(key: str, value: Any) -> Any:
                 return number
     except (ValueError, TypeError, KeyError, OverflowError):
         pass
-    raise ConfigError(f"{key} = {value!r} must be {_TYPE_NAMES[wanted]}")
+    hint = '; [[plugins]] tables go into a file: plugins = ["plugins.toml"]' * (key == "plugins")
+    raise ConfigError(f"{key} = {value!r} must be {_TYPE_NAMES[wanted]}{hint}")
 
 
 # =============================================================================
