@@ -2631,7 +2631,7 @@ message EventSubscribe {
 message LogMessage { string level = 1; string message = 2; }
 
 message EventResult {
-  string event_id = 1; optional bool cancel = 2;
+  string event_id = 1; optional bool cancel = 2; string reason = 100;   // of cancelling
   oneof update { ChatMutation chat = 10; BlockBreakMutation block_break = 11; }
 }
 message ChatMutation { optional string message = 1; }
@@ -2961,6 +2961,7 @@ class BufferPool:
 
 _SAMPLE_MASK = 63
 _MAX_STRANGE_KEYS = 1024            # remembered look-ups of keys without a registration
+_MAX_UNHEARD = 100                  # emitted keys without a handler that are remembered
 _RECENT_TIMES = 100                 # of which the 95th percentile is told
 _KEY_SEGMENT = re.compile(r"\*|[^\s:*]+")
 
@@ -3056,7 +3057,8 @@ class _Altered(Event):
     def __init__(self, original: Event, data: Any) -> None:
         super().__init__(original.key, data, original.client)
         self._reason = original._reason
-        self._metadata = original.metadata
+        if data is original.data:           # else it is found out anew
+            self._metadata = dict(original.metadata)
         self._original = original
 
     def cancel(self, reason: str = "cancelled") -> None:
@@ -3134,22 +3136,28 @@ class Propagator:
 
         An event without a position passes; others are told their ``metadata["distance"]``.
         """
-        if not distance >= 0 or not callable(place) and len(place) != 3:
+        if not distance >= 0 or not callable(place) and not (
+                isinstance(place, Sequence) and len(place) == 3):
             raise UsageError(f"near((x, y, z), distance), or near(function, distance), not "
                              f"{place!r}, {distance!r}")
 
-        def decide(event: Event) -> bool:
+        def decide(event: Event) -> Any:
             here, there = place() if callable(place) else place, event.metadata.get("position")
             if here is None or there is None:
                 return True
-            event.metadata["distance"] = away = math.dist(here, there)
-            return away <= distance
+            if not (away := math.dist(here, there)) <= distance:
+                return False
+            found = event.altered(event.data)       # others are at other distances
+            found.metadata["distance"] = away
+            return found
 
         return cls(decide)
 
     @classmethod
     def channel(cls, *numbers: int) -> Propagator:
         """Let replicated objects' events of these channels pass, and events that have none."""
+        if not numbers:
+            raise UsageError("channel(0, 1, ...) needs the numbers of channels")
         return cls(lambda event: event.metadata.get("channel", numbers[0]) in numbers)
 
     @classmethod
@@ -3203,7 +3211,7 @@ class _Times:
         recent = sorted(self._recent or (0,))
         return {"timed": self.count, "min_ns": self.least if self.count else 0,
                 "avg_ns": self.total // max(self.count, 1), "max_ns": self.most,
-                "p95_ns": recent[len(recent) * 95 // 100]}
+                "p95_ns": recent[(len(recent) * 95 + 99) // 100 - 1]}
 
 
 class Handler:
@@ -3223,7 +3231,9 @@ class Handler:
         self._weak = None
         if weak:
             import weakref
-            self._weak, fn = weakref.WeakMethod(fn), self._call_weak
+            # its end may come at any time, in any thread: the bus looks for it later
+            self._weak, fn = weakref.WeakMethod(fn, lambda _: bus._dead.append(self)), (
+                self._call_weak)
         self.fn = fn
         self.order = order                  # (priority, registration)
         self.once = once
@@ -3235,7 +3245,8 @@ class Handler:
         self.then = then                    # gets what was returned elsewhere
         self.spawned = elsewhere or batch > 0       # runs afterwards
         # only handlers that are always called can let their routes count for them
-        guard = self._guarded if once or filter or ignore_cancelled or weak else fn
+        guard = (self._guarded if once or ignore_cancelled or weak else
+                 self._filtered if filter else fn)
         self.invoke = self._start if self.spawned else guard
         self.errors = self._calls = 0
         self.times = _Times()
@@ -3254,7 +3265,7 @@ class Handler:
 
     @property
     def calls(self) -> int:
-        """How often the function was called; exact."""
+        """How many events the function was given; exact."""
         if self.invoke is not self.fn:
             return self._calls
         return self._calls + sum(route.emits - route.settled for route in self._routes)
@@ -3272,9 +3283,17 @@ class Handler:
                 return None
             event = found if isinstance(found, Event) else event
         if self.once:
+            if self._gone:                          # the filter has emitted
+                return None
             self.remove()
         self._calls += 1
         return event
+
+    def _filtered(self, event: Event) -> None:
+        found = self.filter(event)                  # type: ignore[misc]
+        if found:
+            self._calls += 1
+            self.fn(found if found is not True and isinstance(found, Event) else event)
 
     def _guarded(self, event: Event) -> None:
         if (given := self.take(event)) is not None:
@@ -3288,12 +3307,21 @@ class Handler:
         if event._reason is None and (given := self.take(event)) is not None:
             event._sealed = given._sealed = True
             assert self._bus.spawn is not None
-            self._bus.spawn(self, given)
+            try:
+                self._bus.spawn(self, given)
+            except LimitError:
+                self._calls -= 1
+                raise
 
     def took(self, spent_ns: int) -> None:
-        """Note the time of one call; one that kept the loop too long is told, once a second."""
+        """Note the time of one call."""
         self.times.add(spent_ns)
-        if 0 < self._bus.slow_ns < spent_ns and not self.elsewhere:
+        if not self.elsewhere:
+            self.kept_loop(spent_ns)
+
+    def kept_loop(self, spent_ns: int) -> None:
+        """Warn, once a second at most, if that is too long."""
+        if 0 < self._bus.slow_ns < spent_ns:
             self._bus.slow += 1
             now = self._bus._clock()
             if now - self._slow_ns >= 1_000_000_000:
@@ -3339,8 +3367,8 @@ class Bus:
     handler), counted, and never reaches the emitter. *spawn* runs ``async def`` and
     ``blocking=True`` handlers; without one they are refused. *on_time* is told the seconds
     of sampled emits. A handler that took longer than *slow_ms* when it was timed is warned
-    about. With *debug* all are timed, and keys that nobody listens to are told with the
-    nearest one that has a handler.
+    about (see ``watch``). With *debug* all are timed, and keys that nobody listens to are told
+    with the nearest one that has a handler.
 
     >>> bus = Bus()
     >>> handler = bus.on("round:*", lambda event: print(event.key, event.data))
@@ -3351,7 +3379,8 @@ class Bus:
     """
 
     __slots__ = ("spawn", "slow_ns", "_clock", "_on_time", "_mask", "_handlers", "_wild", "_routes",
-                 "_strange_route", "_shared", "_nobody", "_numbers", "errors", "slow")
+                 "_strange_route", "_shared", "_nobody", "_numbers", "errors", "slow", "_unheard",
+                 "_dead", "_debug", "_watched_until_ns", "_hints")
 
     def __init__(self, *, spawn: Callable[[Handler, Event], object] | None = None,
                  clock: Callable[[], int] = time.monotonic_ns, debug: bool = False,
@@ -3369,12 +3398,32 @@ class Bus:
         self._numbers = itertools.count()
         self.errors = 0                             # handler calls that raised
         self.slow = 0                               # timed ones that took too long
+        self._unheard: OrderedDict[str, None] = OrderedDict()   # emitted keys that nobody wanted
+        self._dead: deque[Handler] = deque()        # weak ones whose object is gone
+        self._watched_until_ns = self._clock()
+        self._hints = 0, 0                          # in which second, how many
         self.debug(debug)
 
     def debug(self, yes: bool) -> None:
         """Time every emit, and tell of keys that nobody listens to; else time a few."""
+        self._debug = yes
         self._mask = 0 if yes else _SAMPLE_MASK
         self._strange_route.cache_clear()
+
+    def watch(self, spent_ns: int) -> None:
+        """Hear how long a pass of the loop took: after a slow one every emit is timed for 10 s.
+
+        So a handler that is slow now and then is found, and others cost nothing.
+        """
+        if 0 < self.slow_ns < spent_ns:
+            self._mask, self._watched_until_ns = 0, self._clock() + 10_000_000_000
+        elif not (self._mask or self._debug) and self._clock() > self._watched_until_ns:
+            self._mask = _SAMPLE_MASK
+
+    def _bury(self) -> None:
+        """Remove weak handlers whose objects are gone."""
+        while self._dead:
+            self._remove(self._dead.popleft())
 
     # -- registering --
 
@@ -3411,7 +3460,7 @@ class Bus:
                 blocking or batched handler on a bus without *spawn*.
         """
         segments = _check_key(key)
-        if type(priority) not in (int, float):
+        if type(priority) not in (int, float) or math.isnan(priority):
             raise UsageError(f"priority of {key!r} must be a number, not {priority!r}")
         if not isinstance(batch, int) or batch < 0 or once and batch or (
                 wait_ms is not None and not 0 <= wait_ms < math.inf):
@@ -3420,6 +3469,8 @@ class Bus:
         for what, each in (("filter", filter), ("handler", fn), ("then", then)):
             if each is not None and not callable(each):
                 raise UsageError(f"{what} of {key!r} must be callable, got {each!r}")
+            if each is not None and each is not fn and _is_async(each):
+                raise UsageError(f"{what} of {key!r} can't be an async def: nobody would await it")
         if fn is None:
             def decorate(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
                 self.on(key, function, priority=priority, once=once, filter=filter, batch=batch,
@@ -3433,12 +3484,12 @@ class Bus:
                              "this bus has no spawn= for it")
         if then is not None and not elsewhere:
             raise UsageError(f"then of {key!r} is for async def and blocking=True")
-        if weak and (elsewhere or batch or getattr(fn, "__self__", None) is None):
-            raise UsageError(f"weak of {key!r} is for a method of an object, called on the loop")
+        if weak and (elsewhere or batch or not hasattr(fn, "__func__") or not hasattr(
+                getattr(fn, "__self__", None), "__weakref__")):
+            raise UsageError(f"weak of {key!r} is for a method of an object that weakref can refer "
+                             "to, called on the loop")
+        self._bury()
         key = sys.intern(key)
-        for dead in [each for each in self._handlers.get(key, ())
-                     if each._weak is not None and each._weak() is None]:
-            self._remove(dead)
         handler = Handler(self, key, fn, (priority, next(self._numbers)), once, filter,
                           ignore_cancelled, elsewhere, batch, wait_ms, then, weak)
         self._handlers.setdefault(key, []).append(handler)
@@ -3504,13 +3555,26 @@ class Bus:
         """Return the route of a key that has no registration of its own."""
         _check_key(key)
         patterns = self._matching(key)
-        if not (patterns or self._mask) and (similar := _did_you_mean(key, self._handlers)):
-            _log.warning("nobody listens to %r%s", key, similar)
+        if not patterns:
+            self._note_unheard(key)
         route = self._shared.get(patterns) if patterns else self._nobody
         if route is None:
             route = self._shared[patterns] = _Route(" ".join(patterns))
             self._fill(route, patterns)
         return route
+
+    def _note_unheard(self, key: str) -> None:
+        """Remember a key for ``validate``; while debugging tell of it, 20 times a second at most.
+        """
+        self._unheard[key] = None
+        if len(self._unheard) > _MAX_UNHEARD:
+            self._unheard.popitem(last=False)
+        if self._debug:
+            second, count = self._clock() // 1_000_000_000, self._hints[1]
+            count = count + 1 if second == self._hints[0] else 1
+            self._hints = second, count
+            if count <= 20 and (similar := _did_you_mean(key, self._handlers)):
+                _log.warning("nobody listens to %r%s", key, similar)
 
     # -- emitting --
 
@@ -3545,6 +3609,8 @@ class Bus:
 
     def handles(self, key: str) -> bool:
         """Whether somebody would get an event of *key*."""
+        if self._dead:
+            self._bury()
         return bool((self._routes.get(key) or self._strange_route(key)).handlers)
 
     def emit_many(self, key: str, items: Iterable[Any]) -> int:
@@ -3563,13 +3629,15 @@ class Bus:
         clock = self._clock
         began = now = clock()
         for handler in route.handlers:
+            calls = handler._calls
             try:
                 handler.invoke(event)
             except Exception:
                 event._failed = True
                 self.failed(handler, route)
             before, now = now, clock()
-            if not handler.spawned:             # these are timed where they run
+            # what is spawned is timed where it runs; who was passed over took no time
+            if not handler.spawned and (handler.invoke is handler.fn or handler._calls > calls):
                 handler.took(now - before)
         route.times.add(now - began)
         if self._on_time is not None and route.handlers:
@@ -3603,6 +3671,7 @@ class Bus:
     @property
     def handler_count(self) -> int:
         """How many registrations there are."""
+        self._bury()
         return sum(map(len, list(self._handlers.values())))
 
     def stats(self) -> dict[str, dict[str, Any]]:
@@ -3624,7 +3693,9 @@ class Bus:
 
     def validate(self) -> list[str]:
         """Return what looks wrong: keys emitted to nobody, keys with over 100 handlers."""
+        self._bury()
         lonely = [each.key for each in self._all_routes() if each.emits and not each.handlers]
+        lonely += [key for key in self._unheard if key not in lonely and not self.handles(key)]
         crowded = [each for each in self._all_routes() if len(each.handlers) > 100]
         return ([f"nobody listens to {key!r}{_did_you_mean(key, self._handlers)}" for key in lonely]
                 + [f"{each.key!r} has {len(each.handlers)} handlers" for each in crowded])
@@ -4911,6 +4982,7 @@ class Markup:
 
 _MAX_COORDINATE = 3.0e38            # what an f32 can carry; NaN fails the comparison too
 _MOVES_A_PIECE = 100                # events of movement that stay together
+_PACKED_A_PIECE = 1_500             # players in one block for plugins: under 64 KiB also when wide
 
 
 def _uuid_text(player: bytes) -> str:
@@ -4987,15 +5059,6 @@ class Moves:
         return b"".join([pack(before, ids[player], x_tag, x, y_tag, y, z_tag, z)
                          for player, (x, y, z) in self.players.items()])
 
-    def pieces(self, form: str) -> list[tuple[int, bytes]]:
-        """Return the envelopes in parts of up to 100, each with how many they are."""
-        data, count = self.envelope(form), len(self.players)
-        if form or count <= _MOVES_A_PIECE:
-            return [(1 if form else count, data)]
-        step = len(data) // count * _MOVES_A_PIECE
-        parts = [data[at:at + step] for at in range(0, len(data), step)]
-        return [(len(part) * count // len(data), part) for part in parts]
-
 
 class PlayerMoves(Moves):
     """The same for who hears of leaving otherwise: only those who moved, the newest of each."""
@@ -5003,10 +5066,25 @@ class PlayerMoves(Moves):
     __slots__ = ()
 
     def replaces(self, older: Moves) -> Moves:
-        """Return what stands for *older*, which was not sent, and this."""
-        here = self._movement.positions
-        players = {player: at for player, at in older.players.items() if player in here}
-        return PlayerMoves(self._movement, players | self.players, full=False)
+        """Return what stands for *older*, which was not sent, and this; itself for what was lost.
+        """
+        players = self._movement.positions if older is self else older.players | self.players
+        return PlayerMoves(self._movement, dict(players), full=False)
+
+    def pieces(self, form: str) -> list[tuple[int, bytes]]:
+        """Return envelopes in parts, each with how many they are: 100, or a packed block.
+
+        Who has left meanwhile is left out: it was told before.
+        """
+        here, players, step = self._movement.positions, self.players, _MOVES_A_PIECE
+        if form:
+            step = _PACKED_A_PIECE
+        if len(players) <= step and players.keys() <= here.keys():
+            return [(1 if form else len(players), self.envelope(form))]
+        rows = [each for each in players.items() if each[0] in here]
+        return [(1 if form else len(rows[at:at + step]), PlayerMoves(
+            self._movement, dict(rows[at:at + step]), full=False).envelope(form))
+            for at in range(0, len(rows), step)]
 
 
 class Movement:
@@ -6190,13 +6268,13 @@ class DelimitedReader(Generic[_M]):
     (None, 5)
     """
 
-    __slots__ = ("_cls", "_max_bytes", "_buffer", "_fault", "position", "pending")
+    __slots__ = ("max_bytes", "_cls", "_buffer", "_fault", "position", "pending")
 
     def __init__(self, cls: type[_M], max_bytes: int = 1 << 20) -> None:
         if not (isinstance(cls, type) and issubclass(cls, Message)):
             raise UsageError(f"DelimitedReader reads a class of messages, not {cls!r}")
         self._cls = cls
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._buffer = bytearray()
         self._fault: tuple[type[PeerError], str] | None = None
         self.position = 0
@@ -6210,14 +6288,27 @@ class DelimitedReader(Generic[_M]):
             WireError: a length or a message is malformed; says where in the stream.
         """
         messages: list[_M] = []
+        try:
+            for message in self.each(data):
+                messages.append(message)
+        except PeerError:
+            if not messages:
+                raise
+        return messages
+
+    def each(self, data: _Bytes) -> Iterator[_M]:
+        """Yield the messages that *data* completes, each decoded when it is its turn.
+
+        Raises:
+            TooBig, WireError: as ``feed``, after those that came before.
+        """
         with _view(data) as view:
             self.pending += len(view)
             if self._fault is None:
                 self._buffer += view
-                self._cut(messages)
-        if not messages:
-            self._raise_fault()
-        return messages
+        while self._fault is None and (message := self._cut()) is not None:
+            yield message
+        self._raise_fault()
 
     def close(self) -> None:
         """Say that the stream has ended.
@@ -6235,25 +6326,26 @@ class DelimitedReader(Generic[_M]):
             error, text = self._fault
             raise error(f"{text}, in the message at byte {self.position} of the stream")
 
-    def _cut(self, messages: list[_M]) -> None:
-        """Decode the whole messages in the buffer and take them out of it."""
-        at = 0
+    def _cut(self) -> _M | None:
+        """Take the first whole message out of the buffer; None if there is none."""
         try:
-            while True:
-                size, start = _delimiter(self._buffer[at:at + 5])
-                if size > self._max_bytes:
-                    raise TooBig(f"a message of {size} bytes; the limit is {self._max_bytes}")
-                end = at + start + size
-                if not start or end > len(self._buffer):
-                    break
-                messages.append(self._cls.decode(bytes(memoryview(self._buffer)[at + start:end])))
-                at = end
+            size, start = _delimiter(self._buffer[:5])
+            if size > self.max_bytes:
+                raise TooBig(f"a message of {size} bytes; the limit is {self.max_bytes}")
+            end = start + size
+            if not start or end > len(self._buffer):
+                return None
+            with memoryview(self._buffer) as view:
+                data = bytes(view[start:end])
+            message = self._cls.decode(data)
         except PeerError as fault:
             self._fault = type(fault), str(fault)
             self._buffer.clear()
-        del self._buffer[:at]
-        self.position += at
-        self.pending -= at
+            return None
+        del self._buffer[:end]              # cheap at the front
+        self.position += end
+        self.pending -= end
+        return message
 
 
 def _delimiter(head: _Bytes) -> tuple[int, int]:
@@ -6284,6 +6376,7 @@ def _delimiter(head: _Bytes) -> tuple[int, int]:
 
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 _RECV_BYTES = 65536
+_STREAM_BYTES = 4096                # a Stream's frames may be short, and many of them dear
 _FINISH_S = 2.0                     # how long a goodbye may take
 _HTTP_BACKLOG = 1 << 20             # pipelined requests wait while this much is unsent
 _MAX_ACCEPTS = 64                   # per pass, so that a flood of connects starves nobody
@@ -6404,7 +6497,8 @@ def _heeded_future() -> type[Future[Any]]:
         def _ask(self) -> None:
             if not self.done() and self.on_loop():
                 raise StateError("to wait here for the loop would be for ever: this is the loop's "
-                                 "own thread; call the function itself, without call_soon")
+                                 "own thread; take add_done_callback, or call the function itself, "
+                                 "without call_soon")
             self.asked = True
 
         def result(self, timeout: float | None = None) -> Any:
@@ -6552,10 +6646,15 @@ class _TLS:
         return b"".join(plain)
 
     def seal(self, data: _Bytes) -> bytes:
-        """Return what TLS itself has to send, and *data* as the peer's TLS reads it."""
+        """Return what TLS itself has to send, and *data* as the peer's TLS reads it.
+
+        Before both have agreed, *data* can't be said, and is not.
+        """
+        import ssl
         view = memoryview(data)
-        while view:                         # a record at a time
-            view = view[self._object.write(view):]
+        with contextlib.suppress(ssl.SSLWantReadError):
+            while view:                     # a record at a time
+                view = view[self._object.write(view):]
         return self._outgoing.read()
 
     def goodbye(self) -> bytes:
@@ -6661,7 +6760,7 @@ class Connection:
 
     def _readable(self) -> None:
         try:
-            data = self.sock.recv(_RECV_BYTES)
+            data = self.sock.recv(_RECV_BYTES if self.stream_of is None else _STREAM_BYTES)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
@@ -7259,6 +7358,8 @@ class Server:
         self._leave(connection.address)
 
     def _check_times(self) -> None:
+        if self.draining and not self.connections:
+            return                          # nobody will come any more
         limits = (self.limits.idle_s, self.limits.handshake_s, self.limits.ping_s)
         shortest = min((each for each in limits if each), default=4.0)
         self.loop.call_later(min(1.0, max(0.05, shortest / 4)), self._check_times)
@@ -7308,7 +7409,8 @@ class Plugin:
     ``name`` is the class's in lower case unless it says so. ``requires`` names the plugins
     that must run before this one, with the version it needs if that matters: ("economy",
     "chat 1.2"), or {"chat": "1.2"}; the major version must be the same, the rest not older.
-    "horizon_lite" in it means this file.
+    "horizon_lite" in it means this file. ``app`` is the engine, from ``register`` on: what is
+    registered through it goes with the plugin.
     """
 
     name = ""
@@ -7318,6 +7420,9 @@ class Plugin:
 
     def register(self, app: Any) -> None:
         """Register handlers; all plugins do before the first is started."""
+
+    def on_reload(self, before: Any) -> None:
+        """Take over from the plugin in whose place this one comes; it has stopped already."""
 
     def on_start(self) -> None:
         """Begin; what is required runs already."""
@@ -7333,20 +7438,40 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part or 0) for part in match.groups())
 
 
+_REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]{1,64})[\s>=]*(.*)")
+
+
 def _requirements(plugin: Plugin) -> dict[str, str]:
     """Return the names of what *plugin* requires, and the versions; "" where any will do."""
     wanted = plugin.requires
-    if isinstance(wanted, str):
-        wanted = (wanted,)
-    pairs = wanted.items() if isinstance(wanted, Mapping) else (
-        each.partition(" ")[::2] for each in wanted)
-    return {name: version.strip() for name, version in pairs}
+    if isinstance(wanted, Mapping):
+        return {str(name): str(version) for name, version in wanted.items()}
+    matches = [_REQUIREMENT.fullmatch(each) for each in (
+        (wanted,) if isinstance(wanted, str) else wanted)]
+    return {match[1]: match[2].strip() for match in matches if match}
+
+
+def _check_plugin(plugin: Plugin) -> None:
+    """Raise UsageError if what a plugin says of itself can't be."""
+    what = f"plugin {plugin.name!r}"
+    try:
+        if not _PLUGIN_ID.fullmatch(plugin.name):
+            raise UsageError("a name is 1 to 64 of A-Z a-z 0-9 _ . -")
+        for text in (plugin.version, *filter(None, _requirements(plugin).values())):
+            _version(text)
+    except (TypeError, AttributeError, UsageError) as error:
+        raise UsageError(f'{what}: {error}; write name = "shop", version = "1.2.0", requires = '
+                         '("bank 1.0",)') from None
+    for each in ("register", "on_reload", "on_start", "on_stop"):
+        if _is_async(getattr(plugin, each)):
+            raise UsageError(f"{what}: {each} can't be an async def; it may emit an event that "
+                             "has an async handler")
 
 
 class _Unit:
     """A plugin, the file it came from, how it is, and how to undo what it registered."""
 
-    __slots__ = ("plugin", "name", "path", "state", "error", "undo")
+    __slots__ = ("plugin", "name", "path", "state", "error", "undo", "owners", "before", "lacks")
 
     def __init__(self, plugin: Plugin | None, name: str, path: str) -> None:
         self.plugin = plugin            # None: its file can't be imported
@@ -7355,15 +7480,19 @@ class _Unit:
         self.state = "loaded"       # "registered", "starting", "running", "stopped", "failed"
         self.error = ""
         self.undo: list[Callable[[], object]] = []
+        self.owners: set[int] = set()       # who has loaded it, and may let it go
+        self.before: _Unit | None = None    # what it has replaced, until that is final
+        self.lacks = False                  # it failed for want of another one
 
-    def replaces(self, old: _Unit | None) -> bool:
-        """Whether this may take the place of *old*: its file or class read again, or a failed one.
-        """
-        if old is None or old.state == "failed" or self.path and self.path == old.path:
-            return True
-        old_cls, cls = type(old.plugin), type(self.plugin)
-        return old_cls is not cls and (old_cls.__module__, old_cls.__qualname__) == (
-            cls.__module__, cls.__qualname__)
+    def again(self) -> _Unit:
+        """Return the same plugin, to be added once more."""
+        unit = _Unit(self.plugin, self.name, self.path)
+        unit.owners = self.owners
+        return unit
+
+
+_BEING_WRITTEN_NS = 200_000_000      # a file that is younger may be half written
+_PLUGIN_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 def _file_stamp(path: str) -> tuple[int, int]:
@@ -7373,39 +7502,47 @@ def _file_stamp(path: str) -> tuple[int, int]:
     return 0, 0
 
 
-def import_target(target: str) -> ModuleType:
-    """Import ``file.py``, ``module`` or ``module:name``, always from its source as it is now."""
+def _run_source(name: str, path: str) -> ModuleType:
+    """Import *path* as module *name*, from its source as it is now."""
     import importlib.util
     from importlib.machinery import SourceFileLoader
+    loader = SourceFileLoader(name, path)
+    # bytecode is known by its time in seconds: an edit within one would not be seen
+    loader.get_code = (                     # type: ignore[method-assign]
+        lambda fullname: loader.source_to_code(loader.get_data(path), path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None
+    module, before = importlib.util.module_from_spec(spec), sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        if before is not None:
+            sys.modules[name] = before
+        raise
+    return module
+
+
+def import_target(target: str, *, again: bool = False) -> ModuleType:
+    """Import ``file.py``, ``module`` or ``module:name``; *again* from its source as it is now."""
+    import importlib
     name = target.partition(":")[0]
     if name.endswith(".py"):
         if not os.path.isfile(name):
             raise UsageError(f"there is no file {name!r}")
         folder, stem = os.path.dirname(os.path.abspath(name)), os.path.basename(name)[:-3]
+        if stem in sys.modules and stem in sys.stdlib_module_names:
+            raise UsageError(f"{name} has the name of a module of Python's own; rename the file")
         if folder not in sys.path:
             sys.path.insert(0, folder)
-        loader = SourceFileLoader(stem, name)
-        # bytecode is known by its time in seconds: an edit within one would not be seen
-        loader.get_code = (                     # type: ignore[method-assign]
-            lambda fullname: loader.source_to_code(loader.get_data(name), name))
-        spec = importlib.util.spec_from_file_location(stem, name, loader=loader)
-        assert spec is not None
-        module, before = importlib.util.module_from_spec(spec), sys.modules.get(stem)
-        if before is not None and stem in sys.stdlib_module_names:
-            raise UsageError(f"{name} has the name of a module of Python's own; rename the file")
-        sys.modules[stem] = module
-        try:
-            loader.exec_module(module)
-        except BaseException:
-            del sys.modules[stem]
-            if before is not None:
-                sys.modules[stem] = before
-            raise
-        return module
+        return _run_source(stem, name)
     if not all(part.isidentifier() for part in name.split(".")):
         raise UsageError(f"{target!r} is neither a file.py nor a module:name")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    if again and (path := str(getattr(sys.modules.get(name), "__file__", ""))).endswith(".py"):
+        return _run_source(name, path)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -7417,22 +7554,28 @@ def import_target(target: str) -> ModuleType:
 class Plugins(Mapping[str, Plugin]):
     """The plugins in this process, by name: what runs, in the order in which it was started."""
 
-    __slots__ = ("_scope", "_tell", "_units", "_running", "_starting", "_order", "_files")
+    __slots__ = ("replacing", "_scope", "_tell", "_settle", "_units", "_running", "_busy", "_order",
+                 "_files")
 
     def __init__(self, scope: Callable[[list[Callable[[], object]]], Any],
-                 tell: Callable[[str, dict[str, Any]], object]) -> None:
+                 tell: Callable[[str, dict[str, Any]], object],
+                 settle: Callable[[], object] = lambda: None) -> None:
+        self.replacing = False          # whoever is loaded may take the place of another
         self._scope = scope             # makes what register gets, and notes how to undo it
         self._tell = tell               # of what happens
+        self._settle = settle           # called before handlers are removed
         self._units: dict[str, _Unit] = {}
-        self._running = self._starting = False
+        self._running = False
+        self._busy = False                  # registering or starting: others are next
         self._order: list[_Unit] = []       # as they were started
         self._files: dict[str, tuple[tuple[int, int], Callable[[], object]]] = {}
 
     def __getitem__(self, name: str) -> Plugin:
-        unit = self._units[name]
-        if unit.state != "running" or unit.plugin is None:
-            raise KeyError(name)
-        return unit.plugin
+        if (unit := self._units.get(name)) in self._order and unit and unit.plugin:
+            return unit.plugin
+        raise KeyError(f"plugin {name!r} " + (
+            f"does not run: it is {unit.state}" if unit else "is not loaded")
+            + "; who requires it finds it in on_start")
 
     def __iter__(self) -> Iterator[str]:
         return iter([each.name for each in self._order])
@@ -7440,104 +7583,145 @@ class Plugins(Mapping[str, Plugin]):
     def __len__(self) -> int:
         return len(self._order)
 
-    def load(self, target: str | os.PathLike[str] | Plugin | type[Plugin]) -> list[Plugin]:
-        """Load a class, an object, a module, a file or all files of a folder; see Engine.load."""
-        made: list[_Unit] = []
+    def __repr__(self) -> str:
+        return f"Plugins({', '.join(self)})"
+
+    def load(self, *targets: Any, owner: int = 0) -> list[Plugin]:
+        """Load classes, objects, modules, files or all files of folders; see Engine.load."""
+        units = [unit for each in targets for unit in self._made(each)]
+        new = [each for each in units if each is not self._units.get(each.name)]
+        for unit in units:
+            unit.owners.add(owner)
+        self._add(new)
+        for path in {each.path for each in new}:
+            self._watch_plugins(path)
+        return [each.plugin for each in units if each.plugin is not None]
+
+    def _made(self, target: Any) -> list[_Unit]:
         if isinstance(target, Plugin):
-            made.append(self._unit(target, ""))
-        elif isinstance(target, type) and issubclass(target, Plugin):
-            made.append(self._unit(target(), ""))
-        elif not isinstance(target, str | os.PathLike):
+            return [self._unit(target, "")]
+        if isinstance(target, type) and issubclass(target, Plugin):
+            return self._tried(target.__name__.lower(), "", lambda: [self._unit(target(), "")])
+        if not isinstance(target, str | os.PathLike):
             raise UsageError(f"load a Plugin class, an object of one, a module or a file, not "
                              f"{target!r}")
-        else:
-            path = os.fspath(target)
-            files = [path] if not os.path.isdir(path) else sorted(
-                os.path.join(path, name) for name in os.listdir(path)
-                if name.endswith(".py") and not name.startswith(("_", ".")))
-            for each in files:
-                made += self._import(each)
-        self._add(made)
-        return [each.plugin for each in made if each.plugin is not None]
+        path = os.fspath(target)
+        if not os.path.isdir(path):
+            return self._unchanged(path) or self._tried(
+                os.path.basename(path).removesuffix(".py"), path, lambda: self._units_in(path))
+        found = [unit for name in sorted(os.listdir(path))
+                 if name.endswith(".py") and not name.startswith(("_", "."))
+                 for unit in self._of_folder(os.path.join(path, name))]
+        if not found:
+            raise UsageError(f"{path} has no file with a class of hl.Plugin")
+        return found
 
-    def _import(self, path: str) -> list[_Unit]:
-        """Import a file; one that can't be is isolated like a plugin that fails."""
+    def _of_folder(self, path: str) -> list[_Unit]:
         try:
-            units = self._units_in(path)
+            return self._unchanged(path) or self._tried(
+                os.path.basename(path)[:-3], path, lambda: self._units_in(path))
+        except UsageError as error:             # a helper of the others, perhaps
+            _log.info("passed over: %s", error)
+            return []
+
+    def _unchanged(self, path: str) -> list[_Unit]:
+        """Return what runs of a file that is to take its own place, and has not changed."""
+        if not self.replacing or self._files.get(path, ((0, 0), 0))[0] != _file_stamp(path):
+            return []
+        return [each for each in self._units.values() if each.path == path]
+
+    def _tried(self, name: str, path: str, make: Callable[[], list[_Unit]]) -> list[_Unit]:
+        """Return what *make* makes; what can't be imported is isolated like a plugin that fails."""
+        try:
+            return make()
         except UsageError:
             raise
         except (Exception, SystemExit) as error:
-            units = [_Unit(None, os.path.basename(path).removesuffix(".py"), path)]
-            self._fail(units[0], "can't be imported", error)
-        if path.endswith(".py"):
-            self.watch(path, functools.partial(self.reload, path))
-        return units
+            unit = _Unit(None, name, path)
+            self._fail(unit, "can't be imported", error)
+            return [unit]
 
-    def _units_in(self, path: str) -> list[_Unit]:
-        module = import_target(path)
-        classes = [each for each in vars(module).values() if isinstance(each, type)
-                   and issubclass(each, Plugin) and each.__module__ == module.__name__]
+    def _units_in(self, path: str, again: bool = False) -> list[_Unit]:
+        module, name = import_target(path, again=again), path.partition(":")[2]
+        found = {each for each in vars(module).values() if isinstance(each, type)
+                 and issubclass(each, Plugin)
+                 and f"{each.__module__}.".startswith(f"{module.__name__}.")}
+        # what others derive from is no plugin itself
+        classes = [each for each in found if each.__name__ == name or not name and not any(
+            issubclass(other, each) for other in found - {each})]
         if not classes:
             raise UsageError(f"{path} has no class of hl.Plugin")
-        return [self._unit(each(), path) for each in classes]
+        return [self._unit(each(), path) for each in sorted(classes, key=lambda each: list(
+            vars(module)).index(each.__name__) if each.__name__ in vars(module) else 0)]
 
     def _unit(self, plugin: Plugin, path: str) -> _Unit:
         plugin.name = plugin.name or type(plugin).__name__.lower()
-        for text in (plugin.version, *filter(None, _requirements(plugin).values())):
-            _version(text)
+        _check_plugin(plugin)
         return _Unit(plugin, plugin.name, path)
 
     def _add(self, units: list[_Unit]) -> None:
         """Let plugins register, and start them if the others are."""
         names = Counter(each.name for each in units)
         for unit in units:
-            if names[unit.name] > 1 or not unit.replaces(self._units.get(unit.name)):
+            old = self._units.get(unit.name)
+            if names[unit.name] > 1 or old is not None and old.state != "failed" and not (
+                    self.replacing or unit.path and unit.path == old.path):
                 raise UsageError(f"there is a plugin {unit.name!r} already; give each a name of "
                                  "its own")
-        left = self._remove([self._units[name] for name in names if name in self._units])
-        units = [*units, *(each for each in left if each.name not in names)]
-        for unit in units:
-            self._units[unit.name] = unit
-            if unit.plugin is not None:
-                self._register(unit, unit.plugin)
+        replaced = {name: self._units[name] for name in names if name in self._units}
+        left = self._remove(list(replaced.values()))
+        left += [each for each in self._units.values() if each.lacks]      # it may be there now
+        busy, self._busy = self._busy, True
+        try:
+            for unit in [*units, *(each.again() for each in left if each.name not in names)]:
+                self._units[unit.name] = unit
+                unit.before = replaced.get(unit.name)
+                if unit.plugin is not None:
+                    self._register(unit, unit.plugin)
+        finally:
+            self._busy = busy
         if self._running:
             self.start()
 
     def _remove(self, units: list[_Unit]) -> list[_Unit]:
         """Stop plugins and forget them; return those that required them, to be added again."""
-        halted = self._halt(units)
-        for unit in halted:
-            del self._units[unit.name]
-        left = [each for each in halted if each not in units and each.plugin is not None]
-        for unit in left:
-            unit.state, unit.error = "loaded", ""
-        return left
+        # one may be gone with another that had loaded it
+        halted = [each for each in self._halt(units) if self._units.pop(each.name, None) is each]
+        return [each for each in halted if each not in units and each.plugin is not None]
 
     def _register(self, unit: _Unit, plugin: Plugin) -> None:
         try:
             plugin.app = self._scope(unit.undo)
+            if unit.before is not None and unit.before.plugin is not None:
+                plugin.on_reload(unit.before.plugin)
             plugin.register(plugin.app)
-            unit.state = "registered"
-        except Exception as error:
-            self._fail(unit, "can't register", error)
+        except (Exception, SystemExit) as error:
+            return self._fail(unit, "can't register", error)
+        unit.state = "registered"
+        if self._units.get(unit.name) is not unit:      # it has unloaded itself
+            self._undo(unit)
 
     def start(self) -> None:
         """Start what is registered: each after what it requires, else as they were loaded."""
         self._running = True
-        if self._starting:                  # a plugin that starts has loaded more: they are next
+        if self._busy:
             return
 
         def registered() -> list[_Unit]:
             return [each for each in self._units.values() if each.state == "registered"]
 
-        self._starting = True
+        self._busy, before = True, len(self._order)
         try:
             while unit := next((each for each in registered() if not self._lacks(each)), None):
                 self._start(unit)
         finally:
-            self._starting = False
+            self._busy = False
         for unit in registered():
+            unit.lacks = True
             self._fail(unit, f"can't start: {self._lacks(unit)}")
+        if started := self._order[before:]:
+            _log.info("plugins started: %s", ", ".join(
+                f"{each.name} {each.plugin.version}" for each in started if each.plugin))
 
     def _lacks(self, unit: _Unit) -> str:
         """Return what *unit* requires and is not there, or "" if it can start."""
@@ -7554,8 +7738,8 @@ class Plugins(Mapping[str, Plugin]):
                 return f"it requires {name} {wanted}, and there is {version}"
             if found is not None and found.state != "running":
                 return f"it requires {name!r}, which " + (
-                    "has failed" if found.state == "failed" else "waits for others, perhaps in a "
-                    "circle" if found.state == "registered" else "is stopped")
+                    "has failed" if found.state == "failed" else
+                    "waits for others, perhaps in a circle")
         return ""
 
     def _start(self, unit: _Unit) -> None:
@@ -7563,8 +7747,10 @@ class Plugins(Mapping[str, Plugin]):
         unit.state = "starting"
         try:
             unit.plugin.on_start()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return self._fail(unit, "can't start", error)
+        if self._units.get(unit.name) is not unit:      # it has unloaded itself
+            return self._undo(unit)
         unit.state = "running"
         self._order.append(unit)
         self._tell("plugin_loaded", {"plugin_name": unit.name, "version": unit.plugin.version})
@@ -7590,17 +7776,19 @@ class Plugins(Mapping[str, Plugin]):
                        and names & _requirements(each.plugin).keys()} - names:
             names |= more
         halted = [each for each in self._units.values() if each.name in names]
-        for unit in reversed(self._order):
-            if unit in halted and unit.plugin is not None:
-                try:
-                    unit.plugin.on_stop()
-                except Exception:
-                    _log.exception("plugin %s failed to stop", unit.name)
-                self._tell("plugin_unloaded", {"plugin_name": unit.name})
+        running = [each for each in self._order if each in halted]
         self._order = [each for each in self._order if each not in halted]
+        if running:
+            self._settle()
+        for unit in reversed(running):
+            unit.state = "stopped"
+            try:
+                unit.plugin.on_stop()               # type: ignore[union-attr]
+            except (Exception, SystemExit):
+                _log.exception("plugin %s failed to stop", unit.name)
+            self._tell("plugin_unloaded", {"plugin_name": unit.name})
         for unit in reversed(halted):
             self._undo(unit)
-            unit.state = "stopped" if unit.state != "failed" else "failed"
         return halted
 
     def stop(self) -> None:
@@ -7612,32 +7800,70 @@ class Plugins(Mapping[str, Plugin]):
         """Stop a plugin, and what requires it, and forget them."""
         if name not in self._units:
             raise UsageError(f"there is no plugin {name!r}{_did_you_mean(name, self._units)}")
-        for unit in self._halt([self._units[name]]):
-            del self._units[unit.name]
-            if not any(each.path == unit.path for each in self._units.values()):
-                self._files.pop(unit.path, None)
+        unit = self._units[name]
+        self._remove([unit])
+        for path in {each for each in self._files} - {each.path for each in self._units.values()}:
+            if path == unit.path:
+                del self._files[path]
+
+    def discard(self, plugins: list[Plugin], owner: int) -> None:
+        """Let go of what *owner* has loaded; what it has replaced comes back."""
+        for plugin in plugins:
+            unit = self._units.get(plugin.name)
+            if unit is None or owner not in unit.owners:
+                continue
+            unit.owners.discard(owner)
+            if not unit.owners:
+                before = unit.before
+                self.unload(unit.name)
+                if before is not None and before.plugin is not None:
+                    self._add([before.again()])
+
+    def modules(self) -> set[str]:
+        """Return the names of the modules whose files are watched for their plugins' sake."""
+        return {type(each.plugin).__module__ for each in self._units.values() if each.path}
+
+    def confirm(self) -> None:
+        """Make replacements final."""
+        self.replacing = False
+        for unit in self._units.values():
+            unit.before = None
 
     def reload(self, path: str) -> None:
-        """Put a file's plugins in the place of those it had; if it can't be read, they stay."""
+        """Put a file's plugins in the place of those it had; if that can't be, they stay."""
         try:
-            new = self._units_in(path)
+            new = self._units_in(path, again=True)
         except (Exception, SystemExit) as error:
             _log.error("%s has changed, but the old plugin stays: %s", path, error, exc_info=error)
             return
-        names = [each.name for each in new]
+        names, owners = [each.name for each in new], {0}
         _log.info("%s has changed: %s", path, ", ".join(names))
-        left = self._remove([each for each in self._units.values()
-                             if each.path == path and each.name not in names])
+        old = [each for each in self._units.values() if each.path == path]
+        for unit in new:
+            unit.owners = owners.union(*(each.owners for each in old))
+        running = [*self._order]
         try:
-            self._add(new + left)
+            left = self._remove([each for each in old if each.name not in names])
+            self._add(new + [each.again() for each in left])
+            stays = any(each.state == "failed" for each in new) and any(
+                each in running for each in old)
         except UsageError as error:
             _log.error("%s: %s", path, error)
+            stays = True
+        if stays:
+            _log.error("%s has changed, but the old plugin stays", path)
+            self._remove([each for each in new if self._units.get(each.name) is each])
+            self._add([each.again() for each in running if each.name not in self._units or (
+                self._units[each.name].state == "failed")])
+        self.confirm()
 
-    def discard(self, plugins: list[Plugin]) -> None:
-        """Unload those of *plugins* that others have not taken the place of."""
-        for plugin in plugins:
-            if (unit := self._units.get(plugin.name)) is not None and unit.plugin is plugin:
-                self.unload(plugin.name)
+    def _watch_plugins(self, path: str) -> None:
+        """Watch the file of plugins, if they came from one."""
+        file = path.partition(":")[0]
+        if not file.endswith(".py"):
+            file = str(getattr(sys.modules.get(file), "__file__", None) or "")
+        if file.endswith(".py"):
+            self.watch(file, functools.partial(self.reload, path))
 
     def watch(self, path: str, changed: Callable[[], object]) -> None:
         """Have *changed* called when ``look`` finds that a file has."""
@@ -7646,9 +7872,14 @@ class Plugins(Mapping[str, Plugin]):
     def look(self) -> None:
         """Look at every file, and reload what has changed."""
         for path, (stamp, changed) in list(self._files.items()):
-            if (now := _file_stamp(path)) not in (stamp, (0, 0)):      # it may be just written
-                self._files[path] = now, changed
+            now = _file_stamp(path)
+            if now in (stamp, (0, 0)) or 0 <= time.time_ns() - now[0] < _BEING_WRITTEN_NS:
+                continue
+            self._files[path] = now, changed
+            try:
                 changed()
+            except Exception:
+                _log.exception("%s has changed, and can't be loaded", path)
 
     def report(self) -> dict[str, dict[str, str]]:
         """Return how every plugin is, by name."""
@@ -7665,17 +7896,22 @@ _EVENTS_A_BATCH = 100
 _BATCH_BYTES = 65_536
 _SQUEEZE_ABOVE = 1_024              # bytes of a batch (seed 000 item 13)
 _MAX_PROGRAMS = 1_000               # connections
+_HELLO_BYTES = 8_192                # the first frame of a program
+_MAX_FRAMES_PER_S = 20_000          # of one plugin
+_MAX_ACTIONS = 256                  # in one frame: the tick waits as long
 _MAX_COMMANDS = 100                 # of one plugin that are remembered
+_MAX_LAST_WORDS = 16                # reads of a program's output when it has ended
 _MAX_LOG_LINE = 2_000               # characters
 _LINES_A_SECOND = 50                # of one program's output
+_SIGKILL, _SIGTERM = 9, 15          # signal(7): the same on every POSIX system
 _FIRST_RESTART_S, _LAST_RESTART_S = 0.5, 30.0
 _LAST_WORDS_S = 1.0                 # for a program to end by itself when the host does
 _STEADY_S = 30.0                    # a program that ran so long begins anew with short pauses
 _NEVER_DROPPED = ("PLAYER_JOIN", "PLAYER_QUIT", "CHAT", "COMMAND", "WORLD_CLOSE")
-_PLUGIN_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _PLUGIN_LOGS = {"debug": logging.DEBUG, "warn": logging.WARNING, "warning": logging.WARNING,
                 "error": logging.ERROR}
-_ADDRESS = re.compile(r"(?:unix:(?://)?(.+)|(/.+))|(?:(tcp|tls)://)?(\[[^\]]+\]|[^:/]+):(\d{1,5})")
+_ADDRESS = re.compile(r"(?:unix:(?://)?([^\0]*[^/\0])|(/[^\0]*[^/\0]))|"
+                      r"(?:(tcp|tls)://)?(\[[^\]]+\]|[^:/]+):(\d{1,5})")
 
 
 def plugin_address(text: str) -> tuple[str, str, int]:
@@ -7712,8 +7948,10 @@ def read_plugins(path: str) -> list[PluginSpec]:
             tables = tomllib.load(file)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from None
-    if tables.keys() - {"plugins"} or not isinstance(tables.get("plugins"), list):
-        raise ConfigError(f'{path}: it holds [[plugins]] tables, each with an id')
+    found = tables.get("plugins")
+    if tables.keys() - {"plugins"} or not isinstance(found, list) or not all(
+            isinstance(each, dict) for each in found):
+        raise ConfigError(f"{path}: it holds [[plugins]] tables, each with an id")
     specs: dict[str, PluginSpec] = {}
     for table in tables["plugins"]:
         spec = _plugin_spec(path, table)
@@ -7739,6 +7977,8 @@ def _plugin_spec(path: str, table: dict[str, Any]) -> PluginSpec:
                               f"{'s' * (wanted in (list, dict))}")
     if not _PLUGIN_ID.fullmatch(table.get("id", "")):
         raise ConfigError(f"{where}: an id is 1 to 64 of A-Z a-z 0-9 _ . -")
+    if "\0" in str(table.values()) or any("=" in name for name in table.get("environment", ())):
+        raise ConfigError(f"{where}: no text holds a NUL, no name in environment a '='")
     folder = os.path.join(os.path.dirname(os.path.abspath(path)), table.get("folder", ""))
     return PluginSpec(**{**table, "folder": folder,
                          "arguments": tuple(table.get("arguments", ()))})
@@ -7760,10 +8000,13 @@ class _Dialect:
             self._fields = {each.name: each for each in self.writes._prepare()._fields}
             inside = {each.name: each for each in self._fields["event"].target._prepare()._fields}
             self._numbered = inside["type"].kind == "enum"
+            self.make("event", event_id="", expects_response=True).which("payload")
             self.part("hello", self.make("hello", api_version=_API_VERSION, boot_id=""))
-            self.make("shutdown", reason="")
-            self.reads(plugin_id="", hello=None, subscribe=None, event_result=None, actions=None)
-        except (AttributeError, KeyError, TypeError) as error:
+            self.writes(plugin_id="", shutdown=self.make("shutdown", reason="")).which("payload")
+            said = self.reads(plugin_id="", hello=None, subscribe=None, actions=None, log=None,
+                              event_result=None)
+            said.which("payload")
+        except (AttributeError, KeyError, TypeError, UsageError) as error:
             raise ConfigError(f"plugins_schema has not the messages of a plugin host: {error}"
                               ) from None
         # by the name of their type: payloads of events
@@ -7816,7 +8059,7 @@ class _Dialect:
         return {*known.values()} if everything in events else {
             known[each] for each in events if each in known}
 
-    def moves(self, moves: Moves, packed: str) -> list[tuple[int, bytes]]:
+    def moves(self, moves: PlayerMoves, packed: str) -> list[tuple[int, bytes]]:
         """Return movement as members of a batch, each with how many events it is."""
         if self.native:
             return moves.pieces(packed)
@@ -7846,16 +8089,16 @@ class Verdict:
     """What plugins said to an event: whether it may be, and what has become of it.
 
     ``event`` is the payload with the changes; ``update`` the mutation message that holds those
-    of all plugins, or None; ``by`` the plugin that cancelled; ``answers`` the plugins' own
-    words, by id.
+    of all plugins, or None; ``by`` the plugin that cancelled, ``reason`` what it says to that;
+    ``answers`` the plugins' own words, by id.
     """
 
-    __slots__ = ("event", "cancelled", "by", "update", "answers")
+    __slots__ = ("event", "cancelled", "by", "reason", "update", "answers")
 
     def __init__(self, event: Any) -> None:
         self.event = event
         self.cancelled = False
-        self.by = ""
+        self.by = self.reason = ""
         self.update: Any = None
         self.answers: dict[str, Any] = {}
 
@@ -7886,7 +8129,7 @@ class PluginPeer:
     """
 
     __slots__ = ("host", "connection", "id", "name", "version", "commands", "wanted", "packed",
-                 "squeezes", "outbox", "sent", "timeouts", "_reader", "_head", "_logged")
+                 "squeezes", "outbox", "sent", "timeouts", "goodbye", "_reader", "_head", "_logged")
 
     def __init__(self, host: PluginHost, connection: Connection) -> None:
         self.host = host
@@ -7896,11 +8139,11 @@ class PluginPeer:
         self.wanted: set[str] | None = None
         self.packed = ""
         self.squeezes = False
-        limits = host.limits
-        self.outbox = Outbox(host.max_items, limits.outbox_bytes, host.count_drop)
+        self.outbox = Outbox(host.max_items, host.limits.outbox_bytes, host.count_drop)
         self.sent: Counter[str] = Counter(frames=0, events=0, bytes=0)
         self.timeouts = 0
-        self._reader = DelimitedReader(host.dialect.reads, limits.max_message_bytes or 1 << 26)
+        self.goodbye = ""               # why it ends, to be said when it has read the rest
+        self._reader = DelimitedReader(host.dialect.reads, _HELLO_BYTES)
         self._head = b""                # of its frames: its id
         self._logged = _LineLimit()
 
@@ -7911,11 +8154,11 @@ class PluginPeer:
 
     def receive(self, data: bytes) -> None:
         """Take what came."""
-        while messages := self._reader.feed(data):      # a fault behind them comes next time
-            data = b""
-            for message in messages:
-                if self.connection.is_open:
-                    self._take(message)
+        for message in self._reader.each(data):
+            if not self.connection.is_open:
+                return
+            self.connection.charge(1)
+            self._take(message)
 
     def farewell(self, reason: str) -> bytes:
         """Return the HostShutdown that says why."""
@@ -7931,8 +8174,20 @@ class PluginPeer:
         self.host.forget(self, reason)
 
     def drained(self) -> None:
-        """Send what waited for it to read."""
+        """Send what waited for it to read, and what stands for movement that was dropped."""
         self.host.flush([self])
+        if self.outbox.owed and not self.connection.unsent and self.host.last_moves is not None:
+            self.outbox.owed.clear()
+            self.put(self.host.last_moves.replaces(self.host.last_moves))
+            self.host.flush([self])
+        if self.goodbye:
+            self.leave(self.goodbye)
+
+    def leave(self, reason: str) -> None:
+        """Say goodbye, after what waits for it."""
+        self.goodbye = reason
+        if not (self.connection.unsent or self.outbox.items):
+            self.connection.close(1001, reason)
 
     # -- what it says --
 
@@ -7942,6 +8197,7 @@ class PluginPeer:
         if not self.id:
             self.host.admit(self, message.plugin_id, said if kind == "hello" else None)
             self._head = self.host.dialect.writes(plugin_id=self.id).encode()
+            self._reader.max_bytes = self.host.limits.max_message_bytes or 1 << 26
             self.host.welcome(self)
         elif message.plugin_id not in ("", self.id):
             raise PeerError(f"this is the connection of {self.id!r}, not of "
@@ -7953,6 +8209,9 @@ class PluginPeer:
                 raise PeerError('packed is "f32" or "f64"', label="bad_subscribe", close_code=1008)
             self.host.sort_peers()
         elif kind == "actions":
+            if len(said.actions) > _MAX_ACTIONS:
+                raise PeerError(f"an ActionBatch holds {_MAX_ACTIONS} actions at most",
+                                label="too_many_actions", close_code=1008)
             for action in said.actions:
                 self.host.act(self, action)
         elif kind == "event_result":
@@ -8051,8 +8310,9 @@ class PluginProgram:
                 [spec.command, *spec.arguments], cwd=spec.folder, env=self._environment,
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 start_new_session=True)
-        except (OSError, ValueError) as error:
-            return self._plan(f"can't be started: {error}")
+        except OSError as error:
+            hint = "; what follows the program goes into arguments" * (" " in spec.command)
+            return self._plan(f"can't be started: {error}{hint}")
         _log.info("plugin %s started, pid %d", spec.id, self._process.pid)
         os.set_blocking(self._process.stdout.fileno(), False)
         self._loop.selector.register(self._process.stdout, _READ, self._read)
@@ -8064,35 +8324,43 @@ class PluginProgram:
         except BlockingIOError:
             return False
         *lines, rest = (self._line + data).split(b"\n")
-        if len(rest) > _MAX_LOG_LINE or not data:
-            lines, rest = [*lines, rest] if rest else lines, b""
+        if len(rest) > _MAX_LOG_LINE:
+            lines, rest = [*lines, rest], b""
         self._line = rest
         for line in lines:
-            text = line[:_MAX_LOG_LINE].decode(errors="replace").rstrip("\r")
-            self._logged.say(self.spec.id, text, logging.INFO, self._loop.now_ns)
+            self._say(line)
         if not data:
             self._close_output()
         return bool(data)
+
+    def _say(self, line: bytes) -> None:
+        text = line[:_MAX_LOG_LINE].decode(errors="replace").rstrip("\r")
+        self._logged.say(self.spec.id, text, logging.INFO, self._loop.now_ns)
 
     def _close_output(self) -> None:
         if self._process.stdout is not None:
             self._loop.selector.unregister(self._process.stdout)
             self._process.stdout.close()
             self._process.stdout = None
+            if self._line:
+                self._say(self._line)
+            self._line = b""
 
     def check(self) -> None:
         """Notice its end, and start it again when it is time."""
         now = self._loop.clock()
         if self._process is not None and (status := self._process.poll()) is not None:
-            while self._process.stdout is not None and self._read():
-                pass                        # its last words
+            for _ in range(_MAX_LAST_WORDS):
+                if self._process.stdout is None or not self._read():
+                    break
             self._close_output()            # a child of its may hold it still
+            self._signal(_SIGTERM)          # and shall not outlive it
             self._process = None
             if now - self._since_ns > _STEADY_S * 1e9:
                 self._pause_s = _FIRST_RESTART_S
             self._plan(f"ended with status {status}" if status >= 0
                        else f"ended by signal {-status}")
-        elif self._due_ns is not None and now >= self._due_ns:
+        elif self._due_ns is not None and now >= self._due_ns and not self.stopping:
             self.restarts += 1
             self.start()
 
@@ -8108,11 +8376,16 @@ class PluginProgram:
     def stop(self, kill: bool = False) -> None:
         """Ask it to end, or end it."""
         self.stopping, self._due_ns = True, None
+        self._signal(_SIGKILL if kill else _SIGTERM)
+        if self._process is not None and kill:
+            self._process.wait()
+            self.check()
+
+    def _signal(self, number: int) -> None:
+        """Send a signal to the program and all that it has started."""
         if self._process is not None:
-            (self._process.kill if kill else self._process.terminate)()
-            if kill:
-                self._process.wait()
-                self.check()
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, number)
 
 
 class PluginHost:
@@ -8126,7 +8399,7 @@ class PluginHost:
                  "waiting", "urgent", "server", "address", "answers", "actions", "events", "drops",
                  "batches", "squeezed", "renders", "reused", "coalesced", "_perform", "_observe",
                  "_future", "_boot_id", "_token", "_specs", "_by_type", "_ranks", "_asks",
-                 "_number", "_seq", "_told_ns", "_folder", "_stopping")
+                 "_number", "_seq", "_told_ns", "_folder", "stopping", "last_moves")
 
     def __init__(self, loop: Loop, perform: Callable[[PluginPeer, str, Any], str],
                  observe: Callable[[str, float], object], future: Callable[[], Any]) -> None:
@@ -8159,7 +8432,8 @@ class PluginHost:
         self._seq = itertools.count()
         self._told_ns: dict[str, int] = {}
         self._folder = ""                   # of a socket that we made a place for
-        self._stopping = False
+        self.stopping = False
+        self.last_moves: PlayerMoves | None = None
 
     @property
     def refused(self) -> Counter[str]:
@@ -8180,12 +8454,21 @@ class PluginHost:
             return
         self.dialect = _Dialect(schema)
         self._specs = {each.id: each for each in specs}
+        if len(self._specs) < len(specs):
+            raise ConfigError("two plugins have the same id: "
+                              f"{', '.join(each.id for each in specs)}")
         self._ranks = {each.id: number for number, each in enumerate(specs)}
         self._token = token or (os.urandom(16).hex() if started else "")
         self.server = Server(self.loop, self._accept, self.limits._replace(
-            max_connections=_MAX_PROGRAMS, max_connections_per_address=0, max_messages_per_s=0))
-        self.address = self._listen(listen or self._own_place(), tls)
-        _log.info("plugins are expected at %s", self.address)
+            max_connections=_MAX_PROGRAMS, max_connections_per_address=0,
+            max_messages_per_s=_MAX_FRAMES_PER_S, burst=_MAX_FRAMES_PER_S))
+        try:
+            self.address = self._listen(listen or self._own_place(), tls)
+        except OSError as error:
+            raise OSError(error.errno or errno.EINVAL, f"{error.strerror or error}: "
+                          f"plugins_listen = {listen!r}") from None
+        _log.info("plugins are expected at %s%s", self.address,
+                  ": " * bool(specs) + ", ".join(self._specs))
         environment = {"HORIZON_PLUGIN_ADDRESS": self.address, "HORIZON_PLUGIN_TOKEN": self._token}
         for spec in started:
             self.programs[spec.id] = PluginProgram(spec, self.loop, environment)
@@ -8250,7 +8533,8 @@ class PluginHost:
             raise refuse("the token is wrong" if token else "a token is needed "
                          "(HORIZON_PLUGIN_TOKEN)", "bad_token")
         if self._specs and plugin_id not in self._specs:
-            raise refuse(f"there is no plugin {plugin_id!r} here", "unknown_plugin")
+            raise refuse(f"there is no plugin {plugin_id!r} here; a [[plugins]] table with that id "
+                         "would expect it", "unknown_plugin")
         if hello.api_version not in ("", _API_VERSION):
             raise refuse(f"this host speaks {_API_VERSION}, not {hello.api_version[:20]!r}",
                          "api_version")
@@ -8265,7 +8549,7 @@ class PluginHost:
     def welcome(self, peer: PluginPeer) -> None:
         """Say hello to who was let in."""
         self.peers[peer.id] = peer
-        self._ranks.setdefault(peer.id, len(self._ranks))
+        self._ranks.setdefault(peer.id, len(self._specs) + next(self._seq))
         _log.info("plugin %s is connected: %s %s", peer.id, peer.name, peer.version)
         self._control(peer, "hello", api_version=_API_VERSION, boot_id=self._boot_id)
 
@@ -8278,7 +8562,7 @@ class PluginHost:
         self.waiting.pop(peer, None)
         self.urgent.pop(peer, None)
         self.coalesced += peer.outbox.coalesced
-        if not self._stopping:
+        if not self.stopping:
             self._say(reason, f"{peer!r} is gone: {reason}")
         if self.peers.get(peer.id) is peer:
             del self.peers[peer.id]
@@ -8287,6 +8571,8 @@ class PluginHost:
             self.answers["gone"] += 1
             del ask.waiting[peer]
             self._settle(ask)
+        if peer.id not in self._specs and peer.id not in self.peers:
+            self._ranks.pop(peer.id, None)
 
     def _say(self, what: str, text: str) -> None:
         """Warn, once a second at most of each kind."""
@@ -8318,8 +8604,9 @@ class PluginHost:
             for peer in list(peers):
                 peer.put(item)
 
-    def move(self, moves: Moves) -> None:
+    def move(self, moves: PlayerMoves) -> None:
         """Tell who moved in this tick; of what a plugin has not read the newest stays."""
+        self.last_moves = moves
         for peer in list(self._by_type.get("PLAYER_MOVE", ())):
             peer.put(moves)
 
@@ -8338,18 +8625,17 @@ class PluginHost:
         future, kind = self._future(), self.kind(payload)
         event_id = self._next_id()
         ask = self._asks[event_id] = _Ask(event_id, kind, payload, future, self.loop.clock())
-        peers = list(self._by_type.get(kind, ()))
-        if peers:
+        if peers := self._by_type.get(kind):
             data = self.dialect.part("event", self.dialect.event(kind, payload, event_id, True))
             item = _HostEvent(kind, data, next(self._seq), kind in _NEVER_DROPPED, alone=True)
-            for peer in peers:
-                if not item.critical and peer.connection.unsent and peer.outbox.overflows(
-                        1, item.size):
-                    self.answers["skipped"] += 1
-                    continue
-                ask.waiting[peer] = None
+            able = [each for each in peers if item.critical or not each.connection.unsent
+                    or not each.outbox.overflows(1, item.size)]
+            self.answers["skipped"] += len(peers) - len(able)
+            ask.waiting = dict.fromkeys(able)       # all of them first: one may go with the next
+            for peer in able:
                 peer.put(item)
-            self.loop.call_later(self.reply_s, functools.partial(self._expire, ask))
+            if self.reply_s:
+                self.loop.call_later(self.reply_s, functools.partial(self._expire, ask))
         self._settle(ask)
         return future
 
@@ -8369,6 +8655,7 @@ class PluginHost:
             if result.cancel and not ask.verdict.cancelled:
                 self.answers["cancelled"] += 1
                 ask.verdict.cancelled, ask.verdict.by = True, peer.id
+                ask.verdict.reason = getattr(result, "reason", "")[:_MAX_LOG_LINE]
             self._settle(ask)
 
     def _next_id(self) -> str:
@@ -8481,7 +8768,7 @@ class PluginHost:
         batch: list[bytes] = []
         count = size = 0
         for item in items:
-            pieces = self.dialect.moves(item, packed) if isinstance(item, Moves) else [
+            pieces = self.dialect.moves(item, packed) if isinstance(item, PlayerMoves) else [
                 (1, item.data)]
             for events, data in pieces:
                 if batch and (item.alone or count + events > _EVENTS_A_BATCH
@@ -8519,22 +8806,29 @@ class PluginHost:
 
     def begin_stop(self, reason: str) -> None:
         """Tell every plugin that it is over, and why."""
-        self._stopping = True
+        if self.stopping:
+            return
+        self.stopping = True
         if self.server is not None:
             self.tell("WORLD_CLOSE")
             self.flush(list(self.peers.values()))
             self.server.stop_accepting()
             for connection in list(self.server.connections.values()):
-                connection.close(1001, reason)
+                connection.owner.leave(reason)
         for program in self.programs.values():
             program.stopping = True             # it ends by itself, or is told to
             self.loop.call_later(_LAST_WORDS_S, program.stop)
 
     @property
     def idle(self) -> bool:
-        """Whether every program has gone."""
-        return not (self.server is not None and self.server.connections
+        """Whether every program has gone, and every question is settled."""
+        return not (self._asks or self.server is not None and self.server.connections
                     or any(each.pid for each in self.programs.values()))
+
+    def settle(self) -> None:
+        """Decide what is asked by the answers there are."""
+        for ask in list(self._asks.values()):
+            self._expire(ask)
 
     def stop(self) -> None:
         """End what is left."""
@@ -8544,14 +8838,15 @@ class PluginHost:
             self.server.stop_accepting()
             for connection in list(self.server.connections.values()):
                 connection.abort("stopped")
-        for ask in list(self._asks.values()):
-            self._expire(ask)
+        self.settle()
         with contextlib.suppress(OSError):
             if self._folder:
                 os.rmdir(self._folder)
+        self.programs = {}
 
     def _check_programs(self) -> None:
-        self.loop.call_later(0.1, self._check_programs)
+        if self.programs:
+            self.loop.call_later(0.1, self._check_programs)
         for program in self.programs.values():
             program.check()
 
@@ -9569,7 +9864,7 @@ class Session:
 
     __slots__ = ("id", "player", "_user", "connection", "render", "form", "packed", "outbox",
                  "engine", "handler", "subscriptions", "goodbye", "beats", "endpoint",
-                 "asking", "_metadata", "_told_ns")
+                 "asking", "left", "path", "_metadata", "_told_ns")
 
     def __init__(self, engine: Engine, connection: Connection, user: str, form: str = "",
                  deflate: Deflate | None = None,
@@ -9589,6 +9884,8 @@ class Session:
         self.beats: dict[str, Any] | None = None        # the heartbeats it promised, its metadata
         # what it said that plugins are asked about, in order: their verdict, its result, the event
         self.asking: deque[tuple[Any, Any, str, Any]] | None = None
+        self.left: Callable[[], object] | None = None       # tells that it has gone
+        self.path = ""                          # of a WebSocket route of the user's own
         # where broadcasts reach it: "" for streams and other WebSockets
         self.endpoint = "" if handler or form == _EVENTS else "html" if form == _HTML else "data"
         self._metadata: dict[str, Any] | None = None
@@ -9806,8 +10103,8 @@ class _Worker:
         if handler in self._busy:
             return False
         if handler.elsewhere:
-            self._busy.add(handler)
             self._run(handler, events)
+            self._busy.add(handler)
             return True
         began_ns = time.monotonic_ns()
         try:
@@ -9847,7 +10144,9 @@ class _Worker:
         try:
             result = future.result()
             if handler.then is not None:
+                began_ns = time.monotonic_ns()
                 handler.then(call.event, result)
+                handler.kept_loop(time.monotonic_ns() - began_ns)
         except BaseException:               # sys.exit() in a worker is a failure like others
             handler._bus.failed(handler)
         if handler.batch:
@@ -9884,8 +10183,8 @@ class _Worker:
             self._batchers = {}
             _log.error("%d events waited in batches when the time to stop was over", lost)
         if cut := self.running.total():
-            _log.warning("%d calls of handlers were under way when the time to stop was over; they "
-                         "are cancelled", cut)
+            _log.warning("%d calls of handlers were under way when the time to stop was over; "
+                         "coroutines are cancelled, threads end with their calls", cut)
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
         if self._asyncio is not None and self._thread is not None:
@@ -9932,10 +10231,27 @@ class _View:
             self.changed, self.shown = {}, {}
 
 
+def _nothing() -> None:
+    """End a subscription to what is not there any more."""
+
+
 def _added(items: list[Any], item: Any, at: int | None = None) -> Callable[[], object]:
     """Add to a list, at its end or *at*; return what takes it out again."""
     items.insert(len(items) if at is None else at, item)
     return functools.partial(items.remove, item)
+
+
+_CORE_EVENTS = (                    # that the engine emits
+    "player_connected", "player_disconnected", "slow_client", "alert", "topic.occupied",
+    "topic.vacated", "server_started", "server_stopping", "server_tick", "plugin_loaded",
+    "plugin_unloaded", "plugin_failed")
+
+
+def _key_of(*parts: str) -> str:
+    if not all(isinstance(each, str) for each in parts):
+        raise UsageError(f"write @app.on_{parts[0]} with names in brackets, like "
+                         '@app.on_core("server_started") or @app.on_client("chat", "message")')
+    return ":".join(parts)
 
 
 class _Endpoint(NamedTuple):
@@ -10055,6 +10371,12 @@ class Engine:
     """
 
     _undo: ClassVar[list[Callable[[], object]] | None] = None   # of a plugin's view of the engine
+    _moved = False                          # to another port than was wanted
+    _local = True                           # listens for this machine only
+    _guarded = _ruled = False               # there was an authenticator, a rule: without it nobody
+    _farewell = "server is stopped"         # to plugins
+    _repeat_told_ns = -1 << 62              # when it was said that a repetition failed
+    _begun: Any = None                      # the Future of the plugins' start
 
     def __init__(self, config: Config | None = None, **settings: Any) -> None:
         if config is not None and (settings or not isinstance(config, Config)):
@@ -10074,7 +10396,8 @@ class Engine:
         self.bus = Bus(spawn=self._worker.spawn,
                        on_time=functools.partial(self.metrics.observe, "event_processing_duration"))
         self.server = Server(self.loop, self, self._limits())
-        self.plugins = Plugins(self._scoped, lambda name, data: self.bus.emit(f"core:{name}", data))
+        self.plugins = Plugins(self._scoped, lambda name, data: self.bus.emit(f"core:{name}", data),
+                               lambda: self._worker.flush(all=True))
         self.host = PluginHost(self.loop, self._perform, self.metrics.observe, self._future)
         self._apply_config()
         self.tick_count = self.overruns = self.coalesced = self.unchanged = 0
@@ -10084,7 +10407,7 @@ class Engine:
         self._drops_told = 0                            # by batches
         self.drops = Counter(latest=0, droppable=0)     # by class
         self._dropped_topics: Counter[str] = Counter()
-        self._authenticator: Callable[[Request], Any] | None = None
+        self._authenticators: list[Callable[[Request], Any]] = []      # the newest is asked
         self._rules: list[tuple[list[str], dict[str, _Who]]] = []   # patterns, and who may do what
         self.events_sent: Counter[str] = Counter()      # by type
         self.refusals: Counter[str] = Counter()         # requests answered with an error, by code
@@ -10108,7 +10431,6 @@ class Engine:
         self._done = threading.Event()                  # everything is given back
         self._state = "making"                          # "new", "open", "stopping", "stopped"
         self._signals = self._stop_at_ns = self._port = 0
-        self._moved, self._local = False, True      # to another port; for this machine only
         self._started_ns = time.monotonic_ns()
         self._tick_ns: deque[int] = deque(maxlen=500)
         self._rates: dict[str, float] = {}
@@ -10172,6 +10494,8 @@ class Engine:
     def _decorator(self, register: Callable[[Any], object]) -> Callable[[_F], _F]:
         """Return a decorator that registers a function, where it is safe, and returns it."""
         def decorate(fn: _F) -> _F:
+            if not callable(fn):
+                raise UsageError(f"this decorates a function, not {fn!r}")
             self._register(register, fn)
             return fn
         return decorate
@@ -10179,15 +10503,21 @@ class Engine:
     def on_core(self, name: str, **options: Any) -> Callable[[_F], _F]:
         """Decorate a handler of the engine's own events: player_connected, player_disconnected,
         server_tick, server_started, server_stopping, and what ``emit_core`` emits."""
-        return self._decorator(lambda fn: self.bus.on(f"core:{name}", fn, **options))
+        key = _key_of("core", name)
+        if name not in _CORE_EVENTS and (close := difflib.get_close_matches(
+                name, _CORE_EVENTS, 1, 0.85)):
+            _log.warning("the engine emits core:%s; %s is another event", close[0], key)
+        return self._decorator(lambda fn: self.bus.on(key, fn, **options))
 
     def on_client(self, namespace: str, event: str, **options: Any) -> Callable[[_F], _F]:
         """Decorate a handler of what clients send; ``event.client`` is the session."""
-        return self._decorator(lambda fn: self.bus.on(f"client:{namespace}:{event}", fn, **options))
+        key = _key_of("client", namespace, event)
+        return self._decorator(lambda fn: self.bus.on(key, fn, **options))
 
     def on_plugin(self, plugin: str, event: str, **options: Any) -> Callable[[_F], _F]:
         """Decorate a handler of events one plugin emits to others."""
-        return self._decorator(lambda fn: self.bus.on(f"plugin:{plugin}:{event}", fn, **options))
+        key = _key_of("plugin", plugin, event)
+        return self._decorator(lambda fn: self.bus.on(key, fn, **options))
 
     def every(self, seconds: float | None = None, *, hz: float | None = None) -> Callable[[_F], _F]:
         """Decorate a function that the loop calls at its own rate, without drift."""
@@ -10236,19 +10566,34 @@ class Engine:
 
     def _add_view(self, view: _View) -> Callable[[], object]:
         self._views.setdefault(view.pattern, []).append(view)
+        self._review()
         return functools.partial(self._remove_view, view)
 
     def _remove_view(self, view: _View) -> None:
-        """Let go of a view, and of those that were made from it."""
-        made = [each for each in self._all_views() if each.fn is view.fn]
-        for each in made:
-            for session in list(each.audience):
-                each.leave(session)
-        self._made_views = {topic: views for topic, views in self._made_views.items()
-                            if not {*made} & {*views}}
         self._views[view.pattern].remove(view)
         if not self._views[view.pattern]:
             del self._views[view.pattern]
+        self._review()
+
+    def _review(self) -> None:
+        """Have open connections served by the views and routes that there are now."""
+        if self.sessions:
+            self.loop.call_later(0.0, self._serve_anew)
+
+    def _serve_anew(self) -> None:
+        answers = {route.answer for route in self._routes}
+        for session in list(self.sessions.values()):
+            for topic in list(session.subscriptions or ()) if session.form == _HTML else ():
+                session.subscriptions.pop(topic)()      # type: ignore[union-attr]
+                session.subscriptions[topic] = _nothing     # type: ignore[index]
+                with contextlib.suppress(_Refused):     # perhaps it comes back
+                    self._act("subscribe", session, topic, {})
+            if session.handler is not None and session.handler not in answers:
+                session.handler = next((route.answer for route in self._routes
+                                        if route.method == "WEBSOCKET"
+                                        and route.pattern.fullmatch(session.path)), None)
+                if session.handler is None:
+                    session.close(1012, "there is nobody at this address now")
 
     def fragment(self, key: str, render: Callable[[], Any], ttl: float | None = None) -> bytes:
         """Return HTML from the cache; *render* makes it if it is not there, or older than *ttl*.
@@ -10305,8 +10650,17 @@ class Engine:
 
         # what takes whole paths comes last, the longest first; of others the newest
         rank = 10_000 - len(path) if ":path}" in path else 0
-        return self._decorator(lambda fn: _added(self._routes, _Endpoint(
-            method, re.compile(pattern), _plain_function(fn), public, rank), 0))
+        return self._decorator(lambda fn: self._add_route(_Endpoint(
+            method, re.compile(pattern), _plain_function(fn), public, rank)))
+
+    def _add_route(self, route: _Endpoint) -> Callable[[], object]:
+        remove = _added(self._routes, route, 0)
+
+        def undo() -> None:
+            remove()
+            self._review()
+
+        return undo
 
     def authenticate(self, fn: _F) -> _F:
         """Decorate the function that says who a request comes from.
@@ -10317,16 +10671,8 @@ class Engine:
         PermissionError, for 403. WebSockets, ``/sub``, ``/pub``, ``/stats.json``, ``/metrics``
         and all routes that are not public are then closed to strangers.
         """
-        return self._decorator(self._set_authenticator)(_plain_function(fn))
-
-    def _set_authenticator(self, fn: Callable[[Request], Any]) -> Callable[[], object]:
-        before, self._authenticator = self._authenticator, fn
-
-        def undo() -> None:
-            if self._authenticator is fn:
-                self._authenticator = before
-
-        return undo
+        self._guarded = True
+        return self._decorator(lambda fn: _added(self._authenticators, fn))(_plain_function(fn))
 
     def allow(self, pattern: str, *, publish: _Who = False, subscribe: _Who = False) -> None:
         """Let clients publish to, or subscribe to, the topics of *pattern*.
@@ -10338,13 +10684,13 @@ class Engine:
         for who in (publish, subscribe):
             if not isinstance(who, bool | str | Iterable) and not callable(who):
                 raise UsageError(f"{who!r}: write True, a name, several, or a function of one")
-        who_may = {"publish": publish, "subscribe": subscribe}
+        who_may, self._ruled = {"publish": publish, "subscribe": subscribe}, True
         self._register(_added, self._rules, (_check_topic(pattern, wildcards=True), who_may))
 
     def _may(self, user: str, act: str, topic: str) -> bool:
         tokens = _check_topic(topic, wildcards=True)
         try:
-            return not self._rules or any(
+            return not self._ruled or any(
                 _contains(pattern, tokens) and _is_among(user, who_may[act])
                 for pattern, who_may in self._rules)
         except Exception:
@@ -10355,8 +10701,11 @@ class Engine:
     def _register(self, fn: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Register something where it is safe; a plugin's is noted, to be undone with it."""
         made = self._there(fn, *args, **options)
-        if self._undo is not None and made is not None and self._state != "making":
-            self._undo.append(getattr(made, "remove", made))
+        if (undo := self._undo) is not None and made is not None and self._state != "making":
+            if not (len(undo) + 1) % 256:           # of what has gone by itself nothing is kept
+                undo[:] = [each for each in undo if not getattr(
+                    getattr(each, "__self__", None), "_gone", False)]
+            undo.append(getattr(made, "remove", made))
         return made
 
     def _there(self, fn: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -10367,8 +10716,8 @@ class Engine:
 
     # -- plugins --
 
-    def load(self, target: str | os.PathLike[str] | Plugin | type[Plugin]) -> list[Plugin]:
-        """Load plugins: a class of Plugin, an object of one, a file, a module, or a folder.
+    def load(self, *targets: str | os.PathLike[str] | Plugin | type[Plugin]) -> list[Plugin]:
+        """Load plugins: classes of Plugin, objects of one, files, modules, or folders.
 
         They register at once, and start with the engine, or now if it runs. One that fails is
         isolated: it is logged, what it registered is removed, ``report()`` says why. With the
@@ -10377,9 +10726,10 @@ class Engine:
         Raises:
             UsageError: there is no such file or module, no plugin in it, or one of that name.
         """
-        made: list[Plugin] = self._there(self.plugins.load, target)
+        owner = id(self._undo)                  # the plugin, or the reading of a file
+        made: list[Plugin] = self._there(self.plugins.load, *targets, owner=owner)
         if self._undo is not None:
-            self._undo.append(functools.partial(self.plugins.discard, made))
+            self._undo.append(functools.partial(self.plugins.discard, made, owner))
         return made
 
     def unload(self, name: str) -> None:
@@ -10428,7 +10778,7 @@ class Engine:
         key = f"plugin:{peer.id}:{kind}"
         event = self.bus.emit(key, action.to_dict())
         if event.cancelled:
-            return event.reason
+            return event.reason or "cancelled"
         perform = {"send_chat": self._plugin_chat, "teleport": self._plugin_teleport,
                    "kick": self._plugin_kick}.get(kind)
         if perform is None:
@@ -10445,14 +10795,18 @@ class Engine:
         return ""
 
     def _plugin_teleport(self, _peer: PluginPeer, action: Any) -> str:
-        session, to, player = self.sessions.get(action.player_uuid), action.position, b""
+        to, player = action.position, b""
         with contextlib.suppress(ValueError):
             player = bytes.fromhex(action.player_uuid.replace("-", ""))
+        session = self.sessions.get(_uuid_text(player))
         if session is None and player not in self.movement.positions:
             return f"there is no player {action.player_uuid[:64]!r}"
         if to is None:
             return "a teleport has a position"
-        self.movement.move(player, to.x, to.y, to.z)
+        try:
+            self.movement.move(player, to.x, to.y, to.z)
+        except UsageError:
+            return "coordinates are finite numbers below 3e38"
         if session is not None:
             self.send(session, {"namespace": "movement", "event": "teleport", "data": {
                 "x": to.x, "y": to.y, "z": to.z}})
@@ -10593,12 +10947,12 @@ class Engine:
             addresses = self.server.addresses
             self._port = next((port for _, port in addresses if port), 0)
             self._local = all(is_loopback(address) for address, _ in addresses)
-            if not (self._local or self._authenticator or self.config.insecure):
+            if not (self._local or self._guarded or self.config.insecure):
                 raise ConfigError(
                     f"host = {self.config.host!r} lets strangers in, and nothing asks who they "
                     "are: decorate a function with @app.authenticate, bind to 127.0.0.1, or say "
                     "insecure = true (--insecure)")
-        except (OSError, UsageError):           # it may be tried again
+        except BaseException:                   # it may be tried again
             self.server.stop_accepting()
             self.server.draining = False
             self.host.stop()
@@ -10608,7 +10962,7 @@ class Engine:
             self._ticker = Ticker(self.config.tick_hz, max_catchup=self.config.max_catchup_ticks)
         self._gc.start()
         self.loop.call_later(1.0, self._each_second)
-        self.loop.call_soon(self.plugins.start)
+        self._begun = self.loop.call_soon(self.plugins.start)
         self.loop.call_soon(lambda: self.emit_core(
             "server_started", {"url": self.url, "timestamp": time.time()}))
 
@@ -10647,6 +11001,8 @@ class Engine:
             return
         try:
             self.server.tls = _tls_context(self.config.tls_cert, self.config.tls_key)
+            if self.host.server is not None and self.host.server.tls is not None:
+                self.host.server.tls = self.server.tls
         except OSError as error:            # ssl.SSLError, too
             raise ConfigError(f"tls_cert = {self.config.tls_cert!r}, tls_key = "
                               f"{self.config.tls_key!r}: {error.strerror or error}") from None
@@ -10746,6 +11102,8 @@ class Engine:
         self._thread = threading.Thread(target=self._run_loop, name="horizon_lite", daemon=True)
         self._thread.start()
         self._thread_id = self._thread.ident
+        with contextlib.suppress(Exception):        # it may be stopped already
+            self._begun.exception()                 # plugins have started
         return self
 
     def stop(self, grace_s: float | None = None, *, restart: bool = False) -> None:
@@ -10785,15 +11143,17 @@ class Engine:
         for session in list(self.sessions.values()):
             with contextlib.suppress(SystemExit):
                 session.close(code, f"server is {what}", grace_s)
-        self.host.begin_stop(f"server is {what}")
+        self._farewell = f"server is {what}"    # to plugins, when players are gone
 
     def _closed(self) -> None:
         """Give everything back; only loop.wake and the mapping of metrics stay usable."""
         for connection in list(self.server.connections.values()):
             with contextlib.suppress(SystemExit):
                 connection.abort("stopped")
-        with contextlib.suppress(SystemExit):
-            self.plugins.stop()
+        self.host.settle()
+        self.host.begin_stop(self._farewell)
+        self.loop.flush()
+        self.plugins.stop()
         self._state = "stopped"
         self.host.stop()
         self.server.stop_accepting()
@@ -10835,7 +11195,11 @@ class Engine:
             self._pass(timeout_s)
         finally:
             self._stepping = False
-        if self._state == "stopping" and (self.loop.clock() > self._stop_at_ns or self._idle):
+        if self._state != "stopping":
+            return
+        if not self.sessions:                   # plugins have heard of everybody's leaving
+            self.host.begin_stop(self._farewell)
+        if self.loop.clock() > self._stop_at_ns or self._idle:
             self._closed()
 
     @property
@@ -10852,7 +11216,9 @@ class Engine:
                     fn()
                 except Exception:
                     self.metrics.inc("horizon_repeat_errors_total")
-                    _log.exception("%s failed", getattr(fn, "__qualname__", fn))
+                    if self.loop.now_ns - self._repeat_told_ns >= 1_000_000_000:
+                        self._repeat_told_ns = self.loop.now_ns
+                        _log.exception("%s failed", getattr(fn, "__qualname__", fn))
         self._worker.flush(all=self._state == "stopping")
         if self._ticker is None:
             self._tick_once()
@@ -10863,6 +11229,7 @@ class Engine:
             self._flush(urgent)
         self.host.flush_urgent()
         self.loop.flush()
+        self.bus.watch(self.loop.clock() - self.loop.now_ns)
 
     # -- ticks --
 
@@ -11081,10 +11448,12 @@ class Engine:
 
     def _identify(self, request: Request, public: bool) -> None:
         """Ask the user's function who this is; strangers come only to what is public."""
-        if self._authenticator is None:
+        if not self._guarded:
             return
         try:
-            found = self._authenticator(request)
+            if not self._authenticators:        # a plugin's, that is gone
+                raise PermissionError("nobody is let in at the moment")
+            found = self._authenticators[-1](request)
             user = found.get("sub") if isinstance(found, Mapping) else found
             if user not in (None, False, "") and (fault := _user_fault(user)):
                 raise UsageError(f"authenticate returned {fault}")
@@ -11154,6 +11523,7 @@ class Engine:
             request, self.config.compress_above_bytes) if self.config.compress else (None, "")
         session = Session(self, connection, request.user, _HTML if ours == _HTML else subprotocol,
                           deflate, None if ours else route.answer)
+        session.path = "" if ours else request.path
         self.topics.flush()            # what was broadcast before is not for it
         connection.upgrade(request, session, subprotocol, deflate, extensions)
         self._enroll(session)
@@ -11246,9 +11616,13 @@ class Engine:
         if code == SlowPeer.close_code and reason == "too slow":
             self._tell_slow(session, outbox.dropped if outbox else 0)
         if session.form != _EVENTS:
-            self.bus.emit("core:player_disconnected", {
-                **self._about(session), "reason": reason, "code": code}, session)
-            self.host.tell("PLAYER_QUIT", player_uuid=session.id, name=session.user)
+            session.left = functools.partial(self._tell_left, session, code, reason)
+            self._go_on(session)                # or when what it said last has happened
+
+    def _tell_left(self, session: Session, code: int, reason: str) -> None:
+        self.bus.emit("core:player_disconnected", {
+            **self._about(session), "reason": reason, "code": code}, session)
+        self.host.tell("PLAYER_QUIT", player_uuid=session.id, name=session.user)
 
     def _know_user(self, session: Session) -> None:
         self._users.setdefault(session.user, []).append(session)
@@ -11474,7 +11848,8 @@ class Engine:
             verdict, refusal = asked.result(), None
             try:
                 if verdict.cancelled:
-                    raise _Refused("cancelled", f"plugin {verdict.by} has cancelled it")
+                    raise _Refused("cancelled",
+                                   verdict.reason or f"plugin {verdict.by} has cancelled it")
                 if (update := verdict.update) is not None and update.message is not None:
                     data = {**data, "text": update.message} if isinstance(data, dict) else (
                         update.message)
@@ -11485,6 +11860,9 @@ class Engine:
                 result.set_result(None)
             else:
                 result.set_exception(refusal)
+        if not queue and (left := session.left) is not None:
+            session.left = None
+            left()
 
     def _system_event(self, session: Session, event: str, data: Any) -> None:
         if event == "ping":
@@ -11550,8 +11928,9 @@ class Engine:
         mine = session.subscriptions = session.subscriptions or {}
         options = {each: message[each] for each in ("since", "rate")
                    if message.get(each) is not None}
-        if topic in mine and "since" not in options and options.get("rate") == getattr(
-                getattr(mine[topic], "__self__", None), "rate", None):
+        if mine.get(topic, _nothing) is not _nothing and "since" not in options and (
+                options.get("rate") == getattr(
+                    getattr(mine[topic], "__self__", None), "rate", None)):
             return {}                               # asking twice is harmless
         self._check_subscription(session, topic)
         if session.outbox is not None and session.outbox.urgent:
@@ -11753,7 +12132,7 @@ class Engine:
                 _log.warning("alert: %s", text)
             else:
                 del self.alerts[name]
-                _log.info("no longer: %s", name)
+                _log.info("the alert is over: %s", name)
             self.bus.emit("core:alert", {"name": name, "active": bool(text), "text": text})
 
     def _live_figures(self) -> dict[str, Any]:
@@ -12297,10 +12676,10 @@ class PluginEvent:
         if not self.expects_response:
             raise StateError(f"{self.type} is not asked about; it can't be cancelled or changed")
 
-    def cancel(self) -> None:
+    def cancel(self, reason: str = "") -> None:
         """Veto the event; what other plugins change is then of no account."""
         self._must_be_asked()
-        self.result.cancel = True
+        self.result.cancel, self.result.reason = True, str(reason)
 
     def change(self, **fields: Any) -> None:
         """Change what happens, like ``change(message="...")`` of a CHAT."""
@@ -12311,7 +12690,12 @@ class PluginEvent:
         if self.type not in kinds:
             raise UsageError(f"{self.type} can be cancelled, but not changed")
         name, cls = kinds[self.type]
-        setattr(self.result, name, cls(**fields))
+        for each in fields.keys() - (known := {each.name for each in cls._prepare()._fields}):
+            raise UsageError(f"of {self.type} there is no {each!r} to change, only "
+                             f"{', '.join(sorted(known))}{_did_you_mean(each, known)}")
+        change = cls(**fields)
+        change.encode()                     # a wrong value is told here
+        setattr(self.result, name, change)
 
 
 class RemotePlugin:
@@ -12326,7 +12710,7 @@ class RemotePlugin:
 
     __slots__ = ("id", "version", "commands", "packed", "compress", "boot_id", "closed", "errors",
                  "_address", "_token", "_timeout_s", "_ssl_context", "_handlers", "_sock",
-                 "_reader", "_out", "_stepping", "_awaited", "_number")
+                 "_reader", "_out", "_stepping", "_awaited", "_number", "_ended")
 
     def __init__(self, plugin_id: str = "", address: str = "", token: str = "", *,
                  version: str = "1.0.0", commands: Mapping[str, str] | None = None,
@@ -12357,6 +12741,7 @@ class RemotePlugin:
         self._stepping = False
         self._awaited: dict[str, Callable[[str], object]] = {}      # results of actions
         self._number = 0
+        self._ended = False                 # by itself
 
     def on(self, *types: str) -> Callable[[_F], _F]:
         """Decorate a handler of events: "CHAT", "PLAYER_JOIN", ..., or "ALL"."""
@@ -12367,6 +12752,8 @@ class RemotePlugin:
                 raise UsageError(f"there is no event {each!r}{_did_you_mean(each, known)}")
 
         def decorate(fn: _F) -> _F:
+            if _is_async(fn):
+                raise UsageError("a handler of a plugin program can't be an async def")
             for each in types:
                 self._handlers.setdefault(each, []).append(fn)
             if self._sock is not None:
@@ -12387,18 +12774,23 @@ class RemotePlugin:
         if kind == "unix":
             sock = socket.socket(socket.AF_UNIX)
             sock.settimeout(self._timeout_s)
-            try:
+        try:
+            if kind == "unix":
                 sock.connect(where)
-            except OSError:
+            else:
+                sock = socket.create_connection((where, port), timeout=self._timeout_s)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if kind == "tls":
+                import ssl
+                context = self._ssl_context or ssl.create_default_context()
+                sock = context.wrap_socket(sock, server_hostname=where)
+        except OSError as error:
+            if kind == "unix":
                 sock.close()
+            if error.errno is None or error.strerror is None or len(error.args) != 2:
                 raise
-        else:
-            sock = socket.create_connection((where, port), timeout=self._timeout_s)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if kind == "tls":
-            import ssl
-            context = self._ssl_context or ssl.create_default_context()
-            sock = context.wrap_socket(sock, server_hostname=where)
+            address = f"unix://{where}" if kind == "unix" else f"{kind}://{where}:{port}"
+            raise OSError(error.errno, f"{error.strerror}: is there a host at {address}?") from None
         schema = builtin_schema()
         self._sock, self.closed, self.boot_id = sock, None, ""
         self._reader = DelimitedReader(schema.HostToPlugin, _MAX_BATCH)
@@ -12430,7 +12822,11 @@ class RemotePlugin:
             self._sock.sendall(data)
 
     def close(self, reason: str = "") -> None:
-        """Hang up."""
+        """Hang up, and let ``run`` return."""
+        self._ended = True
+        self._hang_up(reason)
+
+    def _hang_up(self, reason: str) -> None:
         if self._sock is not None:
             self._sock.close()
             self._sock, self.closed = None, reason
@@ -12451,17 +12847,20 @@ class RemotePlugin:
             OSError: the host can't be reached.
             HandshakeError: it refuses this plugin.
         """
-        seen, pause_s = time.monotonic(), _FIRST_DELAY_S
+        seen, pause_s, self._ended = time.monotonic(), _FIRST_DELAY_S, False
         while True:
             try:
                 self.connect()
                 while self.step():
                     seen, pause_s = time.monotonic(), _FIRST_DELAY_S
             except OSError:
-                self.close("the connection was lost")
+                self._hang_up("the connection was lost")
                 if time.monotonic() - seen >= reconnect_s:
                     raise
-            if time.monotonic() - seen >= reconnect_s:
+            except HandshakeError:
+                if not (reconnect_s and (self.closed or "").startswith("server is ")):
+                    raise                       # else it ends at the moment
+            if self._ended or time.monotonic() - seen >= reconnect_s:
                 return
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LAST_DELAY_S)
@@ -12484,20 +12883,18 @@ class RemotePlugin:
         except OSError:
             data = b""
         if not data:
-            self.close("the host hung up")
+            self._hang_up("the host hung up")
             return False
         self._stepping = True
         try:
-            while messages := self._reader.feed(data):
-                data = b""
-                for message in messages:
-                    self._take(message)
+            for message in self._reader.each(data):
+                self._take(message)
             self._flush()
         except PeerError:
-            self.close("malformed")
+            self._hang_up("malformed")
             raise
         except OSError:
-            self.close("the host hung up")
+            self._hang_up("the host hung up")
         finally:
             self._stepping = False
         return self._sock is not None
@@ -12507,9 +12904,11 @@ class RemotePlugin:
         if kind == "hello":
             self.boot_id = message.hello.boot_id
         elif kind == "shutdown":
-            self.close(message.shutdown.reason)
+            self._hang_up(message.shutdown.reason)
             if not self.boot_id:
                 raise HandshakeError(f"the host refuses plugin {self.id!r}: {self.closed}")
+            if not self.closed.startswith("server is "):        # type: ignore[union-attr]
+                _log.warning("the host has ended plugin %s: %s", self.id, self.closed)
         elif kind == "event":
             self._handle(message.event)
         elif kind == "events":
@@ -12530,7 +12929,8 @@ class RemotePlugin:
             return
         event = PluginEvent(envelope)
         for handler in handlers:
-            self._call(handler, event)
+            if self._sock is not None:          # one may have closed it
+                self._call(handler, event)
         if envelope.expects_response and self._sock is not None:
             self._send(event_result=event.result)
 
@@ -12717,14 +13117,13 @@ def _serve(args: argparse.Namespace) -> int:
     undo: list[Callable[[], object]] = []       # of what the file registers
 
     def run(app: Engine) -> None:       # also for files that call app.run() themselves
-        if ran:                         # the file is read again
-            return
+        if ran:                         # the file is read again, so far
+            raise _Enough
         ran.append(app)
         if said := _said(args):
             app.configure(**said)
         if app.config.reload and args.app.partition(":")[0].endswith(".py"):
-            app.plugins.watch(args.app.partition(":")[0],
-                              functools.partial(_read_again, app, args.app, undo))
+            _watch_app(app, args.app, undo)
         _serve_engine(app, f"serving {args.app}.")
 
     original, Engine.run = Engine.run, run      # type: ignore[method-assign, assignment]
@@ -12739,25 +13138,61 @@ def _serve(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read_again(app: Engine, target: str, undo: list[Callable[[], object]]) -> None:
+class _Enough(BaseException):
+    """Ends the reading of a file where it runs its engine: that one runs already."""
+
+
+def _own_modules(app: Engine, target: str) -> dict[str, ModuleType]:
+    """Return the modules that the user's file consists of: those of its folder.
+
+    Without those of plugins, which are loaded anew by themselves.
+    """
+    folder = os.path.dirname(os.path.abspath(target.partition(":")[0])) + os.sep
+    others = {"__main__", *app.plugins.modules()}
+    return {name: each for name, each in list(sys.modules.items())
+            if name not in others and each is not sys.modules[__name__]
+            and (path := os.path.abspath(getattr(each, "__file__", None) or "")).endswith(".py")
+            and path.startswith(folder) and "site-packages" not in path}
+
+
+def _watch_app(app: Engine, target: str, undo: list[Callable[[], object]]) -> None:
+    """Have the user's file read again when it, or what it imports beside it, has changed."""
+    again = functools.partial(_read_again, app, target, undo)
+    for path in {target.partition(":")[0], *(
+            str(each.__file__) for each in _own_modules(app, target).values())}:
+        app.plugins.watch(path, again)
+
+
+def _read_again(app: Engine, target: str, old: list[Callable[[], object]]) -> None:
     """Run the user's file again for the engine that runs; what it registered before goes.
 
-    If the file can't be run, what was stays. *undo* is where Engine._undo notes what is new.
+    If the file can't be run, what was stays. *old* is what undoes that.
     """
     here: Any = sys.modules[__name__]
-    old, kind = undo[:], Engine
-    undo.clear()
-    here.Engine = lambda *args, **settings: app     # what hl.Engine() makes in the file
+    new: list[Callable[[], object]] = []
+    kind, modules = Engine, _own_modules(app, target)
+
+    class Same(kind):               # type: ignore[valid-type, misc]
+        def __new__(cls, *_: Any, **__: Any) -> Any:    # what hl.Engine() makes in the file
+            return app
+
+    for name in modules:
+        del sys.modules[name]
+    here.Engine, kind._undo, app.plugins.replacing = Same, new, True
     try:
-        import_target(target)
+        with contextlib.suppress(_Enough):
+            import_target(target)
         _log.info("%s has changed, and was read again", target)
     except (Exception, SystemExit):
         _log.exception("%s has changed, but what it was stays", target)
-        undo[:], old = old, undo[:]
+        sys.modules.update(modules)
+        old, new, kind._undo = new, old, old
     finally:
         here.Engine = kind
     for each in reversed(old):
         each()
+    app.plugins.confirm()
+    _watch_app(app, target, new)
 
 
 def _find_engine(module: ModuleType, target: str) -> Engine:
