@@ -9626,6 +9626,7 @@ _MAX_USER = 128                     # characters of a user's name
 _MAX_DROPPED_TOPICS = 1_000         # counted by name; more only by class
 _MAX_PENDING = 10_000               # events that wait for a batched handler
 _MAX_RUNNING = 1_000                # calls of one async or blocking handler at once
+_LOOK_S = 0.25                      # between two looks at files that may change
 _CLEANUP_S = 1.0                    # for handlers that are cancelled at the end
 _MAX_STATE = 1_024                  # bytes of a user's state, and of a connection's metadata
 _MAX_ASKED = 64                     # events of one session that wait for plugins to answer
@@ -10962,6 +10963,8 @@ class Engine:
             self._ticker = Ticker(self.config.tick_hz, max_catchup=self.config.max_catchup_ticks)
         self._gc.start()
         self.loop.call_later(1.0, self._each_second)
+        if self.config.reload:
+            self._look_at_files()
         self._begun = self.loop.call_soon(self.plugins.start)
         self.loop.call_soon(lambda: self.emit_core(
             "server_started", {"url": self.url, "timestamp": time.time()}))
@@ -12101,8 +12104,6 @@ class Engine:
             self.metrics.observe("horizon_gc_pause_seconds", pause / 1e9)
         self.topics.sweep()
         self.presence.sweep()
-        if self.config.reload:
-            self.plugins.look()
         self._check_alerts()
         server, now = self.server, self.loop.clock()
         marks = (server.messages_received, sum(self.events_sent.values()), server.bytes_sent, now)
@@ -12113,6 +12114,10 @@ class Engine:
         self._rate_marks = marks
         if self.topics.matching("system.stats"):
             self.publish("system.stats", self._live_figures())
+
+    def _look_at_files(self) -> None:
+        self.loop.call_later(_LOOK_S, self._look_at_files)
+        self.plugins.look()
 
     def _check_alerts(self) -> None:
         """Tell what is wrong when it begins and when it ends; too full, take in nobody more."""
