@@ -9862,7 +9862,7 @@ def test_the_plugin_of_the_readme_is_started_and_filters(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         client.send({"namespace": "chat", "event": "message", "data": {"text": "spam"}, "id": 1})
-        assert client.recv(5)["error"]["message"] == "plugin filter has cancelled it"
+        assert client.recv(5)["error"]["message"] == "no spam, please"
         client.send({"namespace": "chat", "event": "message", "data": {"text": "darn it"}})
         assert client.recv(5)["payload"]["text"] == "d**n it"
         with hl.connect(url) as other:                  # its welcome is in the lobby, too
