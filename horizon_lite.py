@@ -3671,8 +3671,8 @@ class Bus:
     @property
     def handler_count(self) -> int:
         """How many registrations there are."""
-        self._bury()
-        return sum(map(len, list(self._handlers.values())))
+        return sum(each._weak is None or each._weak() is not None
+                   for handlers in list(self._handlers.values()) for each in handlers)
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Return per key its emits, errors and handlers, and of both the sampled times.
@@ -3693,7 +3693,6 @@ class Bus:
 
     def validate(self) -> list[str]:
         """Return what looks wrong: keys emitted to nobody, keys with over 100 handlers."""
-        self._bury()
         lonely = [each.key for each in self._all_routes() if each.emits and not each.handlers]
         lonely += [key for key in self._unheard if key not in lonely and not self.handles(key)]
         crowded = [each for each in self._all_routes() if len(each.handlers) > 100]
@@ -5071,17 +5070,17 @@ class PlayerMoves(Moves):
         players = self._movement.positions if older is self else older.players | self.players
         return PlayerMoves(self._movement, dict(players), full=False)
 
-    def pieces(self, form: str) -> list[tuple[int, bytes]]:
-        """Return envelopes in parts, each with how many they are: 100, or a packed block.
+    def rows(self) -> list[tuple[bytes, _Position]]:
+        """Return players and positions, without those who have left meanwhile: it was told."""
+        here = self._movement.positions
+        return [each for each in self.players.items() if each[0] in here]
 
-        Who has left meanwhile is left out: it was told before.
-        """
-        here, players, step = self._movement.positions, self.players, _MOVES_A_PIECE
-        if form:
-            step = _PACKED_A_PIECE
-        if len(players) <= step and players.keys() <= here.keys():
+    def pieces(self, form: str) -> list[tuple[int, bytes]]:
+        """Return envelopes in parts, each with how many they are: 100, or a packed block."""
+        players, step = self.players, _PACKED_A_PIECE if form else _MOVES_A_PIECE
+        if len(players) <= step and players.keys() <= self._movement.positions.keys():
             return [(1 if form else len(players), self.envelope(form))]
-        rows = [each for each in players.items() if each[0] in here]
+        rows = self.rows()
         return [(1 if form else len(rows[at:at + step]), PlayerMoves(
             self._movement, dict(rows[at:at + step]), full=False).envelope(form))
             for at in range(0, len(rows), step)]
@@ -6298,6 +6297,8 @@ class DelimitedReader(Generic[_M]):
 
     def each(self, data: _Bytes) -> Iterator[_M]:
         """Yield the messages that *data* completes, each decoded when it is its turn.
+
+        *data* is taken when the first one is asked for.
 
         Raises:
             TooBig, WireError: as ``feed``, after those that came before.
@@ -7554,8 +7555,8 @@ def import_target(target: str, *, again: bool = False) -> ModuleType:
 class Plugins(Mapping[str, Plugin]):
     """The plugins in this process, by name: what runs, in the order in which it was started."""
 
-    __slots__ = ("replacing", "_scope", "_tell", "_settle", "_units", "_running", "_busy", "_order",
-                 "_files")
+    __slots__ = ("replacing", "_scope", "_tell", "_settle", "_units", "_running", "_busy",
+                 "_halting", "_order", "_files")
 
     def __init__(self, scope: Callable[[list[Callable[[], object]]], Any],
                  tell: Callable[[str, dict[str, Any]], object],
@@ -7567,8 +7568,10 @@ class Plugins(Mapping[str, Plugin]):
         self._units: dict[str, _Unit] = {}
         self._running = False
         self._busy = False                  # registering or starting: others are next
+        self._halting = False
         self._order: list[_Unit] = []       # as they were started
-        self._files: dict[str, tuple[tuple[int, int], Callable[[], object]]] = {}
+        # by path: how it was, and what is to be called with what when it is otherwise
+        self._files: dict[str, tuple[tuple[int, int], dict[tuple[Any, ...], None]]] = {}
 
     def __getitem__(self, name: str) -> Plugin:
         if (unit := self._units.get(name)) in self._order and unit and unit.plugin:
@@ -7626,9 +7629,11 @@ class Plugins(Mapping[str, Plugin]):
 
     def _unchanged(self, path: str) -> list[_Unit]:
         """Return what runs of a file that is to take its own place, and has not changed."""
-        if not self.replacing or self._files.get(path, ((0, 0), 0))[0] != _file_stamp(path):
+        known = self._files.get(os.path.abspath(path))
+        if not self.replacing or known is None or known[0] != _file_stamp(path):
             return []
-        return [each for each in self._units.values() if each.path == path]
+        found = [each for each in self._units.values() if each.path == path]
+        return [] if any(each.state == "failed" for each in found) else found
 
     def _tried(self, name: str, path: str, make: Callable[[], list[_Unit]]) -> list[_Unit]:
         """Return what *make* makes; what can't be imported is isolated like a plugin that fails."""
@@ -7669,15 +7674,22 @@ class Plugins(Mapping[str, Plugin]):
                 raise UsageError(f"there is a plugin {unit.name!r} already; give each a name of "
                                  "its own")
         replaced = {name: self._units[name] for name in names if name in self._units}
-        left = self._remove(list(replaced.values()))
-        left += [each for each in self._units.values() if each.lacks]      # it may be there now
+        lacking = [each for each in self._units.values() if each.lacks]     # it may be there now
+        left = self._remove([*replaced.values(), *lacking]) + lacking
         busy, self._busy = self._busy, True
         try:
             for unit in [*units, *(each.again() for each in left if each.name not in names)]:
+                if unit.name in self._units:        # one of those before has loaded it
+                    _log.error("plugin %s is there already; it was loaded twice", unit.name)
+                    continue
                 self._units[unit.name] = unit
                 unit.before = replaced.get(unit.name)
                 if unit.plugin is not None:
                     self._register(unit, unit.plugin)
+                if unit.before is not None:
+                    unit.before.before = None       # one is enough
+                if not self.replacing:
+                    unit.before = None
         finally:
             self._busy = busy
         if self._running:
@@ -7685,9 +7697,13 @@ class Plugins(Mapping[str, Plugin]):
 
     def _remove(self, units: list[_Unit]) -> list[_Unit]:
         """Stop plugins and forget them; return those that required them, to be added again."""
-        # one may be gone with another that had loaded it
-        halted = [each for each in self._halt(units) if self._units.pop(each.name, None) is each]
-        return [each for each in halted if each not in units and each.plugin is not None]
+        halted = self._halt(units)
+        for unit in halted:
+            del self._units[unit.name]
+        # what one of them has loaded, it loads again
+        lists = {id(each.undo) for each in halted}
+        return [each for each in halted if each not in units and each.plugin is not None
+                and not each.owners & lists]
 
     def _register(self, unit: _Unit, plugin: Plugin) -> None:
         try:
@@ -7770,12 +7786,15 @@ class Plugins(Mapping[str, Plugin]):
                 _log.exception("what plugin %s registered can't be removed", unit.name)
 
     def _halt(self, units: list[_Unit]) -> list[_Unit]:
-        """Stop plugins and what requires them, the last one first; return all of them."""
-        names = {each.name for each in units}
-        while more := {each.name for each in self._units.values() if each.plugin is not None
-                       and names & _requirements(each.plugin).keys()} - names:
-            names |= more
-        halted = [each for each in self._units.values() if each.name in names]
+        """Stop plugins, what requires them and what they have loaded, the last one first.
+
+        Returns: all of them.
+        """
+        halted = [*units]
+        for unit in halted:                         # which grows
+            halted += [each for each in self._units.values() if each not in halted and (
+                id(unit.undo) in each.owners or each.plugin is not None
+                and unit.name in _requirements(each.plugin))]
         running = [each for each in self._order if each in halted]
         self._order = [each for each in self._order if each not in halted]
         if running:
@@ -7787,8 +7806,10 @@ class Plugins(Mapping[str, Plugin]):
             except (Exception, SystemExit):
                 _log.exception("plugin %s failed to stop", unit.name)
             self._tell("plugin_unloaded", {"plugin_name": unit.name})
+        halting, self._halting = self._halting, True
         for unit in reversed(halted):
             self._undo(unit)
+        self._halting = halting
         return halted
 
     def stop(self) -> None:
@@ -7802,13 +7823,13 @@ class Plugins(Mapping[str, Plugin]):
             raise UsageError(f"there is no plugin {name!r}{_did_you_mean(name, self._units)}")
         unit = self._units[name]
         self._remove([unit])
-        for path in {each for each in self._files} - {each.path for each in self._units.values()}:
-            if path == unit.path:
-                del self._files[path]
+        if unit.path and all(each.path != unit.path for each in self._units.values()):
+            if (file := self._file_of(unit.path)) in self._files:
+                self._files[file][1].pop((self.reload, unit.path), None)
 
     def discard(self, plugins: list[Plugin], owner: int) -> None:
         """Let go of what *owner* has loaded; what it has replaced comes back."""
-        for plugin in plugins:
+        for plugin in plugins if not self._halting else ():     # it goes with who has loaded it
             unit = self._units.get(plugin.name)
             if unit is None or owner not in unit.owners:
                 continue
@@ -7820,8 +7841,9 @@ class Plugins(Mapping[str, Plugin]):
                     self._add([before.again()])
 
     def modules(self) -> set[str]:
-        """Return the names of the modules whose files are watched for their plugins' sake."""
-        return {type(each.plugin).__module__ for each in self._units.values() if each.path}
+        """Return the modules, and packages around them, that are loaded for their plugins' sake."""
+        names = {type(each.plugin).__module__ for each in self._units.values() if each.path}
+        return names | {name[:at] for name in names for at in range(len(name)) if name[at] == "."}
 
     def confirm(self) -> None:
         """Make replacements final."""
@@ -7845,41 +7867,52 @@ class Plugins(Mapping[str, Plugin]):
         try:
             left = self._remove([each for each in old if each.name not in names])
             self._add(new + [each.again() for each in left])
-            stays = any(each.state == "failed" for each in new) and any(
-                each in running for each in old)
+            stays = any(each.state == "failed" and each.name in [unit.name for unit in running]
+                        for each in new)
         except UsageError as error:
             _log.error("%s: %s", path, error)
             stays = True
         if stays:
             _log.error("%s has changed, but the old plugin stays", path)
-            self._remove([each for each in new if self._units.get(each.name) is each])
-            self._add([each.again() for each in running if each.name not in self._units or (
-                self._units[each.name].state == "failed")])
+            left = self._remove([each for each in new if self._units.get(each.name) is each])
+            back = {each.name: each for each in left} | {each.name: each for each in running}
+            self._add([each.again() for name, each in back.items() if name not in self._units or (
+                self._units[name].state == "failed")])
         self.confirm()
 
-    def _watch_plugins(self, path: str) -> None:
-        """Watch the file of plugins, if they came from one."""
+    def _file_of(self, path: str) -> str:
+        """Return the source file of a plugin's target, or ""."""
         file = path.partition(":")[0]
         if not file.endswith(".py"):
             file = str(getattr(sys.modules.get(file), "__file__", None) or "")
-        if file.endswith(".py"):
-            self.watch(file, functools.partial(self.reload, path))
+        return os.path.abspath(file) if file.endswith(".py") else ""
 
-    def watch(self, path: str, changed: Callable[[], object]) -> None:
-        """Have *changed* called when ``look`` finds that a file has."""
-        self._files[path] = _file_stamp(path), changed
+    def _watch_plugins(self, path: str) -> None:
+        """Watch the file of plugins, if they came from one."""
+        if file := self._file_of(path):
+            self.watch(file, self.reload, path)
+
+    def watch(self, path: str, changed: Callable[..., object], *arguments: Any) -> None:
+        """Have *changed* called when ``look`` finds that a file has; once for all its files."""
+        path = os.path.abspath(path)
+        _, calls = self._files.get(path, ((0, 0), {}))
+        self._files[path] = _file_stamp(path), {**calls, (changed, *arguments): None}
 
     def look(self) -> None:
         """Look at every file, and reload what has changed."""
-        for path, (stamp, changed) in list(self._files.items()):
+        found: dict[tuple[Any, ...], None] = {}
+        for path, (stamp, calls) in self._files.items():
             now = _file_stamp(path)
-            if now in (stamp, (0, 0)) or 0 <= time.time_ns() - now[0] < _BEING_WRITTEN_NS:
-                continue
-            self._files[path] = now, changed
+            if now not in (stamp, (0, 0)):
+                if 0 <= time.time_ns() - now[0] < _BEING_WRITTEN_NS:
+                    return                      # others may be about to be written as well
+                self._files[path] = now, calls
+                found |= calls
+        for call, *arguments in found:
             try:
-                changed()
+                call(*arguments)
             except Exception:
-                _log.exception("%s has changed, and can't be loaded", path)
+                _log.exception("a file has changed, and can't be loaded")
 
     def report(self) -> dict[str, dict[str, str]]:
         """Return how every plugin is, by name."""
@@ -7896,7 +7929,7 @@ _EVENTS_A_BATCH = 100
 _BATCH_BYTES = 65_536
 _SQUEEZE_ABOVE = 1_024              # bytes of a batch (seed 000 item 13)
 _MAX_PROGRAMS = 1_000               # connections
-_HELLO_BYTES = 8_192                # the first frame of a program
+_HELLO_BYTES = 16_384               # the first frame of a program
 _MAX_FRAMES_PER_S = 20_000          # of one plugin
 _MAX_ACTIONS = 256                  # in one frame: the tick waits as long
 _MAX_COMMANDS = 100                 # of one plugin that are remembered
@@ -7977,7 +8010,10 @@ def _plugin_spec(path: str, table: dict[str, Any]) -> PluginSpec:
                               f"{'s' * (wanted in (list, dict))}")
     if not _PLUGIN_ID.fullmatch(table.get("id", "")):
         raise ConfigError(f"{where}: an id is 1 to 64 of A-Z a-z 0-9 _ . -")
-    if "\0" in str(table.values()) or any("=" in name for name in table.get("environment", ())):
+    environment = table.get("environment", {})
+    texts = [*table.get("arguments", ()), *environment, *environment.values(),
+             table.get("command", ""), table.get("folder", "")]
+    if any("\0" in each for each in texts) or any("=" in name for name in environment):
         raise ConfigError(f"{where}: no text holds a NUL, no name in environment a '='")
     folder = os.path.join(os.path.dirname(os.path.abspath(path)), table.get("folder", ""))
     return PluginSpec(**{**table, "folder": folder,
@@ -8065,7 +8101,7 @@ class _Dialect:
             return moves.pieces(packed)
         return [(1, b"\n" + _delimited(self.event("PLAYER_MOVE", self.payload(
             "PLAYER_MOVE", player_uuid=_uuid_text(player), x=x, y=y, z=z))))
-            for player, (x, y, z) in moves.players.items()]
+            for player, (x, y, z) in moves.rows()]
 
 
 class _HostEvent:
@@ -8110,15 +8146,17 @@ class Verdict:
 class _Ask:
     """An event that plugins are asked about."""
 
-    __slots__ = ("id", "kind", "verdict", "waiting", "future", "began_ns")
+    __slots__ = ("id", "kind", "verdict", "waiting", "future", "began_ns", "item")
 
-    def __init__(self, event_id: str, kind: str, payload: Any, future: Any, now_ns: int) -> None:
+    def __init__(self, event_id: str, kind: str, payload: Any, future: Any, now_ns: int,
+                 item: _HostEvent | None) -> None:
         self.id = event_id
         self.kind = kind
         self.verdict = Verdict(payload)
         self.waiting: dict[PluginPeer, None] = {}
         self.future = future
         self.began_ns = now_ns
+        self.item = item                # what waits in outboxes until it is sent
 
 
 class PluginPeer:
@@ -8139,7 +8177,8 @@ class PluginPeer:
         self.wanted: set[str] | None = None
         self.packed = ""
         self.squeezes = False
-        self.outbox = Outbox(host.max_items, host.limits.outbox_bytes, host.count_drop)
+        self.outbox = Outbox(host.max_items, host.limits.outbox_bytes, functools.partial(
+            host.count_drop, self))
         self.sent: Counter[str] = Counter(frames=0, events=0, bytes=0)
         self.timeouts = 0
         self.goodbye = ""               # why it ends, to be said when it has read the rest
@@ -8186,6 +8225,7 @@ class PluginPeer:
     def leave(self, reason: str) -> None:
         """Say goodbye, after what waits for it."""
         self.goodbye = reason
+        self.host.flush([self])
         if not (self.connection.unsent or self.outbox.items):
             self.connection.close(1001, reason)
 
@@ -8204,6 +8244,8 @@ class PluginPeer:
                             f"{message.plugin_id[:64]!r}", label="wrong_id", close_code=1008)
         elif kind == "subscribe":
             self.wanted = self.host.dialect.wanted(said.events)
+            if "PLAYER_MOVE" not in self.wanted:
+                self.outbox.owed.clear()
             self.packed = getattr(said, "packed", "")
             if self.packed not in ("", "f32", "f64"):
                 raise PeerError('packed is "f32" or "f64"', label="bad_subscribe", close_code=1008)
@@ -8353,8 +8395,8 @@ class PluginProgram:
             for _ in range(_MAX_LAST_WORDS):
                 if self._process.stdout is None or not self._read():
                     break
-            self._close_output()            # a child of its may hold it still
-            self._signal(_SIGTERM)          # and shall not outlive it
+            self._close_output()            # a child of its may hold it still,
+            self._signal(_SIGKILL)          # and shall not outlive it
             self._process = None
             if now - self._since_ns > _STEADY_S * 1e9:
                 self._pause_s = _FIRST_RESTART_S
@@ -8622,12 +8664,13 @@ class PluginHost:
         It is done when all have answered, one cancels, or ``plugin_reply_ms`` is over; who
         can't be told is not waited for.
         """
-        future, kind = self._future(), self.kind(payload)
-        event_id = self._next_id()
-        ask = self._asks[event_id] = _Ask(event_id, kind, payload, future, self.loop.clock())
-        if peers := self._by_type.get(kind):
+        future, kind, item = self._future(), self.kind(payload), None
+        event_id, peers = self._next_id(), self._by_type.get(kind, [])
+        if peers:
             data = self.dialect.part("event", self.dialect.event(kind, payload, event_id, True))
             item = _HostEvent(kind, data, next(self._seq), kind in _NEVER_DROPPED, alone=True)
+        ask = self._asks[event_id] = _Ask(event_id, kind, payload, future, self.loop.clock(), item)
+        if item is not None:
             able = [each for each in peers if item.critical or not each.connection.unsent
                     or not each.outbox.overflows(1, item.size)]
             self.answers["skipped"] += len(peers) - len(able)
@@ -8678,7 +8721,10 @@ class PluginHost:
         if (ask.waiting and not ask.verdict.cancelled) or ask.future.done():
             return
         if not ask.verdict.cancelled:
-            self._apply(ask)
+            try:
+                self._apply(ask)
+            except Exception:
+                _log.exception("the answers to %s can't be applied", ask.kind)
         if ask.verdict.answers:
             self._observe("horizon_plugins_ask_seconds", (self.loop.clock() - ask.began_ns) / 1e9)
         ask.future.set_result(ask.verdict)
@@ -8686,7 +8732,8 @@ class PluginHost:
     def _apply(self, ask: _Ask) -> None:
         """Apply what plugins changed, in configured order; what is absent changes nothing."""
         verdict, name = ask.verdict, ask.kind.lower()
-        for plugin_id in sorted(verdict.answers, key=self._ranks.__getitem__):
+        for plugin_id in sorted(verdict.answers, key=lambda each: self._ranks.get(
+                each, sys.maxsize)):                    # it may have gone
             answer = verdict.answers[plugin_id]
             if (which := answer.which("update")) != name:
                 self.answers["wrong_update"] += which is not None
@@ -8797,10 +8844,15 @@ class PluginHost:
                 return [self.dialect.part("compressed_events", small)]
         return [self.dialect.part("events", data)]
 
-    def count_drop(self, item: Any) -> None:
-        """Count what a plugin that reads too slowly will not get."""
+    def count_drop(self, peer: PluginPeer, item: Any) -> None:
+        """Count what a plugin that reads too slowly will not get, nor be waited for."""
         self.drops["latest" if item.key is not None else "droppable"] += 1
-        self._say("drop", f"a plugin reads too slowly: {item.kind or 'something'} is dropped")
+        self._say("drop", f"{peer!r} reads too slowly: {item.kind or 'something'} is dropped")
+        for ask in [each for each in self._asks.values() if each.item is item]:
+            if peer in ask.waiting:
+                self.answers["skipped"] += 1
+                del ask.waiting[peer]
+                self.loop.call_later(0.0, functools.partial(self._settle, ask))
 
     # -- ending --
 
@@ -8825,10 +8877,16 @@ class PluginHost:
         return not (self._asks or self.server is not None and self.server.connections
                     or any(each.pid for each in self.programs.values()))
 
-    def settle(self) -> None:
-        """Decide what is asked by the answers there are."""
+    @property
+    def asking(self) -> bool:
+        """Whether some question is open."""
+        return bool(self._asks)
+
+    def settle(self, *futures: Any) -> None:
+        """Decide what is asked, or only these, by the answers there are."""
         for ask in list(self._asks.values()):
-            self._expire(ask)
+            if not futures or ask.future in futures:
+                self._expire(ask)
 
     def stop(self) -> None:
         """End what is left."""
@@ -9865,7 +9923,7 @@ class Session:
 
     __slots__ = ("id", "player", "_user", "connection", "render", "form", "packed", "outbox",
                  "engine", "handler", "subscriptions", "goodbye", "beats", "endpoint",
-                 "asking", "left", "path", "_metadata", "_told_ns")
+                 "asking", "left", "path", "known", "_metadata", "_told_ns")
 
     def __init__(self, engine: Engine, connection: Connection, user: str, form: str = "",
                  deflate: Deflate | None = None,
@@ -9887,6 +9945,7 @@ class Session:
         self.asking: deque[tuple[Any, Any, str, Any]] | None = None
         self.left: Callable[[], object] | None = None       # tells that it has gone
         self.path = ""                          # of a WebSocket route of the user's own
+        self.known = False                      # no stranger
         # where broadcasts reach it: "" for streams and other WebSockets
         self.endpoint = "" if handler or form == _EVENTS else "html" if form == _HTML else "data"
         self._metadata: dict[str, Any] | None = None
@@ -10205,10 +10264,12 @@ class _View:
     """What ``@app.html`` registered: HTML that is rendered anew when its topic has changed."""
 
     __slots__ = ("pattern", "fn", "takes_message", "audience", "changed", "shown", "number",
-                 "subscription")
+                 "subscription", "source")
 
-    def __init__(self, pattern: str, fn: Callable[..., Any], number: int) -> None:
+    def __init__(self, pattern: str, fn: Callable[..., Any], number: int,
+                 source: _View | None = None) -> None:
         import inspect
+        self.source = source or self        # the registered one, of a pattern's
         self.pattern = pattern
         self.fn = fn
         self.takes_message = any(each.default is each.empty and each.kind <= each.VAR_POSITIONAL
@@ -10376,6 +10437,7 @@ class Engine:
     _local = True                           # listens for this machine only
     _guarded = _ruled = False               # there was an authenticator, a rule: without it nobody
     _farewell = "server is stopped"         # to plugins
+    _reviewing = False                      # views or routes have changed
     _repeat_told_ns = -1 << 62              # when it was said that a repetition failed
     _begun: Any = None                      # the Future of the plugins' start
 
@@ -10431,7 +10493,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._done = threading.Event()                  # everything is given back
         self._state = "making"                          # "new", "open", "stopping", "stopped"
-        self._signals = self._stop_at_ns = self._port = 0
+        self._signals = self._stop_at_ns = self._last_words_ns = self._port = 0
         self._started_ns = time.monotonic_ns()
         self._tick_ns: deque[int] = deque(maxlen=500)
         self._rates: dict[str, float] = {}
@@ -10577,24 +10639,41 @@ class Engine:
         self._review()
 
     def _review(self) -> None:
-        """Have open connections served by the views and routes that there are now."""
-        if self.sessions:
+        """Have open connections served by the views and routes that there will be in a moment."""
+        if self.sessions and not self._reviewing:
+            self._reviewing = True
             self.loop.call_later(0.0, self._serve_anew)
 
     def _serve_anew(self) -> None:
+        """Show pages the views that there are now, and hand WebSockets to the routes there are."""
+        self._reviewing = False
+        self.topics.flush()                     # what was published before is shown before
+        for view in self._all_views():
+            if view.changed:
+                self._show_changes(view)
         answers = {route.answer for route in self._routes}
         for session in list(self.sessions.values()):
-            for topic in list(session.subscriptions or ()) if session.form == _HTML else ():
-                session.subscriptions.pop(topic)()      # type: ignore[union-attr]
-                session.subscriptions[topic] = _nothing     # type: ignore[index]
-                with contextlib.suppress(_Refused):     # perhaps it comes back
+            if session.form == _HTML:
+                self._show_anew(session, session.subscriptions or {})
+            elif session.handler is not None and session.handler not in answers:
+                found = [route for route in self._routes if route.method == "WEBSOCKET"
+                         and route.pattern.fullmatch(session.path)]
+                route = min(found, key=lambda each: each.rank, default=None)
+                if route is None or self._guarded and not (route.public or session.known):
+                    session.close(1012, "this address is served otherwise now")
+                else:
+                    session.handler = route.answer
+
+    def _show_anew(self, session: Session, mine: dict[str, Callable[[], object]]) -> None:
+        for topic, end in list(mine.items()):
+            shown = getattr(end, "args", ((), ()))[1]
+            if [each.source for each in shown] == self._sources(topic):
+                continue
+            mine[topic] = _nothing              # perhaps it comes back later
+            end()
+            if session.connection.is_open:
+                with contextlib.suppress(_Refused):
                     self._act("subscribe", session, topic, {})
-            if session.handler is not None and session.handler not in answers:
-                session.handler = next((route.answer for route in self._routes
-                                        if route.method == "WEBSOCKET"
-                                        and route.pattern.fullmatch(session.path)), None)
-                if session.handler is None:
-                    session.close(1012, "there is nobody at this address now")
 
     def fragment(self, key: str, render: Callable[[], Any], ttl: float | None = None) -> bytes:
         """Return HTML from the cache; *render* makes it if it is not there, or older than *ttl*.
@@ -10664,7 +10743,7 @@ class Engine:
         return undo
 
     def authenticate(self, fn: _F) -> _F:
-        """Decorate the function that says who a request comes from.
+        """Decorate the function that says who a request comes from; of several all must agree.
 
         It gets the Request before anything is done for it (``request.token``, ``.cookies``,
         ``.headers``, ``.address``) and returns the user's name, or the claims of
@@ -10686,6 +10765,7 @@ class Engine:
             if not isinstance(who, bool | str | Iterable) and not callable(who):
                 raise UsageError(f"{who!r}: write True, a name, several, or a function of one")
         who_may, self._ruled = {"publish": publish, "subscribe": subscribe}, True
+        self._review()
         self._register(_added, self._rules, (_check_topic(pattern, wildcards=True), who_may))
 
     def _may(self, user: str, act: str, topic: str) -> bool:
@@ -11026,7 +11106,8 @@ class Engine:
         return f" (port {self.config.port} is taken)" if self._moved else ""
 
     def _must_be_unstarted(self) -> None:
-        if self._thread is not None or self._state not in ("new", "open"):
+        if self._thread is not None or self._state not in ("new", "open") or (
+                self._thread_id is not None):
             raise StateError("this engine was started already; make a new one")
 
     def _set_up_logging(self) -> None:
@@ -11138,6 +11219,7 @@ class Engine:
             return
         self._state = "stopping"
         self._stop_at_ns = self.loop.clock() + int(grace_s * 1e9)
+        self._last_words_ns = int(min(_LAST_WORDS_S, grace_s / 4) * 1e9)
         _tell_systemd("STOPPING=1")
         with contextlib.suppress(SystemExit):       # it is what we are about
             self.bus.emit("core:server_stopping", {"timestamp": time.time()})
@@ -11200,7 +11282,11 @@ class Engine:
             self._stepping = False
         if self._state != "stopping":
             return
-        if not self.sessions:                   # plugins have heard of everybody's leaving
+        if self.host.peers and self.loop.clock() > self._stop_at_ns - self._last_words_ns:
+            for connection in list(self.server.connections.values()):
+                connection.abort("stopped")     # the rest of the time is the plugins'
+            self.host.settle()
+        if not (self.sessions or self.host.asking):     # they have heard of everybody's leaving
             self.host.begin_stop(self._farewell)
         if self.loop.clock() > self._stop_at_ns or self._idle:
             self._closed()
@@ -11332,18 +11418,25 @@ class Engine:
                 if kept or not name:
                     view.changed.setdefault(name, kept[-1] if kept else None)
 
+    def _sources(self, topic: str) -> list[_View]:
+        """Return the views of *topic*, or those of patterns that cover it."""
+        tokens = topic.split(".")
+        return list(self._views.get(topic, ())) or [
+            view for pattern, views in self._views.items() for view in views
+            if view.takes_message and _contains(pattern.split("."), tokens)]
+
     def _views_of(self, topic: str) -> list[_View]:
         """Return what renders *topic*: views of it, or made for it from those of a pattern."""
-        if views := self._views.get(topic) or self._made_views.get(topic):
-            return views
-        tokens = topic.split(".")
-        made = [_View(topic, view.fn, next(self._view_numbers))
-                for pattern, views in self._views.items() for view in views
-                if view.takes_message and _contains(pattern.split("."), tokens)]
-        if not made:
+        sources = self._sources(topic)
+        if not sources:
             raise _Refused("no_fragment", f"nothing renders {topic[:80]!r}, only "
                            f"{', '.join(self._views)[:200] or 'nothing at all'}")
-        self._made_views[topic] = made
+        if topic in self._views:
+            return sources
+        made = self._made_views.get(topic, [])
+        if [each.source for each in made] != sources:
+            made = self._made_views[topic] = [_View(topic, view.fn, next(self._view_numbers), view)
+                                              for view in sources]
         return made
 
     def _all_views(self) -> list[_View]:
@@ -11456,7 +11549,10 @@ class Engine:
         try:
             if not self._authenticators:        # a plugin's, that is gone
                 raise PermissionError("nobody is let in at the moment")
-            found = self._authenticators[-1](request)
+            for ask in self._authenticators:    # of several, all; the newest says who it is
+                found = ask(request)
+                if found in (None, False, ""):
+                    break
             user = found.get("sub") if isinstance(found, Mapping) else found
             if user not in (None, False, "") and (fault := _user_fault(user)):
                 raise UsageError(f"authenticate returned {fault}")
@@ -11526,7 +11622,7 @@ class Engine:
             request, self.config.compress_above_bytes) if self.config.compress else (None, "")
         session = Session(self, connection, request.user, _HTML if ours == _HTML else subprotocol,
                           deflate, None if ours else route.answer)
-        session.path = "" if ours else request.path
+        session.path, session.known = "" if ours else request.path, bool(request.user)
         self.topics.flush()            # what was broadcast before is not for it
         connection.upgrade(request, session, subprotocol, deflate, extensions)
         self._enroll(session)
@@ -11620,6 +11716,8 @@ class Engine:
             self._tell_slow(session, outbox.dropped if outbox else 0)
         if session.form != _EVENTS:
             session.left = functools.partial(self._tell_left, session, code, reason)
+            if session.asking and not self.host.reply_s:        # there is no other limit
+                self.host.settle(*(each[0] for each in session.asking))
             self._go_on(session)                # or when what it said last has happened
 
     def _tell_left(self, session: Session, code: int, reason: str) -> None:
@@ -11848,24 +11946,27 @@ class Engine:
         queue = session.asking
         while queue and queue[0][0].done():
             asked, result, key, data = queue.popleft()
-            verdict, refusal = asked.result(), None
             try:
-                if verdict.cancelled:
-                    raise _Refused("cancelled",
-                                   verdict.reason or f"plugin {verdict.by} has cancelled it")
-                if (update := verdict.update) is not None and update.message is not None:
-                    data = {**data, "text": update.message} if isinstance(data, dict) else (
-                        update.message)
-                self._fire(session, key, data)
-            except _Refused as error:
-                refusal = error
-            if refusal is None:
+                self._judge(session, asked.result(), key, data)
                 result.set_result(None)
-            else:
+            except _Refused as refusal:
                 result.set_exception(refusal)
+            except BaseException:               # a handler ends the program; but first the rest
+                result.set_exception(_Refused("failed", "a handler ended the server"))
+                self._go_on(session)
+                raise
         if not queue and (left := session.left) is not None:
             session.left = None
             left()
+
+    def _judge(self, session: Session, verdict: Verdict, key: str, data: Any) -> None:
+        """Let an event happen as plugins have changed it, unless they have cancelled it."""
+        if verdict.cancelled:
+            raise _Refused("cancelled",
+                           verdict.reason or f"plugin {verdict.by} has cancelled it")
+        if (update := verdict.update) is not None and update.message is not None:
+            data = {**data, "text": update.message} if isinstance(data, dict) else update.message
+        self._fire(session, key, data)
 
     def _system_event(self, session: Session, event: str, data: Any) -> None:
         if event == "ping":
@@ -12792,12 +12893,12 @@ class RemotePlugin:
         except OSError as error:
             if kind == "unix":
                 sock.close()
-            if error.errno is None or error.strerror is None or len(error.args) != 2:
+            if type(error).__module__ != "builtins" or not error.strerror:     # ssl's, say
                 raise
             address = f"unix://{where}" if kind == "unix" else f"{kind}://{where}:{port}"
             raise OSError(error.errno, f"{error.strerror}: is there a host at {address}?") from None
         schema = builtin_schema()
-        self._sock, self.closed, self.boot_id = sock, None, ""
+        self._sock, self.closed, self.boot_id, self._ended = sock, None, "", False
         self._reader = DelimitedReader(schema.HostToPlugin, _MAX_BATCH)
         self._awaited, self._out = {}, []
         self._send(hello=schema.PluginHello(
@@ -12829,7 +12930,8 @@ class RemotePlugin:
     def close(self, reason: str = "") -> None:
         """Hang up, and let ``run`` return."""
         self._ended = True
-        self._hang_up(reason)
+        if not self._stepping:                  # else after what this step has still to say
+            self._hang_up(reason)
 
     def _hang_up(self, reason: str) -> None:
         if self._sock is not None:
@@ -12893,8 +12995,11 @@ class RemotePlugin:
         self._stepping = True
         try:
             for message in self._reader.each(data):
-                self._take(message)
+                if not self._ended:
+                    self._take(message)
             self._flush()
+            if self._ended:
+                self._hang_up("")
         except PeerError:
             self._hang_up("malformed")
             raise
@@ -12917,16 +13022,19 @@ class RemotePlugin:
         elif kind == "event":
             self._handle(message.event)
         elif kind == "events":
-            for envelope in message.events.events:
-                self._handle(envelope)
+            self._handle_all(message.events)
         elif kind == "compressed_events":
-            for envelope in _inflated(message.compressed_events).events:
-                self._handle(envelope)
+            self._handle_all(_inflated(message.compressed_events))
         elif kind == "action_result":
             then = self._awaited.pop(message.action_result.correlation_id, None)
             status = message.action_result.status
             if then is not None and status is not None:
                 self._call(then, "" if status.ok else status.error or "failed")
+
+    def _handle_all(self, batch: Any) -> None:
+        for envelope in batch.events:
+            if not self._ended:                 # by a handler of one before
+                self._handle(envelope)
 
     def _handle(self, envelope: Any) -> None:
         handlers = (*self._handlers.get(envelope.type, ()), *self._handlers.get("ALL", ()))
@@ -12934,8 +13042,7 @@ class RemotePlugin:
             return
         event = PluginEvent(envelope)
         for handler in handlers:
-            if self._sock is not None:          # one may have closed it
-                self._call(handler, event)
+            self._call(handler, event)
         if envelope.expects_response and self._sock is not None:
             self._send(event_result=event.result)
 
@@ -13128,7 +13235,10 @@ def _serve(args: argparse.Namespace) -> int:
         if said := _said(args):
             app.configure(**said)
         if app.config.reload and args.app.partition(":")[0].endswith(".py"):
-            _watch_app(app, args.app, undo)
+            _Served(app, args.app, undo).watch()
+        elif app.config.reload:
+            _log.warning("only the files of plugins are watched; say serve app.py to have that "
+                         "file read again, too")
         _serve_engine(app, f"serving {args.app}.")
 
     original, Engine.run = Engine.run, run      # type: ignore[method-assign, assignment]
@@ -13160,44 +13270,73 @@ def _own_modules(app: Engine, target: str) -> dict[str, ModuleType]:
             and path.startswith(folder) and "site-packages" not in path}
 
 
-def _watch_app(app: Engine, target: str, undo: list[Callable[[], object]]) -> None:
-    """Have the user's file read again when it, or what it imports beside it, has changed."""
-    again = functools.partial(_read_again, app, target, undo)
-    for path in {target.partition(":")[0], *(
-            str(each.__file__) for each in _own_modules(app, target).values())}:
-        app.plugins.watch(path, again)
+class _Served:
+    """The user's file, that is read again when it, or what it imports beside it, has changed.
 
-
-def _read_again(app: Engine, target: str, old: list[Callable[[], object]]) -> None:
-    """Run the user's file again for the engine that runs; what it registered before goes.
-
-    If the file can't be run, what was stays. *old* is what undoes that.
+    What it registered before goes then; if it can't be run, that stays.
     """
-    here: Any = sys.modules[__name__]
-    new: list[Callable[[], object]] = []
-    kind, modules = Engine, _own_modules(app, target)
 
-    class Same(kind):               # type: ignore[valid-type, misc]
-        def __new__(cls, *_: Any, **__: Any) -> Any:    # what hl.Engine() makes in the file
-            return app
+    __slots__ = ("app", "target", "undo")
 
-    for name in modules:
-        del sys.modules[name]
-    here.Engine, kind._undo, app.plugins.replacing = Same, new, True
-    try:
-        with contextlib.suppress(_Enough):
-            import_target(target)
-        _log.info("%s has changed, and was read again", target)
-    except (Exception, SystemExit):
-        _log.exception("%s has changed, but what it was stays", target)
-        sys.modules.update(modules)
-        old, new, kind._undo = new, old, old
-    finally:
-        here.Engine = kind
-    for each in reversed(old):
-        each()
-    app.plugins.confirm()
-    _watch_app(app, target, new)
+    def __init__(self, app: Engine, target: str, undo: list[Callable[[], object]]) -> None:
+        self.app = app
+        self.target = target
+        self.undo = undo                # of what is registered; Engine._undo is this list
+
+    def watch(self, *more: str) -> None:
+        """Have the files watched that it consists of."""
+        for path in {self.target.partition(":")[0], *more, *(
+                str(each.__file__) for each in _own_modules(self.app, self.target).values())}:
+            self.app.plugins.watch(path, self.again)
+
+    def again(self) -> None:
+        """Run the file again, for the engine that runs."""
+        from importlib.util import cache_from_source
+        here: Any = sys.modules[__name__]
+        app, kind, modules = self.app, Engine, _own_modules(self.app, self.target)
+        guards, more, made = (app._guarded, app._ruled), [self.target.partition(":")[0]], 0
+
+        class Same(kind):               # type: ignore[valid-type, misc]
+            def __new__(cls, *_: Any, **__: Any) -> Any:    # what hl.Engine() makes in the file
+                nonlocal made
+                made += 1
+                if made > 1:
+                    raise StateError("a file with several engines can't be read again")
+                return app
+
+        for name, module in modules.items():
+            del sys.modules[name]
+            with contextlib.suppress(OSError):      # its bytecode may be as old as this second
+                os.unlink(cache_from_source(str(module.__file__)))
+        old, self.undo = self.undo, []
+        here.Engine, kind._undo, app.plugins.replacing = Same, self.undo, True
+        try:
+            with contextlib.suppress(_Enough):
+                import_target(self.target)
+            _log.info("%s has changed, and was read again", self.target)
+        except (Exception, SystemExit) as error:
+            _log.exception("%s has changed, but what it was stays", self.target)
+            more += _files_of(error)
+            sys.modules.update(modules)
+            old, self.undo = self.undo, old
+            kind._undo = self.undo
+            app._guarded, app._ruled = guards
+        finally:
+            here.Engine = kind
+        for each in reversed(old):
+            with contextlib.suppress(ValueError):
+                each()
+        app.plugins.confirm()
+        self.watch(*more)
+
+
+def _files_of(error: BaseException) -> list[str]:
+    """Return the files that an error came through, for that they may be mended."""
+    paths, trace = [getattr(error, "filename", None)], error.__traceback__
+    while trace is not None:
+        paths.append(trace.tb_frame.f_code.co_filename)
+        trace = trace.tb_next
+    return [each for each in paths if isinstance(each, str) and os.path.isfile(each)]
 
 
 def _find_engine(module: ModuleType, target: str) -> Engine:

@@ -4152,7 +4152,7 @@ def test_what_keeps_strangers_out_stays_when_its_plugin_goes():
         assert get(app, "/secret")[2] == b"secret"
         app.load(Door)
         app.load(type("Other", (hl.Plugin,), {"register": lambda self, app: app.authenticate(lambda request: "other")}))
-        assert get(app, "/secret")[2] == b"secret"
+        assert get(app, "/secret")[0] == 401 and get(app, "/secret?t=ada")[0] == 200       # both must agree
         app.unload("other")
         assert get(app, "/secret")[0] == 401 and get(app, "/secret?t=ada")[0] == 200
         app.unload("door")
@@ -4289,6 +4289,10 @@ def test_a_reload_that_fails_brings_back_what_was(tmp_path, monkeypatch, caplog)
             write(wrong)
             assert "the old plugin stays" in caplog.text, wrong
             assert set(app.plugins) == {"state", "user", "taken"} and len(ask(app)) == 1, wrong
+        caplog.clear()
+        write("class Sad(hl.Plugin):\n    def on_start(self):\n        1 / 0\n")       # a new one may fail by itself
+        assert "stays" not in caplog.text and app.report()["plugins"]["sad"]["state"] == "failed"
+        assert set(app.plugins) == {"state", "user", "taken"}
         path.write_text("")                         # just being written
         on_loop(app, app.plugins.look)
         assert set(app.plugins) == {"state", "user", "taken"}
@@ -4412,6 +4416,122 @@ def test_plugins_have_started_when_the_engine_has():
         app.load(type("One", (hl.Plugin,), {}))
         with app:
             assert list(app.plugins) == ["one"]
+
+
+def test_plugins_that_load_each_other_leave_no_handler_and_lose_nobody(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    listen = {"register": lambda self, app: app.on_core("x")(self.hear), "hear": lambda self, event: None}
+    lacks = type("L", (hl.Plugin,), {"requires": "nobody", **listen})
+    child = type("C", (hl.Plugin,), listen)
+    parent = type("P", (hl.Plugin,), {"register": lambda self, app: app.load(child)})
+    with running() as app:
+        app.load(lacks)
+        app.load(parent)
+        app.load(type("D", (hl.Plugin,), {"requires": "c", **listen}))
+        assert set(app.plugins) == {"p", "c", "d"} and app.bus.handler_count == 2
+        for name in ("p", "l"):
+            app.unload(name)
+        assert app.bus.handler_count == 0 and not app.plugins
+        app.load(parent, child)                         # it is there twice: one of them is
+        assert set(app.plugins) == {"p", "c"} and app.bus.handler_count == 1 and "loaded twice" in caplog.text
+        app.unload("p")
+        if "c" in app.plugins:
+            app.unload("c")
+        assert app.bus.handler_count == 0
+        path, stamps = tmp_path / "parent_plugin.py", itertools.count(1)
+        path.write_text("import horizon_lite as hl\nclass Child(hl.Plugin): pass\nclass Parent(hl.Plugin):\n"
+                        "    def on_start(self):\n        self.app.load(type('Kid', (Child,), {}))\n")
+        app.load(f"{path}:Parent")
+        app.load(type("D", (hl.Plugin,), {"requires": "kid", **listen}))
+        for _ in range(3):
+            os.utime(path, ns=(0, next(stamps)))
+            on_loop(app, app.plugins.look)
+            assert set(app.plugins) == {"parent", "kid", "d"} and app.bus.handler_count == 1
+        app.unload("parent")
+        os.utime(path, ns=(0, next(stamps)))            # what was unloaded stays away
+        on_loop(app, app.plugins.look)
+        assert not app.plugins
+    sys.modules.pop("parent_plugin", None)
+
+
+def test_a_reload_touches_only_what_has_changed(monkeypatch):
+    def plugin(text, public=True):
+        class Page(hl.Plugin):
+            def register(self, app):
+                app.html("room.*")(lambda message: f"<p id={message.topic}>{text}</p>")
+                app.get("/answer")(lambda request: text)
+                app.websocket("/ws/door", public=public)(lambda client, message: client.send(text))
+                app.websocket("/ws/{rest:path}")(lambda client, message, **_: client.send("rest"))
+        return Page()
+
+    with running() as app:
+        app.topic("room.1", history=1)
+        app.html("score")(lambda message: f"<p id=score>{message.payload}</p>")
+        app.load(plugin("v0"))
+        on_loop(app, app.publish, "room.1", 1)
+        url = app.url + "/ws/html?topics=room.1,score"
+        with hl.connect(url) as one, hl.connect(url) as two, hl.connect(app.url + "/ws/door") as door:
+            pages = (one, two)
+            assert {each.recv(5) for each in pages} == {"<p id=room.1>v0</p>"}
+            on_loop(app, app.publish, "score", 1)
+            assert {each.recv(5) for each in pages} == {"<p id=score>1</p>"}
+
+            def exchange(number):
+                app.publish("score", number)            # in the same pass
+                app.plugins.replacing = True
+                app.plugins.load(plugin(f"v{number}"))
+                app.plugins.confirm()
+
+            for number in range(2, 5):
+                on_loop(app, exchange, number)
+                for page in pages:
+                    assert {page.recv(5), page.recv(5)} == {f"<p id=score>{number}</p>", f"<p id=room.1>v{number}</p>"}
+                assert len(app.topics.matching("room.1")) == len(app.topics.matching("score")) == 1
+                door.send("x")
+                assert door.recv(5) == f"v{number}"
+            app.load(type("Other", (hl.Plugin,), {"register": lambda self, app: app.get("/x")(lambda request: "x")}))
+            app.unload("other")
+            with pytest.raises(TimeoutError):
+                one.recv(0.1)
+            app.authenticate(lambda request: request.args.get("t"))
+
+            def close_the_door():
+                app.plugins.replacing = True
+                app.plugins.load(plugin("for members", public=False))
+                app.plugins.confirm()
+
+            on_loop(app, close_the_door)                # who came in as a stranger is one
+            assert door.recv(5) is None and door.closed.code == 1012
+        wait_until(lambda: not app.sessions)
+        assert not app._made_views and not app.topics.matching("room.1")
+
+
+def test_looking_from_another_thread_changes_nothing():
+    class Listener:
+        def hear(self, event): ...
+
+    with running() as app:
+        stop, errors = threading.Event(), []
+
+        def look():
+            while not stop.is_set():
+                try:
+                    app.metrics["event_handlers_registered"], app.bus.validate()
+                except Exception as error:
+                    errors.append(error)
+
+        threads = [threading.Thread(target=look) for _ in range(2)]
+        for each in threads:
+            each.start()
+        for _ in range(20):
+            on_loop(app, lambda: [app.bus.on("x", Listener().hear, weak=True) for _ in range(20)])
+            on_loop(app, app.emit, "x")
+        stop.set()
+        for each in threads:
+            each.join()
+        assert not [each for each in errors if not isinstance(each, RuntimeError)]
+        gc.collect()
+        assert app.bus.handler_count == 0 and not app.bus.handles("x")
 
 
 # -- programs --
@@ -5354,7 +5474,7 @@ def test_a_flood_of_frames_does_not_stop_the_loop(tmp_path):
         assert calls["cuts"] <= 15 and refusals(app) == {"no_hello": 5} and not decoded
         big = Wire(app, hello=False)
         big.send(hello=schema.PluginHello(commands=[schema.CommandSpec()] * 10_000))
-        assert "limit is 8192" in big.shutdown()
+        assert "limit is 16384" in big.shutdown()
         wire = Wire(app, "p", [])
         wire.send(actions=schema.ActionBatch(actions=[schema.Action()] * 257))
         assert "256 actions at most" in wire.shutdown() and refusals(app)["too_many_actions"] == 1
@@ -5587,6 +5707,159 @@ def test_a_remote_plugin_ends_when_it_says_so(tmp_path, caplog):
     served = Served(restarting, reconnect_s=0.3)
     served.join(5)
     assert not isinstance(served.error, hl.HandshakeError)
+
+
+def test_a_plugin_that_answers_and_leaves_has_answered(tmp_path):
+    with hosting(tmp_path, plugin_reply_ms=5000) as app:
+        app.on_client("chat", "message")(lambda event: event.client.send(event.data))
+        one, two = Wire(app, "a", ["CHAT"]), Wire(app, "b", ["CHAT"])
+        with hl.connect(app.url) as client:
+            client.emit("chat", "message", {"text": "hi"})
+            schema = hl.builtin_schema()
+            one.answer(one.event(), chat=schema.ChatMutation(message="by a"))
+            one.close()
+            wait_until(lambda: set(app.host.peers) == {"b"})
+            two.answer(two.event())
+            assert client.recv(5) == {"text": "by a"} and "b" in app.host.peers
+        with pytest.raises(hl.UsageError):              # what can't be encoded is asked of nobody
+            on_loop(app, app.ask, schema.ChatEvent(message=5))
+        assert not app.host.asking
+
+
+@pytest.mark.parametrize("reply_ms", [0, 200, 5000])
+def test_at_the_end_what_was_said_is_judged_before_the_farewell(tmp_path, reply_ms):
+    app = hl.Engine(port=0, plugins_listen=f"unix://{tmp_path}/p.sock", plugin_reply_ms=reply_ms, grace_s=2).start()
+    heard = []
+    app.on_client("chat", "message")(lambda event: heard.append(event.data["text"]))
+    app.on_core("player_disconnected")(lambda event: heard.append("left"))
+    judge, watcher = Wire(app, "judge", ["CHAT", "PLAYER_QUIT"]), Wire(app, "watcher", ["PLAYER_QUIT", "WORLD_CLOSE"])
+    client = hl.connect(app.url)
+    for text in ("bad", "good"):
+        client.emit("chat", "message", {"text": text})
+    asked = [judge.event(), judge.event()]
+    stopper, began = threading.Thread(target=app.stop), time.monotonic()
+    stopper.start()
+    client.recv(5), client.close()
+    if reply_ms:                                        # without a limit its leaving is one
+        judge.answer(asked[0], cancel=True)
+        judge.answer(asked[1])
+    types = []
+    while (message := watcher.take()).which("payload") != "shutdown":
+        types += [each.type for each in message.events.events]
+    assert types == ["PLAYER_QUIT", "WORLD_CLOSE"] and judge.shutdown()
+    for wire in (judge, watcher):
+        wire.close()
+    stopper.join(10)
+    assert time.monotonic() - began < 1.9 and heard == (["good", "left"] if reply_ms else ["bad", "good", "left"])
+    Wire.made.clear()
+
+
+def test_a_handler_that_exits_loses_nobody(tmp_path):
+    app = hl.Engine(port=0, plugins_listen=f"unix://{tmp_path}/p.sock", plugin_reply_ms=5000, grace_s=1).start()
+    heard = []
+
+    @app.on_client("chat", "message")
+    def chat(event):
+        heard.append(event.data["text"])
+        if event.data["text"] == "exit":
+            sys.exit()
+
+    app.on_core("player_disconnected")(lambda event: heard.append("left"))
+    wire = Wire(app, "p", ["CHAT"])
+    with hl.connect(app.url) as client:
+        for text in ("exit", "after"):
+            client.emit("chat", "message", {"text": text})
+        asked = [wire.event(), wire.event()]
+    wait_until(lambda: not app.sessions)
+    for event in reversed(asked):
+        wire.answer(event)
+    app._done.wait(5)
+    assert heard == ["exit", "after", "left"] and app._state == "stopped"
+    wire.close()
+    Wire.made.clear()
+
+
+def test_a_question_that_is_dropped_is_not_waited_for(tmp_path):
+    schema = hl.builtin_schema()
+    with hosting(tmp_path, plugin_reply_ms=0, outbox_messages=4) as app:
+        wire = Wire(app, "p", ["ALL"], uncompressed=True)
+        peer = app.host.peers["p"]
+
+        def go():
+            while not peer.connection.unsent:
+                app.emit_core("block_break", schema.BlockBreakEvent(name="x" * 30_000))
+                app.host.tick()
+            future = app.ask(schema.BlockBreakEvent())
+            for _ in range(4):
+                app.emit_core("player_join", schema.PlayerJoinEvent())
+            return future
+
+        assert on_loop(app, go).result(5).answers == {} and app.host.answers["skipped"] == 1
+        while not wire.silent(0.1):
+            pass
+        for _ in range(5):                              # sessions that have left do not wait for ever
+            with hl.connect(app.url) as client:
+                client.emit("chat", "message", {"text": "hi"})
+                wait_until(lambda: app.host.asking or not app.sessions)
+        wait_until(lambda: not app.host.asking and not app.sessions)
+
+
+def test_who_unsubscribes_from_movement_gets_none(tmp_path):
+    with hosting(tmp_path, outbox_messages=5) as app:
+        wire = Wire(app, "p", ["ALL"], uncompressed=True)
+        peer = app.host.peers["p"]
+
+        def go():
+            while not peer.connection.unsent:
+                app.emit_core("block_break", hl.builtin_schema().BlockBreakEvent(name="x" * 30_000))
+                app.host.tick()
+            app.movement.move(bytes(16), 1, 1, 1)
+            app._tick_once()
+            for _ in range(5):
+                app.host.tell("PLAYER_QUIT", player_uuid="somebody")
+
+        on_loop(app, go)
+        assert peer.outbox.owed
+        wire.subscribe("PLAYER_QUIT")
+        wait_until(lambda: peer.wanted == {"PLAYER_QUIT"})
+        types = set()
+        with contextlib.suppress(TimeoutError):
+            while True:
+                types |= {each.type for each in wire.event(0.3)}
+        assert "PLAYER_QUIT" in types and "PLAYER_MOVE" not in types
+
+
+def test_what_a_remote_plugin_said_before_it_closes_is_heard(tmp_path):
+    with hosting(tmp_path, plugin_reply_ms=5000) as app:
+        plugin = hl.RemotePlugin("p", app.host.address, commands={f"command{n}": "what it does, in a sentence " * 2 for n in range(95)})
+
+        @plugin.on("CHAT")
+        def chat(event):
+            event.cancel("no")
+            plugin.send_chat("bye")
+            plugin.close()
+
+        served = Served(plugin)
+        wait_until(lambda: app.host.wants("CHAT"))
+        with hl.connect(app.url) as client:
+            client.send({"namespace": "chat", "event": "message", "data": {"text": "hi"}, "id": 1})
+            got = [client.recv(5), client.recv(5)]
+            assert {"id": 1, "error": {"code": "cancelled", "message": "no"}} in got
+            assert any(each.get("data", {}).get("text") == "bye" for each in got)
+        served.join(5)
+        assert not served.is_alive() and served.error is None
+
+
+def test_programs_leave_no_children_that_are_deaf(tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "d.toml").write_text(
+        '[[plugins]]\nid = "deaf"\ncommand = "sh"\nrestart = false\narguments = ["-c", "(trap \\"\\" TERM; echo $$; sleep 45678; true) & sleep 0.2"]\n')
+    with running(plugins=[f"{tmp_path}/d.toml"], grace_s=0.5):
+        wait_until(lambda: "deaf ended" in caplog.text)
+    wait_until(lambda: not subprocess.run(["pgrep", "-f", "sleep 45678"], capture_output=True).stdout)
+    (tmp_path / "d.toml").write_text('[[plugins]]\nid = "p"\ncommand = "a\\u0000b"\n')
+    with pytest.raises(hl.ConfigError, match="NUL"):
+        hl.Engine(port=0, plugins=[f"{tmp_path}/d.toml"]).start()
 
 
 def test_many_ticks_for_ten_plugins_lose_nothing_and_leave_nothing(tmp_path):
@@ -9965,6 +10238,12 @@ assert "ANSWER" == "one"
                     time.sleep(0.1)
 
             wait_for("one")
+
+            def counted():
+                text = fetch(f"{url}/metrics").decode()
+                return re.search(r"^event_handlers_registered (\d+)", text, re.M)[1]
+
+            handlers = counted()
             write("two", "app.run()")
             wait_for("two")
             write_parts("!")                            # a module of its own
@@ -9975,6 +10254,10 @@ assert "ANSWER" == "one"
                 wait_for("two", "!")
             write("six", "app.run()")
             wait_for("six", "!")
+            write_parts("?")                            # both at once
+            write("ten", "app.run()")
+            wait_for("ten", "?")
+            assert counted() == handlers
             assert client.closed is None and fetch(f"{url}/kept") == b"1"       # what has not changed goes on
             plugins = json.loads(fetch(f"{url}/stats.json"))["plugins"]
             assert {name: each["state"] for name, each in plugins.items()} == dict.fromkeys(("inner", "bought", "kept"), "running")
