@@ -7697,9 +7697,9 @@ class Plugins(Mapping[str, Plugin]):
 
     def _remove(self, units: list[_Unit]) -> list[_Unit]:
         """Stop plugins and forget them; return those that required them, to be added again."""
-        halted = self._halt(units)
+        halted = self._halt(list(dict.fromkeys(units)))
         for unit in halted:
-            del self._units[unit.name]
+            self._units.pop(unit.name, None)        # on_stop may have unloaded it
         # what one of them has loaded, it loads again
         lists = {id(each.undo) for each in halted}
         return [each for each in halted if each not in units and each.plugin is not None
@@ -7858,11 +7858,11 @@ class Plugins(Mapping[str, Plugin]):
         except (Exception, SystemExit) as error:
             _log.error("%s has changed, but the old plugin stays: %s", path, error, exc_info=error)
             return
-        names, owners = [each.name for each in new], {0}
+        names = [each.name for each in new]
         _log.info("%s has changed: %s", path, ", ".join(names))
         old = [each for each in self._units.values() if each.path == path]
         for unit in new:
-            unit.owners = owners.union(*(each.owners for each in old))
+            unit.owners = {owner for each in old for owner in each.owners} or {0}
         running = [*self._order]
         try:
             left = self._remove([each for each in old if each.name not in names])
@@ -7875,7 +7875,9 @@ class Plugins(Mapping[str, Plugin]):
         if stays:
             _log.error("%s has changed, but the old plugin stays", path)
             left = self._remove([each for each in new if self._units.get(each.name) is each])
-            back = {each.name: each for each in left} | {each.name: each for each in running}
+            back = {each.name: each for each in [*left, *running]}
+            lists = {id(each.undo) for each in back.values()}
+            back = {name: each for name, each in back.items() if not each.owners & lists}
             self._add([each.again() for name, each in back.items() if name not in self._units or (
                 self._units[name].state == "failed")])
         self.confirm()
@@ -7895,19 +7897,19 @@ class Plugins(Mapping[str, Plugin]):
     def watch(self, path: str, changed: Callable[..., object], *arguments: Any) -> None:
         """Have *changed* called when ``look`` finds that a file has; once for all its files."""
         path = os.path.abspath(path)
-        _, calls = self._files.get(path, ((0, 0), {}))
-        self._files[path] = _file_stamp(path), {**calls, (changed, *arguments): None}
+        stamp, calls = self._files.get(path) or (_file_stamp(path), {})
+        self._files[path] = stamp, {**calls, (changed, *arguments): None}
 
     def look(self) -> None:
         """Look at every file, and reload what has changed."""
         found: dict[tuple[Any, ...], None] = {}
-        for path, (stamp, calls) in self._files.items():
-            now = _file_stamp(path)
-            if now not in (stamp, (0, 0)):
-                if 0 <= time.time_ns() - now[0] < _BEING_WRITTEN_NS:
-                    return                      # others may be about to be written as well
-                self._files[path] = now, calls
-                found |= calls
+        changed = {path: (now, calls) for path, (stamp, calls) in self._files.items()
+                   if (now := _file_stamp(path)) not in (stamp, (0, 0))}
+        if any(0 <= time.time_ns() - now[0] < _BEING_WRITTEN_NS for now, _ in changed.values()):
+            return                              # others may be about to be written as well
+        self._files |= changed
+        for _, calls in changed.values():
+            found |= calls
         for call, *arguments in found:
             try:
                 call(*arguments)
@@ -8611,7 +8613,7 @@ class PluginHost:
         self.sort_peers()
         for ask in [each for each in self._asks.values() if peer in each.waiting]:
             self.answers["gone"] += 1
-            del ask.waiting[peer]
+            ask.waiting.pop(peer, None)         # one may settle another
             self._settle(ask)
         if peer.id not in self._specs and peer.id not in self.peers:
             self._ranks.pop(peer.id, None)
@@ -9923,7 +9925,7 @@ class Session:
 
     __slots__ = ("id", "player", "_user", "connection", "render", "form", "packed", "outbox",
                  "engine", "handler", "subscriptions", "goodbye", "beats", "endpoint",
-                 "asking", "left", "path", "known", "_metadata", "_told_ns")
+                 "asking", "left", "judging", "path", "known", "_metadata", "_told_ns")
 
     def __init__(self, engine: Engine, connection: Connection, user: str, form: str = "",
                  deflate: Deflate | None = None,
@@ -9944,6 +9946,7 @@ class Session:
         # what it said that plugins are asked about, in order: their verdict, its result, the event
         self.asking: deque[tuple[Any, Any, str, Any]] | None = None
         self.left: Callable[[], object] | None = None       # tells that it has gone
+        self.judging = False                    # one of these happens at the moment
         self.path = ""                          # of a WebSocket route of the user's own
         self.known = False                      # no stranger
         # where broadcasts reach it: "" for streams and other WebSockets
@@ -10653,8 +10656,14 @@ class Engine:
                 self._show_changes(view)
         answers = {route.answer for route in self._routes}
         for session in list(self.sessions.values()):
-            if session.form == _HTML:
-                self._show_anew(session, session.subscriptions or {})
+            mine = session.subscriptions or {}
+            for topic in list(mine) if self._ruled else ():
+                if topic in mine and not self._may(session.user, "subscribe", topic):
+                    mine.pop(topic)()
+            if session.handler is None and self._guarded and not session.known:
+                session.close(1012, "who are you? come again")     # it came when nobody asked
+            elif session.form == _HTML:
+                self._show_anew(session, mine)
             elif session.handler is not None and session.handler not in answers:
                 found = [route for route in self._routes if route.method == "WEBSOCKET"
                          and route.pattern.fullmatch(session.path)]
@@ -10752,6 +10761,7 @@ class Engine:
         and all routes that are not public are then closed to strangers.
         """
         self._guarded = True
+        self._review()
         return self._decorator(lambda fn: _added(self._authenticators, fn))(_plain_function(fn))
 
     def allow(self, pattern: str, *, publish: _Who = False, subscribe: _Who = False) -> None:
@@ -11286,6 +11296,8 @@ class Engine:
             for connection in list(self.server.connections.values()):
                 connection.abort("stopped")     # the rest of the time is the plugins'
             self.host.settle()
+        if not (self.sessions or self.host.reply_s):    # nobody is there to wait for
+            self.host.settle()
         if not (self.sessions or self.host.asking):     # they have heard of everybody's leaving
             self.host.begin_stop(self._farewell)
         if self.loop.clock() > self._stop_at_ns or self._idle:
@@ -11551,11 +11563,11 @@ class Engine:
                 raise PermissionError("nobody is let in at the moment")
             for ask in self._authenticators:    # of several, all; the newest says who it is
                 found = ask(request)
-                if found in (None, False, ""):
+                user = found.get("sub") if isinstance(found, Mapping) else found
+                if user in (None, False, ""):
                     break
-            user = found.get("sub") if isinstance(found, Mapping) else found
-            if user not in (None, False, "") and (fault := _user_fault(user)):
-                raise UsageError(f"authenticate returned {fault}")
+                if fault := _user_fault(user):
+                    raise UsageError(f"authenticate returned {fault}")
             request.user = user or ""
             request.claims = dict(found) if isinstance(found, Mapping) else {}
         except (PeerError, PermissionError) as error:
@@ -11645,6 +11657,7 @@ class Engine:
     def _stream(self, connection: Connection, request: Request, route: _Endpoint) -> None:
         """Answer GET /sub/<pattern> with Server-Sent Events."""
         session = Session(self, connection, request.user, _EVENTS)
+        session.known = bool(request.user)
         try:
             pattern = _asked_topic(request.params["pattern"])
             self._check_subscription(session, pattern)
@@ -11944,8 +11957,11 @@ class Engine:
     def _go_on(self, session: Session) -> None:
         """Let the events of a session happen that plugins have judged, in their order."""
         queue = session.asking
+        if session.judging:                     # a handler has caused this; it comes next
+            return
         while queue and queue[0][0].done():
             asked, result, key, data = queue.popleft()
+            session.judging = True
             try:
                 self._judge(session, asked.result(), key, data)
                 result.set_result(None)
@@ -11953,8 +11969,11 @@ class Engine:
                 result.set_exception(refusal)
             except BaseException:               # a handler ends the program; but first the rest
                 result.set_exception(_Refused("failed", "a handler ended the server"))
+                session.judging = False
                 self._go_on(session)
                 raise
+            finally:
+                session.judging = False
         if not queue and (left := session.left) is not None:
             session.left = None
             left()
@@ -12929,7 +12948,7 @@ class RemotePlugin:
 
     def close(self, reason: str = "") -> None:
         """Hang up, and let ``run`` return."""
-        self._ended = True
+        self._ended, self.closed = True, reason
         if not self._stepping:                  # else after what this step has still to say
             self._hang_up(reason)
 
@@ -12999,7 +13018,7 @@ class RemotePlugin:
                     self._take(message)
             self._flush()
             if self._ended:
-                self._hang_up("")
+                self._hang_up(self.closed or "")
         except PeerError:
             self._hang_up("malformed")
             raise
@@ -13324,8 +13343,10 @@ class _Served:
         finally:
             here.Engine = kind
         for each in reversed(old):
-            with contextlib.suppress(ValueError):
+            try:
                 each()
+            except Exception:
+                _log.exception("what %s registered can't be removed", self.target)
         app.plugins.confirm()
         self.watch(*more)
 

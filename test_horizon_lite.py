@@ -4507,6 +4507,53 @@ def test_a_reload_touches_only_what_has_changed(monkeypatch):
         assert not app._made_views and not app.topics.matching("room.1")
 
 
+def test_small_things_that_attackers_of_the_plugins_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    plugins = hl.Engine(port=0).plugins
+    called, (a, b) = [], (tmp_path / "a", tmp_path / "b")
+    for path in (a, b):
+        path.write_text("")
+        os.utime(path, (1, 1))
+        plugins.watch(path, called.append, path.name)
+    a.write_text("new"), os.utime(a, (2, 2)), b.write_text("new")   # b is being written
+    plugins.look()
+    assert not called
+    os.utime(b, (2, 2))
+    plugins.look(), plugins.look()
+    assert called == ["a", "b"]
+    os.utime(a, (3, 3))
+    plugins.watch(a, called.append, "a")                # that is no reading
+    plugins.look()
+    assert called == ["a", "b", "a"]
+    child = type("C", (hl.Plugin,), {})
+    with running() as app:
+        app.load(type("X", (hl.Plugin,), {"requires": "y"}))
+        app.load(type("X", (hl.Plugin,), {}))           # takes the place of one that waits
+        assert set(app.plugins) == {"x"}
+        app.load(type("P", (hl.Plugin,), {"register": lambda self, app: app.load(child), "on_stop": lambda self: self.app.unload("c")}))
+        assert set(app.plugins) == {"x", "p", "c"}
+        app.unload("p")
+        assert set(app.plugins) == {"x"}
+        app.authenticate(lambda request: request.args and {"sub": request.args.get("t")})
+        app.authenticate(lambda request: "bob")
+        assert [get(app, f"/stats.json{query}")[0] for query in ("", "?t=", "?t=ada")] == [401, 401, 200]
+
+
+def test_who_came_before_a_door_was_there_is_asked_again():
+    with running() as app:
+        app.html("t")(lambda: "<p id=t></p>")
+        with hl.connect(app.url) as data, hl.connect(app.url + "/ws/html") as page:
+            data.subscribe("t")
+            data.subscribe("u")
+            page.recv(5)
+            app.allow("u", subscribe=True)
+            wait_until(lambda: not app.topics.matching("t"))
+            assert app.topics.matching("u")
+            app.authenticate(lambda request: None)
+            for client in (data, page):
+                assert client.recv(5) is None and client.closed.code == 1012
+
+
 def test_looking_from_another_thread_changes_nothing():
     class Listener:
         def hear(self, event): ...
@@ -5778,6 +5825,35 @@ def test_a_handler_that_exits_loses_nobody(tmp_path):
     assert heard == ["exit", "after", "left"] and app._state == "stopped"
     wire.close()
     Wire.made.clear()
+
+
+@pytest.mark.parametrize("reply_ms", [0, 5000])
+def test_a_handler_that_closes_its_client_changes_no_order(tmp_path, reply_ms):
+    with hosting(tmp_path, plugin_reply_ms=reply_ms) as app:
+        wire, heard = Wire(app, "p", ["CHAT"]), []
+
+        @app.on_client("chat", "message")
+        def close(event):
+            if event.data["text"] == "1":
+                event.client.close()
+
+        app.on_client("chat", "message")(lambda event: heard.append(event.data["text"]))
+        app.on_core("player_disconnected")(lambda event: heard.append("gone"))
+        with hl.connect(app.url) as one, hl.connect(app.url) as other:
+            for text in "123":
+                one.emit("chat", "message", {"text": text})
+            asked = [wire.event() for _ in range(3)]
+            other.emit("chat", "message", {"text": "other"})
+            asked.append(wire.event())
+            if reply_ms:
+                for event in reversed(asked):
+                    wire.answer(event)
+            else:
+                wire.close()                            # all questions end with it
+            wait_until(lambda: len(heard) == 5)
+        assert [each for each in heard if each != "other"][:4] == ["1", "2", "3", "gone"] and not app.host.asking
+        future = on_loop(app, app.ask, hl.builtin_schema().ChatEvent())
+        assert future.done() or reply_ms
 
 
 def test_a_question_that_is_dropped_is_not_waited_for(tmp_path):
