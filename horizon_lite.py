@@ -7648,16 +7648,15 @@ class Plugins(Mapping[str, Plugin]):
 
     def _units_in(self, path: str, again: bool = False) -> list[_Unit]:
         module, name = import_target(path, again=again), path.partition(":")[2]
-        found = {each for each in vars(module).values() if isinstance(each, type)
-                 and issubclass(each, Plugin)
-                 and f"{each.__module__}.".startswith(f"{module.__name__}.")}
+        found = dict.fromkeys(each for each in vars(module).values() if isinstance(each, type)
+                              and issubclass(each, Plugin)
+                              and f"{each.__module__}.".startswith(f"{module.__name__}."))
         # what others derive from is no plugin itself
         classes = [each for each in found if each.__name__ == name or not name and not any(
-            issubclass(other, each) for other in found - {each})]
+            issubclass(other, each) for other in found if other is not each)]
         if not classes:
             raise UsageError(f"{path} has no class of hl.Plugin")
-        return [self._unit(each(), path) for each in sorted(classes, key=lambda each: list(
-            vars(module)).index(each.__name__) if each.__name__ in vars(module) else 0)]
+        return [self._unit(each(), path) for each in classes]
 
     def _unit(self, plugin: Plugin, path: str) -> _Unit:
         plugin.name = plugin.name or type(plugin).__name__.lower()

@@ -1147,8 +1147,8 @@ def test_many_merges_with_unknown_fields_take_linear_time():
         one = hl.field(2, Vec3, oneof="o")
     for piece in (b"\x0a\x02\x18\x01", b"\x12\x02\x18\x01"):
         began = time.process_time()
-        message = Outer.decode(piece * 300_000)
-        assert time.process_time() - began < 2.0 and len((message.inner or message.one)._unknown) == 600_000
+        message = Outer.decode(piece * 150_000)
+        assert time.process_time() - began < 1.0 and len((message.inner or message.one)._unknown) == 300_000
         assert Outer.decode(message.encode()) == message
 
 
@@ -1785,12 +1785,12 @@ def test_subclasses_of_loaded_messages_are_written_too():
 
 
 def test_reading_takes_linear_time():
-    fields = "".join(f"repeated int32 f{n} = {n}; " for n in range(1, 3000))
-    reserved = ", ".join(str(n) for n in range(10_000, 18_000)) + "; reserved " + ", ".join(f'"n{n}"' for n in range(20_000))
+    fields = "".join(f"repeated int32 f{n} = {n}; " for n in range(1, 1500))
+    reserved = ", ".join(str(n) for n in range(10_000, 14_000)) + "; reserved " + ", ".join(f'"n{n}"' for n in range(10_000))
     began = time.process_time()
     made = hl.parse_proto(f"message M {{ {fields} reserved {reserved}; }}").M
-    assert made.decode(made(f2999=[1]).encode()).f2999 == [1]
-    assert time.process_time() - began < 5.0
+    assert made.decode(made(f1499=[1]).encode()).f1499 == [1]
+    assert time.process_time() - began < 2.5
 
 
 class Fleet(hl.Message):
@@ -7754,7 +7754,7 @@ def test_one_port_speaks_tls(certificate):
 
 def test_a_tls_handshake_stalls_nobody(certificate):
     path, context = certificate
-    with running(tls_cert=path, handshake_s=1.0) as app:
+    with running(tls_cert=path, handshake_s=0.5) as app:
         stuck = [raw(app, b"\x16\x03\x01\x02") for _ in range(20)]
         with hl.connect(app.url, ssl_context=context) as client:
             client.send({"namespace": "system", "event": "ping"})
