@@ -8263,6 +8263,7 @@ class PluginPeer:
             self.note(said.message, _PLUGIN_LOGS.get(said.level.lower(), logging.INFO))
         else:
             self.host.answers["unknown_frame"] += 1
+            self.note("a frame that this host does not know", logging.WARNING)
 
     def note(self, text: str, level: int) -> None:
         """Log a line of it."""
@@ -8685,13 +8686,18 @@ class PluginHost:
 
     def answer(self, peer: PluginPeer, result: Any) -> None:
         """Take a plugin's answer, if it was asked and has not answered before."""
-        ask = self._asks.get(result.event_id)
+        ask, outcome = self._asks.get(result.event_id), ""
         if ask is None:
             number = result.event_id if len(result.event_id) < 20 else ""
             late = number.isascii() and number.isdigit() and 0 < int(number) <= self._number
-            self.answers["late" if late else "unknown"] += 1
+            outcome = "late" if late else "unknown"
         elif peer not in ask.waiting:
-            self.answers["duplicate" if peer.id in ask.verdict.answers else "not_asked"] += 1
+            outcome = "duplicate" if peer.id in ask.verdict.answers else "not_asked"
+        if outcome or ask is None:
+            self.answers[outcome] += 1
+            self._say(f"{outcome} {peer.id}",
+                      f"{peer!r} answered event {result.event_id[:40]!r}, which counts for "
+                      f"nothing: {outcome.replace('_', ' ')}")
         else:
             self.answers["answered"] += 1
             del ask.waiting[peer]

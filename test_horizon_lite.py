@@ -4916,7 +4916,7 @@ def test_an_event_that_plugins_may_change(tmp_path):
     assert hl.Engine(port=0).ask(chat).result().event is chat           # nobody to ask
 
 
-def test_answers_that_do_not_count_are_counted(tmp_path):
+def test_answers_that_do_not_count_are_counted_and_told(tmp_path, caplog):
     schema = hl.builtin_schema()
     with hosting(tmp_path, plugin_reply_ms=300) as app:
         one, two, deaf = Wire(app, "one", ["CHAT"]), Wire(app, "two", []), Wire(app, "deaf", ["CHAT"])
@@ -4936,6 +4936,9 @@ def test_answers_that_do_not_count_are_counted(tmp_path):
         wait_until(lambda: app.host.answers["late"])
         assert {name: count for name, count in app.host.answers.items() if count} == {
             "not_asked": 1, "answered": 1, "duplicate": 1, "unknown": 3, "timeout": 1, "late": 1}
+        for outcome in ("not asked", "duplicate", "unknown", "late"):
+            wait_until(lambda: f"counts for nothing: {outcome}" in caplog.text)
+        assert "has not answered CHAT within 300 ms" in caplog.text
         assert app.report()["programs"]["deaf"]["timeouts"] == 1 and not app.host._asks
         future, _ = ask(app, schema.ChatEvent(message="hi"))
         one.event(), one.close()                    # who leaves is not waited for
