@@ -8695,7 +8695,7 @@ class PluginHost:
             outcome = "duplicate" if peer.id in ask.verdict.answers else "not_asked"
         if outcome or ask is None:
             self.answers[outcome] += 1
-            self._say(f"{outcome} {peer.id}",
+            self._say(f"answer {outcome} {peer.id}",
                       f"{peer!r} answered event {result.event_id[:40]!r}, which counts for "
                       f"nothing: {outcome.replace('_', ' ')}")
         else:
