@@ -5146,8 +5146,16 @@ class Movement:
         return Moves(self, moved, full=False) if moved else None
 
     def for_plugins(self, moves: Moves) -> PlayerMoves | None:
-        """Return what *moves*, which ``take`` returned, comes to for plugins; events are shared."""
-        return PlayerMoves(self, moves.moved, full=False) if moves.moved else None
+        """Return what *moves*, which ``take`` returned, comes to for plugins.
+
+        Where both are of the same players, what is encoded for one serves the other.
+        """
+        if not moves.moved:
+            return None
+        news = PlayerMoves(self, moves.moved, full=False)
+        if not moves.full:
+            news._rendered = moves._rendered
+        return news
 
 
 # =============================================================================
@@ -7610,8 +7618,7 @@ class Plugins(Mapping[str, Plugin]):
                              f"{target!r}")
         path = os.fspath(target)
         if not os.path.isdir(path):
-            return self._unchanged(path) or self._tried(
-                os.path.basename(path).removesuffix(".py"), path, lambda: self._units_in(path))
+            return self._of_file(path)
         found = [unit for name in sorted(os.listdir(path))
                  if name.endswith(".py") and not name.startswith(("_", "."))
                  for unit in self._of_folder(os.path.join(path, name))]
@@ -7619,10 +7626,13 @@ class Plugins(Mapping[str, Plugin]):
             raise UsageError(f"{path} has no file with a class of hl.Plugin")
         return found
 
+    def _of_file(self, path: str) -> list[_Unit]:
+        return self._unchanged(path) or self._tried(
+            os.path.basename(path).removesuffix(".py"), path, lambda: self._units_in(path))
+
     def _of_folder(self, path: str) -> list[_Unit]:
         try:
-            return self._unchanged(path) or self._tried(
-                os.path.basename(path)[:-3], path, lambda: self._units_in(path))
+            return self._of_file(path)
         except UsageError as error:             # a helper of the others, perhaps
             _log.info("passed over: %s", error)
             return []

@@ -5139,6 +5139,19 @@ def test_a_question_does_not_wait_for_a_plugin_whose_queue_is_full(tmp_path):
         assert future.result(1).answers == {} and app.host.answers["skipped"] == 1 and wire
 
 
+def test_movement_is_encoded_once_for_clients_and_plugins():
+    movement = hl.Movement()
+    movement.move(bytes(16), 1, 2, 3)
+    moves = movement.take()
+    news = movement.for_plugins(moves)
+    for form in ("", "f32", "f64"):
+        assert news.pieces(form)[0][1] is moves.envelope(form)
+    movement.move(bytes(range(16)), 4, 5, 6)
+    movement.remove(bytes(16))
+    moves = movement.take()                             # who left makes a full block: another one
+    assert moves.full and movement.for_plugins(moves).envelope("f32") != moves.envelope("f32")
+
+
 def test_what_nobody_wants_costs_nothing(tmp_path, monkeypatch):
     with hosting(tmp_path) as app:
         wire = Wire(app, "p", ["CHAT"])
@@ -9179,6 +9192,11 @@ def test_settings_given_to_the_command_reach_every_part(tmp_path):
     app.stop()
 
 
+def send_leavers_away(app):
+    for session in list(app.sessions.values()):
+        session.close() if session.user == "leaver" else None
+
+
 def test_views_with_defaults_failures_and_visitors_who_leave():
     with running() as app:
         broken = [True]
@@ -9195,8 +9213,7 @@ def test_views_with_defaults_failures_and_visitors_who_leave():
 
         @app.html("bye")
         def bye():
-            for session in list(app.sessions.values()):
-                session.close() if session.user == "leaver" else None
+            send_leavers_away(app)
             return "<p id=bye></p>"
         with hl.connect(app.url + "/ws/html?topics=room.a,late") as first:
             assert first.recv(5) == "<p id=a></p>"
@@ -9229,8 +9246,7 @@ def test_newcomers_to_a_view_cost_little_and_starve_nobody():
 
         @app.html("who")
         def sends_away():
-            for session in list(app.sessions.values()):
-                session.close() if session.user == "leaver" else None
+            send_leavers_away(app)
             return "<p id=who></p>"
         app.topic("s.*", history=1)
         on_loop(app, lambda: [app.publish(f"s.{n}", 0) for n in range(100)])
