@@ -26,7 +26,8 @@ missing here are kept for sections that are still to be built.
      6  POOLS        free lists: objects reused instead of allocated
      7  BUS          events between the parts of one program
      8  TOPICS       subjects, wildcards, history, who is here, HTML fragments
-    11  REPLICATION  where everybody is, told once per tick
+    10  SPACE        who is near
+    11  REPLICATION  where everybody is; who is told what of things, how often
     12  TICKS        when to run, and what waits for whom until then
     13  PROTOCOLS    HTTP/1.1 and WebSocket without sockets
     14  TRANSPORT    the selector loop; all server sockets live here
@@ -102,7 +103,8 @@ __all__ = [
     "Bus", "Event", "Handler", "Propagator",                                    # 7 BUS
     "Topics", "Subscription", "Publication", "Presence",                        # 8 TOPICS
     "FragmentCache", "Fragment", "Safe", "escape", "html",
-    "Movement",                                                                 # 11 REPLICATION
+    "Space",                                                                    # 10 SPACE
+    "Movement", "World", "Replicated", "Layer", "Update", "ObjectEvent",        # 11 REPLICATION
     "Ticker", "Batcher", "Outbox",                                              # 12 TICKS
     "HTTPConnection", "WebSocketConnection", "Request", "Response",             # 13 PROTOCOLS
     "Ping", "Pong", "Close", "Deflate", "DelimitedReader", "encode_delimited",
@@ -116,6 +118,7 @@ __all__ = [
 _T = TypeVar("_T")
 _F = TypeVar("_F", bound=Callable[..., Any])
 _M = TypeVar("_M", bound="Message")
+_E = TypeVar("_E", bound="Event")
 _Bytes = bytes | bytearray | memoryview
 _log = logging.getLogger("horizon_lite")        # no NullHandler: a handler's traceback must show
 
@@ -340,11 +343,12 @@ class Metrics(Mapping[str, float]):
         cell[bisect.bisect_left(cell[0], value) + 3] += 1
         cell[1] += value
 
-    def observe_many(self, name: str, value: float, times: int) -> None:
+    def observe_many(self, name: str, value: float, times: int, **labels: object) -> None:
         """Count *value* as often as *times*, at the price of once."""
         if times < 0:
             raise UsageError(f"histogram {name!r} can't count {times} times")
-        cell = self._cells.get(name) or self._new_cell("histogram", name, name, {})
+        key = (name, *labels.items(), "histogram") if labels else name
+        cell = self._cells.get(key) or self._new_cell("histogram", name, key, labels)
         cell[bisect.bisect_left(cell[0], value) + 3] += times
         cell[1] += value * times
 
@@ -2666,6 +2670,7 @@ message EventEnvelope {
     PlayerMoveEvent player_move = 16; ClientEvent client_event = 101;
     TopicMessage topic_message = 102; ZoneEnter zone_enter = 103; ZoneExit zone_exit = 104;
     PackedMovement packed_movement = 105; ClientRequest request = 106; Reply reply = 107;
+    GorcEvent gorc_event = 108;
   }
 }
 
@@ -2684,7 +2689,7 @@ message PlayerMoveEvent {
   float yaw = 5; float pitch = 6; bool on_ground = 7;
 }
 
-// data is JSON in the next six
+// data is JSON in the next seven; where there is an original_size, a zlib stream of so many bytes
 message ClientEvent { string namespace = 1; string event = 2; bytes data = 3; string id = 4; }
 message TopicMessage {
   string topic = 1; bytes payload = 2; uint64 offset = 3; string epoch = 4;
@@ -2694,8 +2699,13 @@ message TopicMessage {
 message Position { string epoch = 1; uint64 offset = 2; uint64 seq = 3; }
 message ZoneEnter {
   string object_id = 1; string object_type = 2; uint32 channel = 3; bytes data = 4;
+  uint32 original_size = 5; Vec3 position = 6;
 }
 message ZoneExit { string object_id = 1; string object_type = 2; uint32 channel = 3; }
+message GorcEvent {                      // of an object, "update" for what has changed; or to it
+  string object_id = 1; string object_type = 2; uint32 channel = 3; string event = 4;
+  bytes data = 5; uint32 original_size = 6; string id = 7;     // id: an answer is wanted
+}
 message ClientRequest {
   string id = 1;                         // empty: no answer wanted
   string action = 2;                     // subscribe, unsubscribe, publish
@@ -2964,6 +2974,7 @@ _MAX_STRANGE_KEYS = 1024            # remembered look-ups of keys without a regi
 _MAX_UNHEARD = 100                  # emitted keys without a handler that are remembered
 _RECENT_TIMES = 100                 # of which the 95th percentile is told
 _KEY_SEGMENT = re.compile(r"\*|[^\s:*]+")
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")        # namespaces and events that clients may give
 
 
 def _check_key(key: str) -> list[str]:
@@ -3060,6 +3071,11 @@ class _Altered(Event):
         if data is original.data:           # else it is found out anew
             self._metadata = dict(original.metadata)
         self._original = original
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._original, name)    # events may carry more than these
 
     def cancel(self, reason: str = "cancelled") -> None:
         """Cancel the event that this one stands for."""
@@ -3607,6 +3623,13 @@ class Bus:
                 self.failed(handler, route)
         return event
 
+    def fire(self, event: _E) -> _E:
+        """Run the handlers of an event that was made before, as it may carry more than others."""
+        route = self._routes.get(event.key) or self._strange_route(event.key)
+        route.emits += 1
+        self._run_timed(route, event)
+        return event
+
     def handles(self, key: str) -> bool:
         """Whether somebody would get an event of *key*."""
         if self._dead:
@@ -3802,6 +3825,12 @@ class Publication:
                  "_payload", "_body", "_json", "_envelope")
 
     key = None                      # see Outbox: publications are never coalesced
+    count = 1
+
+    @property
+    def label(self) -> str:
+        """What it counts as when it is sent."""
+        return "TOPIC_MESSAGE" if self.topic else "DIRECT"
 
     def __init__(self, topic: str, payload: Any, offset: int, epoch: str, critical: bool,
                  seq: int, bare: bool = False) -> None:
@@ -4948,6 +4977,8 @@ class Markup:
 
     __slots__ = ("key", "topic", "data", "seq", "size", "critical")
 
+    label, count = "FRAGMENT", 1
+
     def __init__(self, data: bytes, seq: int, topic: str = "", critical: bool = False) -> None:
         self.data = data
         self.key = topic or None        # see Outbox
@@ -4970,16 +5001,231 @@ class Markup:
 
 
 # =============================================================================
-# 11  REPLICATION - where everybody is, told once per tick
+# 10  SPACE - who is near
 # =============================================================================
-# Knows: positions, PROTO.     Never: sockets.
+# Knows: points.     Never: sockets, messages, what is at a point.
+#
+# Space is a grid of cubes, made where something is.  A cube that holds too many is divided
+# into eight, again and again down to a smallest size; one that has lost most of them is made
+# one again.  So a question about a place looks at few regions where little is, and at small
+# ones where much is (seed 002, "Spatial Partitioning Tuning").
+
+_MAX_COORDINATE = 3.0e38            # what an f32 can carry; NaN fails the comparison too
+
+
+def _place(x: Any, y: Any, z: Any) -> _Position | None:
+    """Return coordinates as floats, or None if they are not finite numbers below 3e38."""
+    limit = _MAX_COORDINATE
+    try:
+        if -limit < x < limit and -limit < y < limit and -limit < z < limit:
+            return float(x), float(y), float(z)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    return None
+
+
+def _must_be_place(x: Any, y: Any, z: Any, what: str) -> _Position:
+    if (place := _place(x, y, z)) is None:
+        raise UsageError(f"{what} can't be at ({x!r}, {y!r}, {z!r}): "
+                         "coordinates are finite numbers below 3e38")
+    return place
+
+
+class Located(Protocol):
+    """What a Space holds."""
+
+    at: _Position                   # say ``settle`` after it has changed
+    region: _Region | None          # the Space's own
+
+
+class _Region:
+    """A cube of space, with what is in it; or with its parts, as far as something is there."""
+
+    __slots__ = ("x", "y", "z", "size", "box", "parent", "key", "entries", "parts", "count")
+
+    def __init__(self, x: float, y: float, z: float, size: float, parent: _Region | None,
+                 key: tuple[int, int, int] = (0, 0, 0)) -> None:
+        self.x, self.y, self.z, self.size = x, y, z, size
+        self.box = x, x + size, y, y + size, z, z + size
+        self.parent = parent
+        self.key = key                                      # of one of the largest
+        self.entries: dict[Any, None] = {}
+        self.parts: dict[int, _Region] | None = None        # by which half of x, y, z: bits 1, 2, 4
+        self.count = 0                                      # of the parts, too
+
+    def part_of(self, at: _Position) -> _Region:
+        """Return the part that holds *at*, new if there was none."""
+        half, number, parts = self.size / 2, 0, self.parts
+        corner = [self.x, self.y, self.z]
+        for axis in range(3):
+            if at[axis] >= corner[axis] + half:
+                number |= 1 << axis
+                corner[axis] += half
+        assert parts is not None
+        if (part := parts.get(number)) is None:
+            part = parts[number] = _Region(corner[0], corner[1], corner[2], half, self)
+        return part
+
+    def misses(self, x: float, y: float, z: float, radius: float) -> bool:
+        """Whether a sphere does not touch it."""
+        size = self.size
+        a = self.x - x if x < self.x else x - self.x - size if x > self.x + size else 0.0
+        b = self.y - y if y < self.y else y - self.y - size if y > self.y + size else 0.0
+        c = self.z - z if z < self.z else z - self.z - size if z > self.z + size else 0.0
+        return a * a + b * b + c * c > radius * radius
+
+    def leaves(self) -> Iterator[_Region]:
+        """Yield it, or the undivided parts it has."""
+        if self.parts is None:
+            yield self
+        else:
+            for part in self.parts.values():
+                yield from part.leaves()
+
+
+class Space:
+    """Things by where they are, in regions that adapt to how many there are.
+
+    Regions are cubes of *max_region* at most, divided while more than *split* are in one and
+    its parts are not smaller than *min_region*, and put together again below *merge*.
+    Cost: to add, remove or move something some microseconds; to ask, what the regions hold.
+    """
+
+    __slots__ = ("_min", "_max", "_split", "_merge", "_roots")
+
+    def __init__(self, min_region: float = 100.0, max_region: float = 1000.0, split: int = 50,
+                 merge: int = 10) -> None:
+        if not 0 < min_region <= max_region < math.inf:
+            raise UsageError(f"regions are of 0 < min_region <= max_region, not {min_region!r}, "
+                             f"{max_region!r}")
+        if not 0 <= merge <= split or max_region / min_region > 1 << 20:
+            raise UsageError(f"merge = {merge!r} must be 0 to split = {split!r}; max_region at "
+                             "most a million times min_region")
+        self._min, self._max = float(min_region), float(max_region)
+        self._split, self._merge = split, merge
+        self._roots: dict[tuple[int, int, int], _Region] = {}
+
+    def __len__(self) -> int:
+        return sum(root.count for root in self._roots.values())
+
+    def add(self, entry: Located) -> None:
+        """Take in *entry* where it is."""
+        at, size = entry.at, self._max
+        key = (int(at[0] // size), int(at[1] // size), int(at[2] // size))
+        region = self._roots.get(key)
+        if region is None:
+            region = self._roots[key] = _Region(key[0] * size, key[1] * size, key[2] * size,
+                                                size, None, key)
+        while region.parts is not None:
+            region.count += 1
+            region = region.part_of(at)
+        region.count += 1
+        region.entries[entry] = None
+        entry.region = region
+        if region.count > self._split and region.size / 2 >= self._min:
+            self._divide(region)
+
+    def _divide(self, region: _Region) -> None:
+        entries, region.entries, region.parts = region.entries, {}, {}
+        for entry in entries:
+            part = region.part_of(entry.at)
+            part.entries[entry] = None
+            part.count += 1
+            entry.region = part
+        for part in region.parts.values():
+            if part.count > self._split and part.size / 2 >= self._min:
+                self._divide(part)
+
+    def remove(self, entry: Located) -> None:
+        """Forget *entry*."""
+        region, entry.region = entry.region, None
+        assert region is not None
+        del region.entries[entry]
+        sparse = None
+        while region is not None:
+            region.count -= 1
+            if region.parts is not None and region.count < self._merge:
+                sparse = region
+            root, region = region, region.parent
+        if sparse is not None:
+            self._unite(sparse)
+        if not root.count:
+            del self._roots[root.key]
+
+    def _unite(self, region: _Region) -> None:
+        entries = {entry: None for leaf in region.leaves() for entry in leaf.entries}
+        region.entries, region.parts = entries, None
+        for entry in entries:
+            entry.region = region
+
+    def settle(self, entry: Located) -> None:
+        """Note that *entry* has moved."""
+        x, y, z = entry.at
+        left, right, bottom, top, near, far = entry.region.box      # type: ignore[union-attr]
+        if not (left <= x < right and bottom <= y < top and near <= z < far):
+            self.remove(entry)
+            self.add(entry)
+
+    def around(self, x: float, y: float, z: float, radius: float) -> list[Any]:
+        """Return all in the regions that a sphere touches: those in it, and some beside it."""
+        found: list[Any] = []
+        regions = self._touched(x, y, z, radius)
+        while regions:
+            region = regions.pop()
+            if region.misses(x, y, z, radius):
+                continue
+            if region.parts is None:
+                found += region.entries
+            else:
+                regions += region.parts.values()
+        return found
+
+    def _touched(self, x: float, y: float, z: float, radius: float) -> list[_Region]:
+        """Return the largest regions that may be touched."""
+        size, roots = self._max, self._roots
+        if (2 * radius / size + 2) ** 3 > len(roots):
+            return list(roots.values())
+        xs, ys, zs = (range(int((each - radius) // size), int((each + radius) // size) + 1)
+                      for each in (x, y, z))
+        return [roots[key] for key in itertools.product(xs, ys, zs) if key in roots]
+
+    def nearby(self, x: float, y: float, z: float, radius: float) -> list[Any]:
+        """Return all that are within *radius*, the boundary included."""
+        here = (x, y, z)
+        return [entry for entry in self.around(x, y, z, radius)
+                if math.dist(here, entry.at) <= radius]
+
+    def regions(self) -> list[tuple[float, int]]:
+        """Return size and number of entries of every region there is."""
+        return [(leaf.size, leaf.count) for root in self._roots.values()
+                for leaf in root.leaves()]
+
+    def _check(self) -> None:
+        """Assert that everything is where it should be, and regions as divided as they should."""
+        for key, root in self._roots.items():
+            assert root.count and root.key == key
+            for leaf in root.leaves():
+                assert leaf.count == len(leaf.entries)
+                assert leaf.count <= self._split or leaf.size / 2 < self._min
+                for entry in leaf.entries:
+                    assert entry.region is leaf
+                    assert not leaf.misses(*entry.at, 1e-9 * max(map(abs, entry.at)))
+                parent = leaf.parent
+                while parent is not None:
+                    assert parent.count >= self._merge
+                    parent = parent.parent
+
+
+# =============================================================================
+# 11  REPLICATION - where everybody is; who is told what of things, how often
+# =============================================================================
+# Knows: positions, SPACE, PROTO.     Never: sockets.
 #
 # Movement is state, not history: of ten positions in one tick only the last matters.  So a
 # tick yields one Moves for everybody: those who moved, or all players when somebody left
 # (the block has no word for leaving: who is not in a full one is gone).  A peer that fell
 # behind gets the tick's full one in place of all it missed.
 
-_MAX_COORDINATE = 3.0e38            # what an f32 can carry; NaN fails the comparison too
 _MOVES_A_PIECE = 100                # events of movement that stay together
 _PACKED_A_PIECE = 1_500             # players in one block for plugins: under 64 KiB also when wide
 
@@ -5007,7 +5253,7 @@ class Moves:
     key = "movement"
     critical = False
     topic = "world.moves"
-    kind = "PLAYER_MOVE"            # the last two are for plugins
+    kind = label = "PLAYER_MOVE"    # kind and alone are for plugins
     alone = False
     mark = b""                      # see Publication
     seq = sys.maxsize               # after all that was published in its tick
@@ -5022,7 +5268,7 @@ class Moves:
 
     @property
     def count(self) -> int:
-        """How many events it is for plugins."""
+        """How many events it is."""
         return len(self.players)
 
     def measure(self) -> int:
@@ -5106,13 +5352,8 @@ class Movement:
             UsageError: a coordinate that is no finite number below 3e38, or an id that is
                 not 16 bytes.
         """
-        try:
-            fits = -_MAX_COORDINATE < x < _MAX_COORDINATE and (
-                -_MAX_COORDINATE < y < _MAX_COORDINATE and -_MAX_COORDINATE < z < _MAX_COORDINATE)
-            position = (float(x), float(y), float(z))
-        except (TypeError, ValueError, OverflowError):
-            fits = False
-        if not fits or not isinstance(player, bytes) or len(player) != 16:
+        position = _place(x, y, z)
+        if position is None or not isinstance(player, bytes) or len(player) != 16:
             raise UsageError(f"can't move {player!r} to ({x!r}, {y!r}, {z!r}): "
                              "an id has 16 bytes, coordinates are finite numbers")
         if player not in self.positions:
@@ -5156,6 +5397,1264 @@ class Movement:
         if not moves.full:
             news._rendered = moves._rendered
         return news
+
+
+# -- objects that are told to those who are near --
+#
+# An object has layers: what is told of it within a radius, how often.  Who is inside a layer's
+# zone gets its whole state once, then what changes, then a goodbye.
+#
+# Who sees what is exact after every tick, and costs what has moved.  For each observer it is
+# known how much must happen before a pair can cross an edge: its slack, the distance to the
+# nearest edge.  As long as observer and objects have not moved that far together since, nobody
+# looks at the pair again.  Only a few are that close to an edge at any time.
+
+_CHANNELS = ((50.0, 60.0, 30.0), (150.0, 30.0, 15.0), (300.0, 15.0, 5.0), (1000.0, 5.0, 1.0))
+_MAX_CHANNELS = 8
+_PRIORITIES = ("critical", "high", "normal", "low")
+_ENTER, _EXIT, _EVENT = "gorc_zone_enter", "gorc_zone_exit", "gorc_event"
+_OWN_EVENTS = ("enter", "exit", "update", "register", "unregister")
+_FAR = 500.0                        # a radius that is warned about (systems.md 2.5)
+_TURN = 64                          # parts of a channel's period, over which objects are spread
+_AHEAD = 24                         # ticks of movement that a survey is made for
+_SHY, _HAIR = 1 - 1e-6, 1e-6       # what is as close to an edge is looked at sooner
+_SAVED_S = 0.1                      # for so long an observer's bandwidth may be saved up
+_first = operator.itemgetter(0)
+
+
+class Layer:
+    """What is told of an object on one channel: within *radius*, *hz* times a second at most.
+
+    *properties* are names of attributes, and "position". Radius and rate are the channel's
+    unless given: 0 critical 50, 60 Hz; 1 detailed 150, 30 Hz; 2 cosmetic 300, 15 Hz; 3 metadata
+    1,000, 5 Hz (seed 002); 4 to 7 as 3. *priority*, "critical", "high", "normal" or "low", is
+    the channel's, too; *compression* "zlib" packs large states for clients that speak protobuf.
+    """
+
+    __slots__ = ("channel", "radius", "hz", "properties", "priority", "compression")
+
+    def __init__(self, channel: int, radius: float | None = None, hz: float | None = None,
+                 properties: Iterable[str] = (), priority: str | int | None = None,
+                 compression: str | None = None) -> None:
+        if type(channel) is not int or not 0 <= channel < _MAX_CHANNELS:
+            raise UsageError(f"a channel is 0 to {_MAX_CHANNELS - 1}, not {channel!r}")
+        usual = _CHANNELS[min(channel, 3)]
+        self.channel = channel
+        self.radius = _positive(usual[0] if radius is None else radius, "radius", _MAX_COORDINATE)
+        self.hz = _positive(usual[1] if hz is None else hz, "hz", 1000.0)
+        if isinstance(properties, str):
+            raise UsageError(f"properties = ({properties!r},) with a comma, for one")
+        self.properties = tuple(dict.fromkeys(properties))
+        if not all(isinstance(each, str) for each in self.properties):
+            raise UsageError(f"properties are names, not {self.properties!r}")
+        rank: Any = min(channel, 3) if priority is None else priority
+        rank = _PRIORITIES.index(rank) if rank in _PRIORITIES else rank
+        if rank not in range(4):
+            raise UsageError(f"priority is one of {', '.join(_PRIORITIES)}, not {priority!r}")
+        self.priority = int(rank)
+        if compression not in (None, "zlib"):
+            raise UsageError(f'compression is "zlib" or None, not {compression!r}')
+        self.compression = compression
+
+    @property
+    def slowest_hz(self) -> float:
+        """The rate that load can press it to (systems.md 2.5)."""
+        return min(self.hz, _CHANNELS[min(self.channel, 3)][2])
+
+    def __repr__(self) -> str:
+        return f"Layer({self.channel}, {self.radius:g}, {self.hz:g}, {self.properties})"
+
+
+def _positive(value: Any, name: str, most: float) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= most:
+        raise UsageError(f"{name} = {value!r} must be a number above 0, {most:g} at most")
+    return float(value)
+
+
+DEFAULT_LAYERS = tuple(Layer(channel, properties=("position",)) for channel in range(4))
+
+
+class Replicated:
+    """A thing in a World: subclass it, name what is told of it on which channel, set attributes.
+
+        class Asteroid(hl.Replicated):
+            layers = (hl.Layer(0, 50, 60, ("position", "health")), hl.Layer(3, 400, 5, ("name",)))
+            health = 100
+            name = ""
+
+    Without ``layers`` its position is told on the four default channels. ``type_name`` is the
+    class's name unless given. To set an attribute marks it to be told; after changing a list
+    or dict in place, say ``touch("name")``.
+    """
+
+    __slots__ = ("_replica",)
+    type_name: ClassVar[str] = "Replicated"
+    layers: ClassVar[Sequence[Layer]] = DEFAULT_LAYERS
+    _replica: _Replica | None
+
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> Self:
+        """Make one that is in no world yet."""
+        self = super().__new__(cls)
+        object.__setattr__(self, "_replica", None)
+        return self
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.type_name in [base.__name__ for base in cls.__mro__[1:]]:
+            cls.type_name = cls.__name__            # inherited, and never named
+        if not (isinstance(cls.type_name, str) and _NAME.fullmatch(cls.type_name)):
+            raise UsageError(f"type_name = {cls.type_name!r} must match {_NAME.pattern}")
+        layers = cls.layers = tuple(cls.layers)
+        if not all(isinstance(each, Layer) for each in layers):
+            raise UsageError(f"{cls.__name__}.layers are Layer(...), not {layers!r}")
+        if len({each.channel for each in layers}) < len(layers):
+            raise UsageError(f"{cls.__name__}.layers name a channel twice: {layers!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        replica = self._replica
+        if replica is None or name not in replica.routes or name == "position":
+            return object.__setattr__(self, name, value)
+        if replica.world.guard is not None:
+            replica.world.guard(f"{self.type_name}.{name}", f"setattr, it, {name!r}, value")
+        old = getattr(self, name, None)
+        object.__setattr__(self, name, value)
+        # what can be changed in place may have been
+        if not (value.__class__ in _PLAIN and old.__class__ is value.__class__ and old == value):
+            replica.mark(name)
+
+    def touch(self, *names: str) -> None:
+        """Tell of properties that were changed in place.
+
+        Raises:
+            UsageError: no layer of it has such a property.
+        """
+        if (replica := self._replica) is not None:
+            for name in names:
+                if name not in replica.routes:
+                    raise UsageError(f"no layer of {self.type_name} has a property {name!r}"
+                                     f"{_did_you_mean(name, replica.routes)}")
+                replica.mark(name)
+
+    @property
+    def id(self) -> str:
+        """Its id in the world, a UUID; empty outside."""
+        return self._replica.id if self._replica is not None else ""
+
+    @property
+    def position(self) -> _Position | None:
+        """Where it is; None outside a world. Set it to move it."""
+        return self._replica.at if self._replica is not None else None
+
+    @position.setter
+    def position(self, position: Sequence[float]) -> None:
+        if self._replica is None:
+            raise StateError(f"this {self.type_name} is in no world; world.add(it, x, y, z)")
+        self._replica.world.move(self._replica.id, *position)
+
+
+_PUT_OFF = ("coalesced", "left_out", "dropped")     # what an observer was not told at once
+_PLAIN = frozenset({int, float, str, bool, bytes, type(None)})
+
+
+class _Profile(NamedTuple):
+    """What a distance means to a set of layers, by where it falls among their edges."""
+
+    edges: tuple[float, ...]        # -inf, where zones begin and end, inf
+    enter: tuple[int, ...]          # by bisect_left: the channels whose zones it is in, as bits
+    stay: tuple[int, ...]           # and those that are not left yet
+    reach: float
+
+    @classmethod
+    def of(cls, layers: Sequence[Layer], hysteresis: float) -> _Profile:
+        """Return the profile of *layers*: in at d <= r, out at d > r * (1 + hysteresis)."""
+        ends = {each: each.radius * (1 + hysteresis) for each in layers}
+        edges = sorted({-math.inf, math.inf, *ends.values(), *(each.radius for each in layers)})
+        enter, stay = (tuple(sum([1 << layer.channel for layer, end in zone.items() if end >= edge])
+                             for edge in edges)
+                       for zone in ({each: each.radius for each in layers}, ends))
+        return cls(tuple(edges), enter, stay, max(ends.values(), default=0.0))
+
+    def slack(self, distance: float) -> float:
+        """Return how far it is to the nearest edge."""
+        where = bisect.bisect_left(self.edges, distance)
+        return min(distance - self.edges[where - 1], self.edges[where] - distance)
+
+
+_NOWHERE = _Profile.of((), 0.0)
+
+
+class _Share:
+    """One layer of one object: who sees it, and what has changed since it was told."""
+
+    __slots__ = ("replica", "layer", "bit", "viewers", "changed", "since_ns", "slots", "slot",
+                 "entered", "place", "updates", "bytes", "transitions")
+
+    def __init__(self, replica: _Replica, layer: Layer, wheel: _Wheel, slot: int) -> None:
+        self.replica, self.layer = replica, layer
+        self.bit = 1 << layer.channel
+        self.viewers: dict[_Observer, None] = {}
+        self.changed = 0                        # of layer.properties, as bits
+        self.since_ns = 0                       # when the first of them was changed
+        self.slots, self.slot = wheel.slots, slot
+        self.place = 0                          # the bit of its position
+        if "position" in layer.properties:
+            self.place = 1 << layer.properties.index("position")
+        self.entered: tuple[int, Update] | None = None  # this tick's, for all who come in
+        self.updates = self.bytes = self.transitions = 0
+
+    @property
+    def whole(self) -> int:
+        """The bits of all its properties."""
+        return (1 << len(self.layer.properties)) - 1
+
+
+    def stats(self) -> dict[str, int]:
+        """Return its counters."""
+        return {"subscribers": len(self.viewers), "updates": self.updates, "bytes": self.bytes,
+                "transitions": self.transitions}
+
+    def count(self, update: Update, times: int = 1) -> None:
+        """Count an update that is told, or is not."""
+        self.updates += times
+        self.bytes += times * (update.size or update.measure())
+
+    def show(self, observer: _Observer) -> None:
+        """Tell an observer from now on."""
+        self.viewers[observer] = None
+        if len(self.viewers) == 1:
+            self.replica.note_viewers()
+
+    def hide(self, observer: _Observer) -> None:
+        """Tell an observer no more."""
+        if observer in self.viewers:
+            del self.viewers[observer]
+            if not self.viewers:
+                self.replica.note_viewers()
+
+    def data(self, changed: int) -> dict[str, Any]:
+        """Return properties by name; without those that raise, which are the class's own."""
+        obj, found = self.replica.obj, {}
+        for number, name in enumerate(self.layer.properties):
+            if changed >> number & 1:
+                try:
+                    found[name] = getattr(obj, name)
+                except Exception as error:
+                    self.replica.world.complain(f"{obj.type_name}.{name}: {error!r}")
+        return found
+
+
+class _Replica:
+    """An object in a world."""
+
+    __slots__ = ("id", "uuid", "obj", "world", "at", "region", "profile", "shares", "routes",
+                 "moving", "seers", "_head", "_place")
+
+    def __init__(self, world: World, obj: Replicated, at: _Position,
+                 layers: Sequence[Layer]) -> None:
+        self.uuid = os.urandom(16)
+        self.id = _uuid_text(self.uuid)
+        self.obj, self.world, self.at = obj, world, at
+        self.region: _Region | None = None
+        self.profile = world._profile(layers)
+        slot = world._next_slot()
+        self.shares = tuple(_Share(self, each, world._wheel(each), slot) for each in layers)
+        routes: dict[str, tuple[tuple[_Share, int], ...]] = {}
+        for share in self.shares:
+            for number, name in enumerate(share.layer.properties):
+                routes[name] = (*routes.get(name, ()), (share, 1 << number))
+        self.routes = routes                    # property -> where it is told
+        self.moving: tuple[tuple[_Share, int], ...] = ()    # where its position is told, to some
+        self.seers: dict[_Observer, None] = {}  # who has it in a zone
+        self._head = b""
+        self._place: tuple[Any, bytes] = (None, b"")
+
+    def mark(self, name: str) -> None:
+        """Note that a property is to be told."""
+        now_ns = self.world.clock()
+        for share, bit in self.routes[name]:
+            if share.viewers:
+                if not share.changed:
+                    share.slots[share.slot].append(share)
+                    share.since_ns = now_ns
+                share.changed |= bit
+
+    def note_viewers(self) -> None:
+        """Note which channels with its position have viewers."""
+        self.moving = tuple([each for each in self.routes.get("position", ()) if each[0].viewers])
+
+    def share(self, channel: Any) -> _Share:
+        """Return what is told on *channel*."""
+        for share in self.shares:
+            if share.layer.channel == channel and type(channel) is int:
+                return share
+        raise UsageError(f"a {self.obj.type_name} has the channels "
+                         f"{[each.layer.channel for each in self.shares]}, not {channel!r}")
+
+    @property
+    def head(self) -> bytes:
+        """How all that is told of it begins in JSON."""
+        if not self._head:
+            self._head = b'"object_id":"%b","object_type":"%b","channel":' % (
+                self.id.encode(), self.obj.type_name.encode())
+        return self._head
+
+    @property
+    def place(self) -> bytes:
+        """Its position as JSON."""
+        place = self._place
+        if place[0] is not self.at:
+            place = self._place = self.at, b"[%r,%r,%r]" % self.at
+        return place[1]
+
+
+class Update:
+    """What a zone has to tell in one tick, rendered at most once per form for all who see it.
+
+    ``type`` is "gorc_zone_enter", "gorc_zone_exit" or "gorc_event"; of these ``event`` is
+    "update" for what has changed, else the name given to ``emit_gorc``.
+    """
+
+    __slots__ = ("share", "type", "event", "changed", "size", "critical", "stamp", "since_ns",
+                 "at", "_data", "_body", "_json", "_envelope")
+
+    key = None                      # see Outbox: the World knows what replaces what
+    label, count = "GORC", 1
+    topic = "gorc"
+    seq = sys.maxsize
+    mark = b""
+
+    def __init__(self, share: _Share, kind: str, event: str, data: Any, stamp: bytes,
+                 changed: int = 0, since_ns: int = 0) -> None:
+        self.share = share
+        self.type = kind
+        self.event = event
+        self.changed = changed                  # which properties, as bits
+        self.stamp = stamp                      # Unix time, as text
+        self.since_ns = since_ns                # of the first change
+        self.at = share.replica.at
+        self.critical = False
+        self.size = 0
+        self._data = data
+        self._json = self._envelope = b""
+
+    @property
+    def data(self) -> Any:
+        """A zone's state by property, those that have changed, or an event's data."""
+        return {"position": self.at} if self.changed and self._data is None else self._data
+
+    object_id = property(lambda self: self.share.replica.id)
+    object_type = property(lambda self: self.share.replica.obj.type_name)
+    channel = property(lambda self: self.share.layer.channel)
+
+    def __repr__(self) -> str:
+        return f"Update({self.type}, {self.object_type} {self.channel} {self.event} {self.data!r})"
+
+    def measure(self) -> int:
+        """Render the data and set and return ``size``."""
+        if not self.size:
+            replica = self.share.replica
+            if self._data is None and self.changed:             # most are of this kind
+                self._body = b'{"position":%b}' % replica.place     # shared by its channels
+            else:
+                self._body = self._safe_json() if self.type is not _EXIT else b""
+            self.size = len(self._body) + len(replica.head) + 48
+        return self.size
+
+    def _safe_json(self) -> bytes:
+        """Return the data as JSON, without those properties that can't be."""
+        try:
+            return _json_bytes(self._data)
+        except UsageError as error:
+            if self.type is _EVENT and self.event != "update":
+                raise
+            fit = {}
+            for name, value in self._data.items():
+                with contextlib.suppress(UsageError):
+                    _json_bytes(value)
+                    fit[name] = value
+            unfit = ", ".join(self._data.keys() - fit.keys())
+            self.share.replica.world.complain(f"{self.object_type}.{unfit}: {error}")
+            self._data = fit
+            return _json_bytes(fit)
+
+    def json(self) -> bytes:
+        """Return the JSON object a client gets."""
+        if not self._json:
+            self.measure()
+            kind, head, channel = self.type, self.share.replica.head, self.share.layer.channel
+            if kind is _EVENT:
+                self._json = b'{"type":"gorc_event","event":"%b",%b%d,"data":%b,"timestamp":%b}' % (
+                    self.event.encode(), head, channel, self._body, self.stamp)
+            elif kind is _ENTER:
+                self._json = (
+                    b'{"type":"gorc_zone_enter",%b%d,"position":[%r,%r,%r],"zone_data":%b,'
+                    b'"timestamp":%b}' % (head, channel, *self.at, self._body, self.stamp))
+            else:
+                self._json = b'{"type":"gorc_zone_exit",%b%d,"timestamp":%b}' % (
+                    head, channel, self.stamp)
+        return self._json
+
+    def html(self) -> bytes:
+        """Return what a client of HTML gets: JSON that no browser takes for elements."""
+        return _inert(self.json())
+
+    def envelope(self, _form: str) -> bytes:
+        """Return it as one member of an encoded EventBatch."""
+        if not self._envelope:
+            self.measure()
+            schema, body, size = builtin_schema(), self._body, 0
+            if self.share.layer.compression and (
+                    len(body) >= self.share.replica.world.compress_above_bytes > 0):
+                packed = zlib.compress(body)
+                if len(packed) < len(body):
+                    body, size = packed, len(body)
+            about = {"object_id": self.object_id, "object_type": self.object_type,
+                     "channel": self.channel}
+            if self.type is _EVENT:
+                self._envelope = _batch_of(type="GORC_EVENT", gorc_event=schema.GorcEvent(
+                    **about, event=self.event, data=body, original_size=size))
+            elif self.type is _ENTER:
+                self._envelope = _batch_of(type="ZONE_ENTER", zone_enter=schema.ZoneEnter(
+                    **about, data=body, original_size=size, position=schema.Vec3(*self.at)))
+            else:
+                self._envelope = _batch_of(type="ZONE_EXIT", zone_exit=schema.ZoneExit(**about))
+        return self._envelope
+
+
+class ZoneMoves:
+    """The positions of one channel that one observer is told in one tick, as one packed block."""
+
+    __slots__ = ("players", "wide", "count", "size", "critical")
+
+    key = None
+    label = "GORC"
+    topic = "gorc"
+    seq = sys.maxsize
+    mark = b""
+
+    def __init__(self, players: dict[bytes, _Position], wide: bool) -> None:
+        self.players = players
+        self.wide = wide
+        self.count = len(players)
+        self.size = 4 + (40 if wide else 28) * len(players)
+        self.critical = False
+
+    def measure(self) -> int:
+        """Return how many bytes it takes."""
+        return self.size
+
+    def envelope(self, _form: str) -> bytes:
+        """Return it as one member of an encoded EventBatch."""
+        return _batch_of(type="GORC_MOVES", packed_movement=builtin_schema().PackedMovement(
+            pack_moves(self.players, wide=self.wide), self.wide, False))
+
+
+class ObjectEvent(Event):
+    """An event of a replicated object: ``object`` and ``channel`` say of which.
+
+    ``client`` is whose event it is, or who entered or left; ``told`` how many were told of it.
+    """
+
+    __slots__ = ("object", "channel", "told")
+
+    def __init__(self, key: str, data: Any, client: Any, obj: Replicated, channel: int) -> None:
+        super().__init__(key, data, client)
+        self.object = obj
+        self.channel = channel
+        self.told = 0
+
+
+class _Observer:
+    """Somebody who sees."""
+
+    __slots__ = ("key", "at", "region", "masks", "inbox", "pending", "owed", "path", "limit",
+                 "looked", "thresholds", "who", "surveyed_tick", "spent", "bytes_per_s",
+                 "allowance", "crossings", "fed_ns", "waits_since_ns", "updates", "bytes", "transitions",
+                 "coalesced", "left_out", "dropped")
+
+    def __init__(self, key: Any, at: _Position) -> None:
+        self.key, self.at = key, at
+        self.region: _Region | None = None
+        self.masks: dict[_Replica, int] = {}        # in which zones it is, exactly
+        self.inbox: list[Update] = []               # this tick's
+        self.pending: dict[_Replica, int] = {}      # zones it was told of, where that differs
+        self.owed: dict[_Share, int] = {}           # properties that were not told when due
+        # its survey: pairs that may cross an edge, by how far the two must have moved for it
+        self.path = 0.0                             # how far it has moved, less what objects had
+        self.limit = -math.inf                      # the movement that the survey is good for
+        self.looked = 0.0                           # and at which pairs were looked at last
+        self.thresholds: list[float] = []
+        self.who: list[_Replica] = []               # the object of each threshold
+        self.surveyed_tick = self.spent = 0         # when; pairs looked at since, less its cost
+        self.bytes_per_s: float | None = None       # None: as the world says
+        self.allowance = self.crossings = 1.0       # bytes, crossings that it may be told now
+        self.fed_ns = self.waits_since_ns = 0       # when these were added to; what waits came
+        self.updates = self.bytes = self.transitions = 0
+        self.coalesced = self.left_out = self.dropped = 0
+
+    def stats(self) -> dict[str, Any]:
+        """Return its counters."""
+        return {"sees": sum([mask.bit_count() for mask in self.masks.values()]),
+                "owed": len(self.owed) + len(self.pending),
+                **{name: getattr(self, name) for name in (
+                    "updates", "bytes", "transitions", "coalesced", "left_out", "dropped")}}
+
+
+class _Wheel:
+    """Whose turn it is on one channel at one rate: objects are spread over its period."""
+
+    __slots__ = ("layer", "slots", "_clock", "_done")
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.slots: list[list[_Share]] = [[] for _ in range(_TURN)]
+        self._clock = 0.0
+        self._done = -_TURN                         # so that the first turn is a whole one
+
+    def turn(self, seconds: float, load: float) -> list[_Share]:
+        """Return who has something to tell and may, after so many seconds."""
+        self._clock += seconds * _TURN * max(self.layer.slowest_hz,
+                                             self.layer.hz * (1 - 0.5 * load))
+        due = int(self._clock) - self._done
+        if due > _TURN * 7 // 8:                    # about once a tick: ticks are not that even
+            due, self._done = _TURN, int(self._clock) - _TURN
+        turn = []
+        for number in range(self._done, self._done + due):
+            if self.slots[number % _TURN]:
+                turn += self.slots[number % _TURN]
+                self.slots[number % _TURN].clear()
+        self._done += due
+        return turn
+
+
+class World:
+    """Objects and observers in space, and who is told what of them (seed 002's GORC).
+
+        world = hl.World()
+        rock = Asteroid()
+        world.add(rock, 10, 0, 0)
+        world.observe("anna", 0, 0, 0)
+        for observer, update in world.tick(now_ns):     # a gorc_zone_enter for each zone
+            send(observer, update.json())
+
+    A zone is entered at ``d <= radius`` and left beyond ``radius * (1 + hysteresis)``, in three
+    dimensions; ``seen_by`` is exact after every tick. *crossings_per_s* limits how many enters
+    and exits an observer is told, ``bytes_per_s`` how much in all, the most important and
+    nearest first (0: no limit); what is left out is told later, as it is then. With
+    ``adaptive``, rates sink with ``load`` (0 to 1) to half of theirs (systems.md 2.5).
+
+    Cost of a tick: grows with what has moved or changed, not with what there is.
+    """
+
+    __slots__ = ("hysteresis", "crossings_per_s", "bytes_per_s", "adaptive", "load", "batch",
+                 "wait_ns", "max_bytes", "compress_above_bytes", "clock", "guard", "urgent",
+                 "watched", "crossed", "changes", "quiet", "warnings", "ticks", "_space",
+                 "_audience",
+                 "_replicas", "_observers", "_moved", "_moved_since_ns", "_restless", "_drift",
+                 "_reach", "_profiles", "_wheels", "_slot", "_last_ns", "_period_ns", "_stamp",
+                 "_remade", "_past", "_gone", "_complained_ns", "_surveys",
+                 "complaints")
+
+    def __init__(self, min_region: float = 100.0, max_region: float = 1000.0, split: int = 50,
+                 merge: int = 10, hysteresis: float = 0.05,
+                 crossings_per_s: float | None = None, *,
+                 clock: Callable[[], int] = time.monotonic_ns) -> None:
+        if crossings_per_s is not None and not 0 <= crossings_per_s < math.inf:
+            raise UsageError(f"crossings_per_s = {crossings_per_s!r} must be 0 or more")
+        self.hysteresis = 0.0
+        self.bytes_per_s = self.load = 0.0
+        self.crossings_per_s = crossings_per_s or 0.0
+        self.adaptive = False
+        self.batch = self.wait_ns = 0           # updates wait for so many, or so long
+        self.max_bytes = sys.maxsize            # for one observer in one tick
+        self.compress_above_bytes = 512
+        self.clock = clock
+        self.guard: Callable[..., object] | None = None         # raises in a strange thread
+        self.urgent: Callable[[Any, Update], object] | None = None  # takes critical events at once
+        self.watched = False                    # crossed is wanted
+        self.crossed: list[tuple[str, Replicated, int, Any]] = []   # event, object, channel, who
+        self.changes: list[Update] = []         # this tick's updates, whoever gets them
+        self.quiet = True                       # it is empty, and everybody knows
+        self.warnings: dict[str, str] = {}      # by type
+        self.ticks = self.complaints = 0
+        self._replicas: dict[str, _Replica] = {}
+        self._observers: dict[Any, _Observer] = {}
+        self._moved: dict[_Replica, _Position] = {}     # since the last tick, and from where
+        self._moved_since_ns = 0
+        self._restless: dict[_Replica, None] = {}       # to be looked at one by one
+        self._drift = 0.0                       # how far any object has moved, without the restless
+        self._reach = 0.0                       # of the largest zone
+        self._profiles: dict[tuple[Layer, ...], _Profile] = {}
+        self._wheels: dict[tuple[int, float], _Wheel] = {}
+        self._slot = self._surveys = 0
+        self._last_ns: int | None = None        # when the last tick was
+        self._period_ns = 0                     # and how long after the one before
+        self._stamp = b"0"
+        self._remade: dict[tuple[_Share, int], Update] = {}     # this tick's, for who is owed more
+        self._past: Counter[tuple[int, str]] = Counter()        # counters of objects that have gone
+        self._gone: Counter[str] = Counter()            # and of observers
+        self._complained_ns = -1 << 62
+        self.tune(min_region, max_region, split, merge, hysteresis)
+
+    def tune(self, min_region: float, max_region: float, split: int, merge: int,
+             hysteresis: float) -> None:
+        """Change the regions' settings, and the hysteresis; everything stays where it is."""
+        if not isinstance(hysteresis, int | float) or not 0 <= hysteresis <= 1:
+            raise UsageError(f"hysteresis = {hysteresis!r} must be 0 to 1; 0.05 is 5 %")
+        space, audience = (Space(min_region, max_region, split, merge) for _ in range(2))
+        for index, entries in ((space, self._replicas), (audience, self._observers)):
+            for entry in entries.values():
+                index.add(entry)
+        self._space, self._audience = space, audience
+        if hysteresis != self.hysteresis:
+            self.hysteresis = float(hysteresis)
+            self._profiles.clear()
+            for replica in self._replicas.values():
+                replica.profile = self._profile(tuple(each.layer for each in replica.shares))
+            self._survey_anew()
+
+    # -- objects --
+
+    def __len__(self) -> int:
+        return len(self._replicas)
+
+    def __contains__(self, what: object) -> bool:
+        key = what.id if isinstance(what, Replicated) else what
+        return isinstance(key, str) and key in self._replicas
+
+    def __iter__(self) -> Iterator[Replicated]:
+        return iter([each.obj for each in self._replicas.values()])
+
+    def get(self, id: str) -> Replicated | None:
+        """Return the object with an id, or None."""
+        replica = self._replicas.get(id)
+        return replica.obj if replica is not None else None
+
+    def _find(self, what: str | Replicated) -> _Replica:
+        key = what.id if isinstance(what, Replicated) else what
+        replica = self._replicas.get(key) if isinstance(key, str) else None
+        if replica is None:
+            raise UsageError(f"{what!r} is not in this world")
+        return replica
+
+    def _guard(self, what: str) -> None:
+        if self.guard is not None:
+            self.guard(f"app.world.{what}")
+
+    def add(self, obj: Replicated, x: float, y: float, z: float,
+            channels: Iterable[int] | None = None) -> str:
+        """Put an object somewhere; return its id. *channels* are those of its layers it has here.
+
+        Raises:
+            UsageError: it is in a world already, has not the channels or not the properties its
+                layers name, or coordinates that are not finite.
+        """
+        self._guard("add")
+        if not isinstance(obj, Replicated):
+            raise UsageError(f"{obj!r} is not an instance of a subclass of hl.Replicated")
+        if obj._replica is not None and obj._replica.obj is obj:
+            raise UsageError(f"this {obj.type_name} is in a world already, as {obj.id}")
+        at = _must_be_place(x, y, z, f"a {obj.type_name}")
+        layers = self._layers_of(obj, channels)
+        for layer in layers:
+            for name in layer.properties:
+                if not hasattr(obj, name):
+                    raise UsageError(f"layer {layer.channel} of {obj.type_name} names {name!r}, "
+                                     f"and it has no such attribute{_did_you_mean(name, dir(obj))}")
+        replica = _Replica(self, obj, at, layers)
+        object.__setattr__(obj, "_replica", replica)
+        self._replicas[replica.id] = replica
+        self.quiet = False
+        self._space.add(replica)
+        self._restless[replica] = None
+        if self.watched and layers:
+            self.crossed.append(("register", obj, layers[0].channel, None))
+        return replica.id
+
+    def _layers_of(self, obj: Replicated, channels: Iterable[int] | None) -> tuple[Layer, ...]:
+        layers = tuple(sorted(obj.layers, key=operator.attrgetter("channel")))
+        if channels is not None:
+            wanted, known = {*channels}, {each.channel for each in layers}
+            if unknown := wanted - known:
+                raise UsageError(f"a {obj.type_name} has the channels {sorted(known)}, not "
+                                 f"{sorted(unknown, key=repr)}")
+            layers = tuple(each for each in layers if each.channel in wanted)
+        far = [each for each in layers if each.radius > _FAR]
+        if far and obj.type_name not in self.warnings:
+            self.warnings[obj.type_name] = (
+                f"channel {far[0].channel} of {obj.type_name} reaches {far[0].radius:g} m; beyond "
+                f"{_FAR:g} m there is much to tell to many")
+            _log.log(logging.DEBUG if obj.layers is DEFAULT_LAYERS else logging.WARNING, "%s",
+                     self.warnings[obj.type_name])
+        return layers
+
+    def move(self, what: str | Replicated, x: float, y: float, z: float) -> None:
+        """Move an object, given or by its id; of several moves in a tick the last counts.
+
+        Raises:
+            UsageError: it is not here, or the coordinates are not finite numbers below 3e38.
+        """
+        # HOT: once per object per tick (bench 11.replication)
+        if self.guard is not None:
+            self.guard("app.world.move")
+        replica = self._replicas.get(what) if what.__class__ is str else None
+        if replica is None:
+            replica = self._find(what)
+        at = _place(x, y, z) or _must_be_place(x, y, z, f"{replica.obj.type_name} {replica.id}")
+        if replica not in self._moved:
+            if not self._moved:
+                self._moved_since_ns = self.clock()
+            self._moved[replica] = replica.at
+        replica.at = at
+        self._space.settle(replica)
+
+    def remove(self, what: str | Replicated) -> None:
+        """Take an object out; who sees it is told that it has left, with the next tick.
+
+        Raises:
+            UsageError: it is not here.
+        """
+        self._guard("remove")
+        replica = self._find(what)
+        for observer in list(replica.seers):
+            self._cross(observer, replica, observer.masks[replica], 0)
+        del self._replicas[replica.id]
+        self._space.remove(replica)
+        self._moved.pop(replica, None)
+        self._restless.pop(replica, None)
+        replica.profile = _NOWHERE              # surveys may know it still
+        object.__setattr__(replica.obj, "_replica", None)
+        for share in replica.shares:
+            for name in ("updates", "bytes", "transitions"):
+                self._past[share.layer.channel, name] += getattr(share, name)
+        if self.watched and replica.shares:
+            self.crossed.append(("unregister", replica.obj, replica.shares[0].layer.channel, None))
+
+    def nearby(self, x: float, y: float, z: float, radius: float) -> list[str]:
+        """Return the ids of all objects within *radius*.
+
+        Raises:
+            UsageError: coordinates or a radius that are not finite, or a negative radius.
+        """
+        if not isinstance(radius, int | float) or not 0 <= radius < _MAX_COORDINATE:
+            raise UsageError(f"radius = {radius!r} must be 0 or more, and finite")
+        at = _must_be_place(x, y, z, "somebody who looks around")
+        return [each.id for each in self._space.nearby(*at, radius)]
+
+    def emit(self, what: str | Replicated, channel: int, name: str, data: Any = None) -> int:
+        """Tell an event of an object to everybody in a channel's zone; return to how many.
+
+        Those of critical layers are told at once where the engine runs, others with the next tick;
+        these are dropped for observers who can't take them then.
+
+        Raises:
+            UsageError: no such object or channel, a name that the world uses itself or that
+                is malformed, or data that can't be JSON.
+        """
+        self._guard("emit")
+        share = self._find(what).share(channel)
+        if not (isinstance(name, str) and _NAME.fullmatch(name)) or name in _OWN_EVENTS:
+            raise UsageError(f"{name!r} can't be an event: names match {_NAME.pattern}, and "
+                             f"{', '.join(_OWN_EVENTS)} are the world's own")
+        update = Update(share, _EVENT, name, data, b"%.3f" % time.time(), since_ns=self.clock())
+        update.critical = self.urgent is not None and share.layer.priority == 0
+        update.measure()
+        for observer in list(share.viewers):
+            share.count(update)
+            if update.critical:
+                observer.updates += 1
+                observer.bytes += update.size
+                self.urgent(observer.key, update)           # type: ignore[misc]
+            else:
+                observer.inbox.append(update)
+        return len(share.viewers)
+
+    # -- observers --
+
+    def observe(self, observer: Any, x: float, y: float, z: float) -> None:
+        """Let somebody see from somewhere: *observer* is any key; again, to move it.
+
+        Raises:
+            UsageError: coordinates that are not finite.
+        """
+        self._guard("observe")
+        if observer in self._observers:
+            return self.move_observer(observer, x, y, z)
+        at = _must_be_place(x, y, z, f"observer {observer!r}")
+        entry = self._observers[observer] = _Observer(observer, at)
+        self._audience.add(entry)
+
+    def move_observer(self, observer: Any, x: float, y: float, z: float) -> None:
+        """Move an observer.
+
+        Raises:
+            UsageError: it does not observe, or coordinates that are not finite.
+        """
+        if self.guard is not None:
+            self.guard("app.world.move_observer")
+        entry = self._observer(observer)
+        at = _place(x, y, z) or _must_be_place(x, y, z, f"observer {observer!r}")
+        entry.path += math.dist(entry.at, at)       # a long way makes for a new survey
+        entry.at = at
+        self._audience.settle(entry)
+
+    def _observer(self, key: Any) -> _Observer:
+        if (entry := self._observers.get(key)) is None:
+            raise UsageError(f"{key!r} does not observe this world; observe(...) comes first")
+        return entry
+
+    def unobserve(self, observer: Any) -> None:
+        """Let an observer go, without a word; harmless if it does not observe."""
+        self._guard("unobserve")
+        entry = self._observers.pop(observer, None)
+        if entry is not None:
+            self._gone.update({name: getattr(entry, name) for name in _PUT_OFF})
+            self._audience.remove(entry)
+            for replica in entry.masks:
+                del replica.seers[entry]
+                for share in replica.shares:
+                    share.hide(entry)
+
+    def observes(self, observer: Any) -> bool:
+        """Whether somebody sees this world."""
+        return observer in self._observers
+
+    def seen_by(self, observer: Any) -> set[tuple[str, int]]:
+        """Return the (id, channel) of all zones an observer is in, as of the last tick."""
+        entry = self._observer(observer)
+        return {(replica.id, share.layer.channel) for replica, mask in entry.masks.items()
+                for share in replica.shares if mask & share.bit}
+
+    def must_have(self, what: str | Replicated, channel: Any) -> None:
+        """Raise UsageError if an object has not such a channel here."""
+        self._find(what).share(channel)
+
+    def sees(self, observer: Any, what: str | Replicated, channel: int) -> bool:
+        """Whether an observer is in the zone of a channel of an object."""
+        entry = self._observers.get(observer)
+        replica = self._find(what)
+        return entry is not None and bool(
+            entry.masks.get(replica, 0) & replica.share(channel).bit)
+
+    def limit(self, observer: Any, bytes_per_s: float | None) -> None:
+        """Give one observer a bandwidth of its own; None: the world's, 0: any."""
+        if bytes_per_s is not None and not 0 <= bytes_per_s < math.inf:
+            raise UsageError(f"bytes_per_s = {bytes_per_s!r} must be 0 or more")
+        self._observer(observer).bytes_per_s = bytes_per_s
+
+    # -- ticks --
+
+    def tick(self, now_ns: int) -> list[tuple[Any, Update]]:
+        """Return what every observer is to be told now, in order; *now_ns* never goes back."""
+        return [(observer.key, update) for observer, updates in self.gather(now_ns)
+                for update in updates]
+
+    def gather(self, now_ns: int, ready: Callable[[Any], bool] | None = None,
+               ) -> list[tuple[_Observer, list[Update]]]:
+        """Do the same for who sends: by observer, and only for those who are *ready*.
+
+        The others are told what they have missed, as it is then, when they are.
+        """
+        last_ns = now_ns if self._last_ns is None else self._last_ns
+        self._last_ns, self._period_ns = now_ns, max(0, now_ns - last_ns)
+        self.ticks += 1
+        self._stamp = b"%.3f" % time.time()
+        self._remade.clear()
+        self._note_moves()
+        self._take_turns(self._period_ns / 1e9)
+        self._look_around()
+        told = [(observer, updates) for observer in self._observers.values()
+                if (observer.inbox or observer.pending or observer.owed)
+                and (updates := self._tell(observer, now_ns, ready))]
+        self.quiet = not self._replicas and not any(
+            [each.pending for each in self._observers.values()])
+        return told
+
+    def _note_moves(self) -> None:
+        """Add to the drift what objects have moved; who moved far is looked at by itself."""
+        # HOT: for each object that moves (bench 11.replication)
+        moved, self._moved = self._moved, {}
+        since_ns, restless = self._moved_since_ns, self._restless
+        steps = list(map(math.dist, moved.values(), [each.at for each in moved]))
+        real, far = sorted(filter(None, steps)), 0.0
+        if len(real) * 32 > len(self._replicas):        # else each costs less than all observers
+            far = 4 * real[len(real) * 3 // 4]
+        near = bisect.bisect_right(real, far)
+        if near < len(real):
+            restless.update([(replica, None) for replica, step in zip(moved, steps) if step > far])
+        for replica in moved:
+            for share, bit in replica.moving:
+                if not share.changed:
+                    share.slots[share.slot].append(share)
+                    share.since_ns = since_ns
+                share.changed |= bit
+        self._drift += real[near - 1] if near else 0.0
+        if self._drift > 1e5:                   # sums lose their last digits
+            self._drift = 0.0
+            self._survey_anew()
+
+    def _take_turns(self, seconds: float) -> None:
+        """Hand what has changed, where it is its turn, to those who see it."""
+        # HOT: for all that is told (bench 11.replication)
+        load = min(max(self.load, 0.0), 1.0) if self.adaptive else 0.0
+        changes: list[Update] = []
+        stamp = self._stamp
+        for wheel in self._wheels.values():
+            for share in wheel.turn(seconds, load):
+                changed, share.changed = share.changed, 0
+                if not share.viewers:
+                    continue
+                update = Update(share, _EVENT, "update",
+                                None if changed == share.place else share.data(changed),
+                                stamp, changed, share.since_ns)
+                changes.append(update)
+                count = len(share.viewers)
+                share.updates += count          # less those who are not told, below
+                share.bytes += count * update.measure()
+                for observer in share.viewers:
+                    observer.inbox.append(update)
+        self.changes = changes
+
+    def pack(self, updates: list[Update], wide: bool) -> list[Any]:
+        """Return *updates* with the positions told on channel 0 as one ZoneMoves, f32 or *wide*."""
+        block: dict[bytes, _Position] = {}
+        rest: list[Any] = []
+        for each in updates:
+            share = each.share
+            if each.changed & share.place and share.layer.channel == 0:
+                block[share.replica.uuid] = each.at
+                if each.changed == share.place:
+                    continue
+                each = Update(share, _EVENT, "update", share.data(each.changed & ~share.place),
+                              each.stamp, each.changed & ~share.place)
+                each.measure()
+            rest.append(each)
+        return [*rest, ZoneMoves(block, wide)] if block else rest
+
+    # -- who sees what --
+
+    def _survey_anew(self) -> None:
+        for observer in self._observers.values():
+            observer.limit = -math.inf
+
+    def _look_around(self) -> None:
+        """Bring up to date who is in which zone."""
+        restless, self._restless = self._restless, {}
+        if len(restless) > 64 + len(self._replicas) // 8:
+            self._survey_anew()
+        else:
+            for replica in restless:
+                self._look_at(replica)
+        drift = self._drift
+        for observer in self._observers.values():
+            travelled = observer.path + drift
+            if travelled > observer.limit:
+                self._survey(observer)
+            elif travelled > observer.looked:
+                observer.looked = travelled
+                due = bisect.bisect_right(observer.thresholds, travelled)
+                self._review(observer, observer.who[:due])
+                observer.spent += due
+                if observer.spent > 0:          # a new survey costs no more
+                    observer.limit = -math.inf
+
+    def _look_at(self, replica: _Replica) -> None:
+        """Look at one object from all who may see it, or may soon."""
+        for observer in {*replica.seers, *self._audience.around(
+                *replica.at, replica.profile.reach + self._reach / 4)}:
+            travelled = observer.path + self._drift
+            if travelled > observer.limit:
+                continue                        # a survey comes anyway
+            self._review(observer, [replica])
+            slack = replica.profile.slack(math.dist(observer.at, replica.at))
+            if (threshold := travelled + slack * _SHY - _HAIR) <= observer.limit:
+                at = bisect.bisect(observer.thresholds, threshold)
+                observer.thresholds.insert(at, threshold)
+                observer.who.insert(at, replica)
+                observer.spent += 1
+
+    def _review(self, observer: _Observer, who: list[_Replica]) -> None:
+        """Look which zones of some objects an observer is in."""
+        # HOT: for all that is near an edge, every tick (bench 11.replication)
+        masks = observer.masks
+        for replica, distance in zip(who, map(math.dist, itertools.repeat(observer.at),
+                                              [each.at for each in who])):
+            edges, enter, stay, _ = replica.profile
+            where = bisect.bisect_left(edges, distance)
+            old = masks.get(replica, 0)
+            if (new := old & stay[where] | enter[where]) != old:
+                self._cross(observer, replica, old, new)
+
+    def _survey(self, observer: _Observer) -> None:
+        """Look at all that is around, and note when each may cross an edge."""
+        # HOT: for every observer, every few ticks (bench 11.replication)
+        masks, at = observer.masks, observer.at
+        travelled = max(0.0, min(observer.path + self._drift, self._reach))
+        pace = travelled / max(1, self.ticks - observer.surveyed_tick)
+        self._surveys += 1                      # so that not all come in the same tick
+        limit = (0.7 + self._surveys * 0.618034 % 0.6) * min(
+            max(_AHEAD * pace, self._reach / 64), self._reach / 6)
+        who = self._space.around(*at, self._reach + limit)
+        who += masks.keys() - {*who}
+        near, crossed = [], []
+        for replica, distance in zip(who, map(math.dist, itertools.repeat(at),
+                                              [each.at for each in who])):
+            edges, enter, stay, _ = replica.profile
+            where = bisect.bisect_left(edges, distance)
+            old = masks.get(replica, 0)
+            if (new := old & stay[where] | enter[where]) != old:
+                crossed.append((replica, old, new))
+            slack, more = distance - edges[where - 1], edges[where] - distance
+            if more < slack:
+                slack = more
+            if slack <= limit:
+                near.append((slack * _SHY - _HAIR, replica))
+        near.sort(key=_first)
+        observer.thresholds, observer.who = [each[0] for each in near], [each[1] for each in near]
+        observer.path, observer.limit, observer.looked = -self._drift, limit * _SHY, 0.0
+        observer.surveyed_tick, observer.spent = self.ticks, -len(who)
+        for each in crossed:
+            self._cross(observer, *each)
+
+    def _cross(self, observer: _Observer, replica: _Replica, old: int, new: int) -> None:
+        """Note that an observer is in other zones of an object than before."""
+        if new:
+            observer.masks[replica] = new
+            replica.seers[observer] = None
+        else:
+            del observer.masks[replica]
+            del replica.seers[observer]
+        told = observer.pending.setdefault(replica, old)
+        for share in replica.shares:
+            if not (old ^ new) & share.bit:
+                continue
+            share.transitions += 1
+            observer.transitions += 1
+            inside = bool(new & share.bit)
+            if not inside:
+                share.hide(observer)
+                observer.owed.pop(share, None)
+            elif told & share.bit:              # back before it was told of having left
+                share.show(observer)
+                observer.owed[share] = share.whole
+            if self.watched:
+                self.crossed.append(("enter" if inside else "exit", replica.obj,
+                                     share.layer.channel, observer.key))
+        if told == new:
+            del observer.pending[replica]
+
+    # -- who is told what --
+
+    def _tell(self, observer: _Observer, now_ns: int,
+              ready: Callable[[Any], bool] | None) -> list[Update]:
+        """Return what an observer is told now; keep in mind what it is not."""
+        inbox, observer.inbox = observer.inbox, []
+        if observer.pending:                    # what it has just left is told no more
+            inbox = [each for each in inbox if observer in each.share.viewers]
+        if self._waits(observer, inbox, now_ns) or (
+                ready is not None and not ready(observer.key)):
+            self._owe(observer, inbox)
+            return []
+        updates = self._make_up(observer, inbox) if observer.owed else inbox
+        if observer.pending:
+            updates = updates + self._crossings(observer)
+        size = sum([each.size for each in updates])
+        rate = self.bytes_per_s if observer.bytes_per_s is None else observer.bytes_per_s
+        if rate or self.crossings_per_s or size > self.max_bytes:
+            updates = self._ration(observer, updates, rate, now_ns)
+            size = sum([each.size for each in updates])
+        if observer.pending:
+            self._note_crossings(observer, updates)
+        observer.updates += len(updates)
+        observer.bytes += size
+        observer.waits_since_ns = 0
+        return updates
+
+    def _note_crossings(self, observer: _Observer, told: list[Update]) -> None:
+        """Note of which zones an observer has been told."""
+        masks, pending = observer.masks, observer.pending
+        for each in told:
+            if each.type is _ENTER:
+                each.share.show(observer)
+                pending[each.share.replica] |= each.share.bit
+            elif each.type is _EXIT:
+                pending[each.share.replica] &= ~each.share.bit
+        observer.pending = {replica: mask for replica, mask in pending.items()
+                            if mask != masks.get(replica, 0)}
+
+    def _waits(self, observer: _Observer, inbox: list[Update], now_ns: int) -> bool:
+        """Whether a batch is not full, has nothing urgent, and can wait for the next tick."""
+        if not 0 < self._period_ns < self.wait_ns or observer.pending or (
+                len(inbox) + len(observer.owed) >= self.batch) or (
+                not all([each.share.layer.priority for each in inbox])):
+            return False
+        observer.waits_since_ns = observer.waits_since_ns or now_ns
+        return now_ns + self._period_ns - observer.waits_since_ns <= self.wait_ns
+
+    def _owe(self, observer: _Observer, updates: Iterable[Update]) -> int:
+        """Keep in mind what was not told; events are dropped. Returns how many wait anew."""
+        owed, before = observer.owed, len(observer.owed)
+        for each in updates:
+            each.share.count(each, -1)
+            if each.changed:
+                observer.coalesced += each.share in owed
+                owed[each.share] = owed.get(each.share, 0) | each.changed
+            elif each.type is _EVENT:
+                observer.dropped += 1
+        return len(owed) - before
+
+    def _make_up(self, observer: _Observer, inbox: list[Update]) -> list[Update]:
+        """Return the updates of an observer with what it is owed, as it is now."""
+        owed, observer.owed = observer.owed, {}
+        updates = []
+        for each in inbox:
+            before = owed.pop(each.share, 0) if each.changed else 0
+            observer.coalesced += before > 0
+            if before | each.changed != each.changed:
+                each.share.count(each, -1)
+                each = self._remake(each.share, before | each.changed)
+            updates.append(each)
+        return updates + [self._remake(*each) for each in owed.items()]
+
+    def _remake(self, share: _Share, changed: int) -> Update:
+        if (update := self._remade.get((share, changed))) is None:
+            update = self._remade[share, changed] = Update(
+                share, _EVENT, "update", share.data(changed), self._stamp, changed)
+        share.count(update)
+        return update
+
+    def _crossings(self, observer: _Observer) -> list[Update]:
+        """Return the exits, then the enters, that an observer has to be told."""
+        exits, enters = [], []
+        for replica, told in observer.pending.items():
+            now = observer.masks.get(replica, 0)
+            for share in replica.shares:
+                if told & ~now & share.bit:
+                    exits.append(Update(share, _EXIT, "exit", None, self._stamp))
+                    share.count(exits[-1])
+                elif now & ~told & share.bit:
+                    enters.append(self._enter(share))
+        return exits + enters
+
+    def _enter(self, share: _Share) -> Update:
+        """Return a layer's whole state, made once a tick."""
+        if share.entered is None or share.entered[0] != self.ticks:
+            share.entered = self.ticks, Update(share, _ENTER, "enter", share.data(share.whole),
+                                               self._stamp)
+        share.count(share.entered[1])
+        return share.entered[1]
+
+    def _ration(self, observer: _Observer, updates: list[Update], rate: float,
+                now_ns: int) -> list[Update]:
+        """Return what fits an observer's limits: exits, then by importance, then the nearest."""
+        seconds = (now_ns - (observer.fed_ns or now_ns)) / 1e9
+        observer.fed_ns = now_ns
+        crossings = self.crossings_per_s
+        observer.allowance = min(observer.allowance + rate * seconds, rate * _SAVED_S)
+        observer.crossings = min(observer.crossings + crossings * seconds,
+                                 max(1.0, crossings * _SAVED_S))
+        bound = min(self.max_bytes, observer.allowance if rate else math.inf)
+        told, left, size = [], [], 0
+        at = observer.at
+        for each in sorted(updates, key=lambda each: (
+                each.type is not _EXIT, each.share.layer.priority, math.dist(at, each.at))):
+            crosses = crossings and each.type is not _EVENT
+            if size >= bound or crosses and observer.crossings < 1:
+                left.append(each)
+                continue
+            told.append(each)
+            size += each.size
+            observer.crossings -= bool(crosses)
+        observer.allowance -= size if rate else 0
+        observer.left_out += self._owe(observer, left)
+        return told
+
+    # -- looking --
+
+    def complain(self, what: str) -> None:
+        """Log an object's fault, once a second at most, and count it."""
+        self.complaints += 1
+        if (now_ns := self.clock()) - self._complained_ns >= 1_000_000_000:
+            self._complained_ns = now_ns
+            _log.error("replication: %s", what)
+
+    def _profile(self, layers: Sequence[Layer]) -> _Profile:
+        key = tuple(layers)
+        if (profile := self._profiles.get(key)) is None:
+            profile = self._profiles[key] = _Profile.of(key, self.hysteresis)
+            self._reach = max(self._reach, profile.reach)
+        return profile
+
+    def _wheel(self, layer: Layer) -> _Wheel:
+        return self._wheels.setdefault((layer.channel, layer.hz), _Wheel(layer))
+
+    def _next_slot(self) -> int:
+        self._slot = (self._slot + 37) % _TURN          # neighbours are far from each other
+        return self._slot
+
+    def stats(self, what: Any) -> dict[str, Any]:
+        """Return the counters of an object, by channel ("0" to "7"), or of an observer.
+
+        Raises:
+            UsageError: it is neither.
+        """
+        if not isinstance(what, Replicated) and what in self._observers:
+            return self._observers[what].stats()
+        return {f"{share.layer.channel}": share.stats() for share in self._find(what).shares}
+
+    def observers(self) -> int:
+        """Return how many observe."""
+        return len(self._observers)
+
+    def put_off(self) -> dict[str, int]:
+        """Return how much observers were not told at once, or never, by why."""
+        return {name: sum([getattr(each, name) for each in self._observers.values()],
+                          self._gone[name]) for name in _PUT_OFF}
+
+    def report(self, top: int = 10) -> dict[str, Any]:
+        """Return counters by channel, and those of the busiest objects and observers.
+
+        Cost: a microsecond per object.
+        """
+        channels: dict[int, Counter[str]] = {}
+        for (channel, name), count in self._past.items():
+            channels.setdefault(channel, Counter())[name] += count
+        for replica in self._replicas.values():
+            for share in replica.shares:
+                channels.setdefault(share.layer.channel, Counter()).update(share.stats())
+        busiest = heapq.nlargest(top, self._observers.values(), operator.attrgetter("bytes"))
+        told = heapq.nlargest(top, self._replicas.values(),
+                              lambda each: sum([share.bytes for share in each.shares]))
+        regions = self._space.regions()
+        return {
+            "objects": len(self._replicas), "observers": len(self._observers),
+            "regions": len(regions), "smallest_region": min(regions, default=(0.0, 0))[0],
+            "ticks": self.ticks, "faults": self.complaints, "warnings": [*self.warnings.values()],
+            **self.put_off(),
+            "channels": {str(each): dict(channels[each]) for each in sorted(channels)},
+            "busiest_observers": {str(each.key): each.stats() for each in busiest},
+            "busiest_objects": {each.id: {"type": each.obj.type_name, **self.stats(each.id)}
+                                for each in told}}
+
+    def _check(self) -> None:
+        """Assert by brute force that everybody sees what they should (tests; after a tick)."""
+        self._space._check()
+        self._audience._check()
+        assert len(self._space) == len(self._replicas)
+        assert len(self._audience) == len(self._observers)
+        for observer in self._observers.values():
+            for replica in self._replicas.values():
+                distance = math.dist(observer.at, replica.at)
+                mask = observer.masks.get(replica, 0)
+                assert (observer in replica.seers) == (mask > 0)
+                told = observer.pending.get(replica, mask)
+                for share in replica.shares:
+                    radius, inside = share.layer.radius, bool(mask & share.bit)
+                    assert inside or distance > radius
+                    assert not inside or distance <= radius * (1 + self.hysteresis)
+                    assert (observer in share.viewers) == bool(mask & told & share.bit)
+            assert observer.masks.keys() <= {*self._replicas.values()}
+            assert all(share.viewers.keys() >= {observer} for share in observer.owed)
 
 
 # =============================================================================
@@ -5320,6 +6819,12 @@ class Sendable(Protocol):
     @property
     def seq(self) -> int:
         """Its place among what was sent."""
+    @property
+    def label(self) -> str:
+        """What it counts as when it is sent."""
+    @property
+    def count(self) -> int:
+        """As how many."""
 
 
 class Outbox:
@@ -9066,6 +10571,12 @@ _ALIASES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "max_string_length": lambda length: {"max_json_string": length},
     "max_collection_size": lambda count: {"max_json_items": count},
     "banned_ips": lambda addresses: {"banned": addresses},
+    "min_region_size": lambda size: {"region_min": size},
+    "max_region_size": lambda size: {"region_max": size},
+    "split_threshold": lambda count: {"region_split": count},
+    "merge_threshold": lambda count: {"region_merge": count},
+    "enable_compression": lambda yes: {"compress": yes},
+    "compression_threshold": lambda size: {"compress_above_bytes": size},
     "max_connections_per_ip": lambda count: {"max_connections_per_address": count}}
 _LOG_LEVELS = ("debug", "info", "warn", "error")
 
@@ -9130,6 +10641,13 @@ class Config:
     plugins_schema: str = _setting("", "a .proto file that they speak instead of the built-in one")
     plugin_reply_ms: float = _setting(250.0, "time for a plugin to answer an event")
     reload: bool = _setting(False, "load files of plugins anew when they change")
+    region_min: float = _setting(100.0, "side of the smallest region of the world")
+    region_max: float = _setting(1000.0, "side of the largest; where little is, less is divided")
+    region_split: int = _setting(50, "objects above which a region is divided")
+    region_merge: int = _setting(10, "objects below which its parts are one again")
+    hysteresis: float = _setting(0.05, "a zone is left beyond radius * (1 + this)")
+    replication_batch: int = _setting(32, "updates for one client that leave without waiting")
+    replication_wait_ms: float = _setting(16.0, "how long fewer wait; no longer than a slow tick")
     batch_size: int = _setting(20, "events of a handler with batch=True")
     batch_wait_ms: float = _setting(5.0, "how long the first of them waits")
     presence_debounce_s: float = _setting(5.0, "time to come back before one has left")
@@ -9163,6 +10681,11 @@ class Config:
                 parse(getattr(self, name))
             except ValueError as error:
                 raise ConfigError(f"{name}: {error}") from None
+        try:
+            World(self.region_min, self.region_max, self.region_split, self.region_merge,
+                  self.hysteresis)
+        except UsageError as error:
+            raise ConfigError(f"region_* and hysteresis: {error}") from None
         if self.tls_key and not self.tls_cert:
             raise ConfigError("tls_key is given, but no tls_cert")
 
@@ -9255,7 +10778,8 @@ def _plain_setting(name: str, value: Any, where: str) -> dict[str, Any]:
     """Return what a key of a file says; seed 002's keys are known, too."""
     if name in _ALIASES:
         try:
-            if isinstance(value, bool) and name not in ("use_reuse_port", "enable_rate_limiting"):
+            if isinstance(value, bool) and name not in ("use_reuse_port", "enable_rate_limiting",
+                                                        "enable_compression"):
                 raise TypeError
             return _ALIASES[name](value)
         except (TypeError, AttributeError, KeyError, ZeroDivisionError):
@@ -9692,7 +11216,6 @@ SWAP_SCRIPT = r"""(() => {
 # Three moments to leave at: replies at the end of the pass that asked for them, critical
 # messages likewise (with all that waits before them), everything else at the tick.
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")        # namespaces and events that clients may give
 _RESERVED_TOPICS = ("system", "presence", "gorc", "world")
 _NO_HANDLER = "no_handler"          # told only to who wants an answer
 _PRESENCE_TOPIC, _CHANGES_TOPIC = "presence", "presence.changes"
@@ -9708,6 +11231,8 @@ _MAX_ASKED = 64                     # events of one session that wait for plugin
 _ASKED_KINDS = {"chat": "CHAT", "command": "COMMAND"}       # of clients' namespaces
 _TOPICS_A_MESSAGE = 2_000           # a subscription that looks through so many counts as one more
 _REPLAYED_A_MESSAGE = 100           # or gets so many messages from before
+_MAX_TOLD = 1 << 18                 # bytes that a client is told of the world in one tick
+_ZONES = "gorc"                     # the topic that stands for it in subscriptions
 _MAX_VIEWS = 1_000                  # fragments of one view of a pattern
 
 
@@ -9745,6 +11270,7 @@ def _render_html(frame: _Framer, items: tuple[Any, ...], _packed: str) -> bytes:
 _PROTO, _EVENTS, _HTML = "horizon.proto.v1", "events", "html"
 # payloads of a client's envelope: the members of the JSON message that means the same
 _ENVELOPES = {"client_event": ("namespace", "event", "data"),
+              "gorc_event": ("object_id", "channel", "event", "data"),
               "request": ("action", "topic", "payload", "packed", "critical", "since", "rate",
                           "msg_id")}
 _NOT_FIELDS = ("namespace", "event", "id", "HEADERS")       # of a form; the last is htmx's
@@ -9940,7 +11466,7 @@ class Session:
 
     __slots__ = ("id", "player", "_user", "connection", "render", "form", "packed", "outbox",
                  "engine", "handler", "subscriptions", "goodbye", "beats", "endpoint",
-                 "asking", "left", "judging", "path", "known", "_metadata", "_told_ns")
+                 "asking", "left", "judging", "path", "known", "zones", "_metadata", "_told_ns")
 
     def __init__(self, engine: Engine, connection: Connection, user: str, form: str = "",
                  deflate: Deflate | None = None,
@@ -9966,6 +11492,8 @@ class Session:
         self.known = False                      # no stranger
         # where broadcasts reach it: "" for streams and other WebSockets
         self.endpoint = "" if handler or form == _EVENTS else "html" if form == _HTML else "data"
+        # how it is told of the world where it is: "", packed as "f32" or "f64", or not at all
+        self.zones: str | None = "" if self.endpoint == "data" else None
         self._metadata: dict[str, Any] | None = None
         self._told_ns = 0                       # when it was last said that this one is slow
 
@@ -10047,6 +11575,14 @@ class Session:
         """Queue a shared item for the tick, or for the end of this pass if it is critical."""
         self._add((item,), item.size or item.measure(), item.critical)
 
+    def box(self) -> Outbox:
+        """Return its outbox, made at the first use."""
+        if self.outbox is None:
+            config = self.engine.config
+            self.outbox = Outbox(config.outbox_messages, config.outbox_bytes,
+                                 self.engine._count_drop)
+        return self.outbox
+
     def put_many(self, batch: Batch) -> None:
         """Queue what was published on one topic; the sink of this session's subscriptions."""
         # HOT: once per subscriber per topic per tick (bench 14.fanout)
@@ -10060,12 +11596,10 @@ class Session:
 
     def _add(self, items: tuple[Any, ...], size: int, critical: bool) -> None:
         """Put into the outbox; what is dropped for it is told, once a second at most."""
-        engine, outbox = self.engine, self.outbox
+        engine = self.engine
         if not self.connection.is_open or self.goodbye is not None:
             return
-        if outbox is None:
-            outbox = self.outbox = Outbox(engine.config.outbox_messages, engine.config.outbox_bytes,
-                                          engine._count_drop)
+        outbox = self.box()
         engine._waiting[self] = None
         if critical:
             outbox.urgent = True
@@ -10372,6 +11906,10 @@ _WATCHED = (                        # name, by which label, where in the engine 
     ("horizon_outbox_dropped_total by class", "drops", "Messages dropped, by class."),
     ("horizon_outbox_coalesced_total", "_replaced", "States replaced unsent."),
     ("horizon_moves_total", "movement.moves", "Positions accepted."),
+    ("horizon_replication_objects", "world.__len__", "Objects in the world."),
+    ("horizon_replication_observers", "world.observers", "Who sees some of it."),
+    ("horizon_replication_put_off_total by reason", "world.put_off", "Updates not told at once."),
+    ("horizon_replication_faults_total", "world.complaints", "Properties that can't be told."),
     ("horizon_topics_errors_total", "topics.errors", "Subscribers' calls that raised."),
     ("horizon_topics_published_total", "topics.published", "Publications."),
     ("horizon_topics_delivered_total", "topics.delivered", "Publications times sinks."),
@@ -10404,11 +11942,16 @@ _WATCHED = (                        # name, by which label, where in the engine 
     ("horizon_events_sent_total by type", "events_sent", "Events sent, by type."),
     ("horizon_refused_total by reason", "server.refused", "Peers' faults and our limits."),
     ("horizon_requests_refused_total by code", "refusals", "Requests answered with an error."))
+_LAGS_S = (.0005, .001, .002, .004, .008, .016, .032, .064, .25, 1.0)  # seed 002: 1 ms, 16 ms
 _TIMED = (                          # name, help, buckets
     ("event_processing_duration", "Seconds per emitted event; sampled.", BUCKETS_S),
     ("horizon_tick_seconds", "Time a tick takes.", BUCKETS_S),
     ("horizon_marshal_seconds", "Time to render one tick's messages.", BUCKETS_S),
     ("horizon_fragment_render_seconds", "Time to render one fragment of HTML.", BUCKETS_S),
+    ("horizon_replication_seconds", "Time to find out who is told what of the world.", BUCKETS_S),
+    ("horizon_replication_lag_seconds", "From a change to the socket, by channel.", _LAGS_S),
+    ("horizon_critical_event_seconds", "From emit_gorc on a critical layer to the socket.",
+     _LAGS_S),
     ("horizon_plugins_marshal_seconds", "Time to encode a tick for all plugins.", BUCKETS_S),
     ("horizon_plugins_ask_seconds", "From a question to its verdict.", BUCKETS_S),
     ("horizon_plugins_batch_events", "Events per batch to plugins.",
@@ -10440,11 +11983,11 @@ def _page() -> Response:
 class Engine:
     """A real-time server: events, topics, movement, one port, one loop.
 
-    Handlers: on, on_core, on_client, on_plugin, every, subscribe, get, post, websocket, static,
-    html.   Who may: authenticate, allow.   What is kept: topic, fragment.   Plugins: load, unload,
-    ask.   Sending: publish, broadcast, send, emit, emit_core, emit_client, emit_plugin.
-    Running: run, start, stop, ``with``, step, wait_s, fileno, call_soon.
-    Looking: url, metrics, report, bus, topics, presence, movement, sessions, plugins, host.
+    Handlers: on, on_core, on_client, on_plugin, on_gorc, every, subscribe, get, post, websocket,
+    static, html.   Who may: authenticate, allow.   What is kept: topic, fragment.
+    Plugins: load, unload, ask.   Sending: publish, broadcast, send, emit, emit_core, emit_client,
+    emit_plugin, emit_gorc.   Running: run, start, stop, ``with``, step, wait_s, fileno, call_soon.
+    Looking: url, metrics, report, bus, topics, presence, movement, world, sessions, plugins, host.
 
     Settings are Config's fields as keywords, or a Config. Everything but ``call_soon``,
     registering and looking is for the loop's own thread, where handlers run.
@@ -10456,6 +11999,9 @@ class Engine:
     _guarded = _ruled = False               # there was an authenticator, a rule: without it nobody
     _farewell = "server is stopped"         # to plugins
     _reviewing = False                      # views or routes have changed
+    _ticker: Ticker | None = None
+    _thread_id: int | None = None
+    _thread: threading.Thread | None = None
     _repeat_told_ns = -1 << 62              # when it was said that a repetition failed
     _begun: Any = None                      # the Future of the plugins' start
 
@@ -10470,7 +12016,7 @@ class Engine:
         self.presence = Presence()
         self.fragments = FragmentCache(on_render=functools.partial(
             self.metrics.observe, "horizon_fragment_render_seconds"))
-        self.movement = Movement()
+        self.movement, self.world = Movement(), World()
         self.sessions: dict[str, Session] = {}
         self.loop = Loop()
         self._worker = _Worker(self.loop)
@@ -10505,15 +12051,14 @@ class Engine:
         self._repeats: list[tuple[Ticker, Callable[[], object]]] = []
         self._routes: list[_Endpoint] = []              # newest first
         self._gc = GCWatch()
-        self._ticker: Ticker | None = None
-        self._thread_id: int | None = None
         self._stepping = False                          # inside a pass
-        self._thread: threading.Thread | None = None
         self._done = threading.Event()                  # everything is given back
         self._state = "making"                          # "new", "open", "stopping", "stopped"
         self._signals = self._stop_at_ns = self._last_words_ns = self._port = 0
         self._started_ns = time.monotonic_ns()
         self._tick_ns: deque[int] = deque(maxlen=500)
+        self._lags: dict[str, deque[float]] = {}        # the newest, by channel, and "critical"
+        self._critical_ns: list[int] = []               # when critical events were emitted
         self._rates: dict[str, float] = {}
         self._rate_marks = (0, 0, 0, self._started_ns)
         self._emit_tick = self.bus.emitter("core:server_tick")
@@ -10557,6 +12102,14 @@ class Engine:
         self.host.max_items = config.outbox_messages
         self.fragments.max_entries = config.cache_entries or sys.maxsize
         self.fragments.ttl_s = config.cache_ttl_s
+        self.world.guard, self.world.urgent = self._on_loop, self._tell_at_once
+        self.world.watched = True
+        self.world.tune(config.region_min, config.region_max, config.region_split,
+                        config.region_merge, config.hysteresis)
+        self.world.batch = config.replication_batch
+        self.world.wait_ns = int(config.replication_wait_ms * 1e6)
+        self.world.max_bytes = min(config.outbox_bytes or _MAX_TOLD, _MAX_TOLD)
+        self.world.compress_above_bytes = config.compress_above_bytes * config.compress
         worker.batch_size, worker.wait_ms = config.batch_size or _MAX_PENDING, config.batch_wait_ms
 
     # -- handlers --
@@ -10598,6 +12151,17 @@ class Engine:
     def on_plugin(self, plugin: str, event: str, **options: Any) -> Callable[[_F], _F]:
         """Decorate a handler of events one plugin emits to others."""
         key = _key_of("plugin", plugin, event)
+        return self._decorator(lambda fn: self.bus.on(key, fn, **options))
+
+    def on_gorc(self, kind: str | type[Replicated], channel: int | str, event: str,
+                **options: Any) -> Callable[[_F], _F]:
+        """Decorate a handler of what clients say to objects of a type, in a channel's zone.
+
+        It gets an ObjectEvent: ``object``, ``channel``, ``data`` and ``client``. Only a client that
+        is in the zone can say it.
+        """
+        name = kind if isinstance(kind, str) else kind.type_name
+        key = _key_of("gorc_client", name, f"{channel}", event)
         return self._decorator(lambda fn: self.bus.on(key, fn, **options))
 
     def every(self, seconds: float | None = None, *, hz: float | None = None) -> Callable[[_F], _F]:
@@ -10946,6 +12510,31 @@ class Engine:
         """Emit ``plugin:<plugin>:<event>``."""
         return self.emit(f"plugin:{plugin}:{event}", data)
 
+    def emit_gorc(self, obj: str | Replicated, channel: int, name: str,
+                  data: Any = None) -> ObjectEvent:
+        """Tell an event of an object to everybody in the zone of one of its channels.
+
+        First ``gorc_instance:<Type>:<channel>:<name>`` is fired here; a handler that cancels it
+        keeps it from being told. The returned event's ``told`` says to how many it goes.
+
+        Raises:
+            UsageError: as ``World.emit``.
+        """
+        self._on_loop("emit_gorc")
+        replica, began_ns = self.world._find(obj), self.loop.clock()
+        event = self._fire_instance(replica.obj, channel, name, data, None)
+        if not event.cancelled:
+            event.told = self.world.emit(replica.id, channel, name, data)
+            if replica.share(channel).layer.priority == 0 and event.told:
+                self._critical_ns.append(began_ns)
+        return event
+
+    def _fire_instance(self, obj: Replicated, channel: int, name: str, data: Any,
+                       client: Any) -> ObjectEvent:
+        key = f"gorc_instance:{obj.type_name}:{channel}:{name}"
+        event = ObjectEvent(key, data, client, obj, channel)
+        return event if not self.bus.handles(key) else self.bus.fire(event)
+
     def publish(self, topic: str, payload: Any, *, critical: bool = False,
                 msg_id: str | None = None) -> int:
         """Publish JSON-able *payload*; return to how many subscribers.
@@ -11027,10 +12616,11 @@ class Engine:
     def _is_on_loop(self) -> bool:
         return self._thread_id == threading.get_ident()
 
-    def _on_loop(self, what: str) -> None:
+    def _on_loop(self, what: str, call: str = "") -> None:
         if self._thread_id != threading.get_ident() and self._thread_id is not None:
+            call = call or f"{what if '.' in what else 'app.' + what}, ..."
             raise StateError(f"{what} belongs to the engine's thread; from others say "
-                             f"app.call_soon({what if '.' in what else 'app.' + what}, ...)")
+                             f"app.call_soon({call})")
 
     @property
     def url(self) -> str:
@@ -11340,9 +12930,7 @@ class Engine:
             self._tick_once()
         elif due := self._ticker.take_due():
             self._tick(due, self._ticker.period_ns)
-        if self._urgent:
-            urgent, self._urgent = self._urgent, {}
-            self._flush(urgent)
+        self._flush_urgent()
         self.host.flush_urgent()
         self.loop.flush()
         self.bus.watch(self.loop.clock() - self.loop.now_ns)
@@ -11355,14 +12943,17 @@ class Engine:
         for _ in range(due):
             self.tick_count += 1
             self._emit_tick({"tick_count": self.tick_count, "timestamp": time.time()})
+        self._flush_urgent()                    # a tick may take longer than critical events may
         self._tick_once()
         spent = self.loop.clock() - began
+        self.world.load += 0.1 * (spent / budget_ns - self.world.load)
         self._tick_ns.append(spent)
         self.metrics.observe("horizon_tick_seconds", spent / 1e9)
         self.overruns += spent > budget_ns
 
     def _tick_once(self) -> None:
         if (moves := self.movement.take()) is not None:
+            self._follow_players(moves.moved)
             for session in list(self._movers):
                 session.put(moves)
             if self.host.wants(moves.kind) and (news := self.movement.for_plugins(moves)):
@@ -11373,8 +12964,79 @@ class Engine:
         for view in self._all_views():
             if view.changed:
                 self._show_changes(view)
+        changes = [] if self.world.quiet else self._replicate(self.loop.clock())
         waiting, self._waiting = self._waiting, {}
         self._flush(waiting)
+        self._note_lags(changes)
+
+    def _flush_urgent(self) -> None:
+        """Let out what does not wait for the tick."""
+        if self._urgent:
+            urgent, self._urgent = self._urgent, {}
+            self._flush(urgent)
+        if self._critical_ns:
+            now_ns = self.loop.clock()
+            for each in self._critical_ns:
+                self._note_lag("horizon_critical_event_seconds", now_ns - each, 1, "critical")
+            self._critical_ns.clear()
+
+    # -- the world --
+
+    def _replicate(self, now_ns: int) -> list[Update]:
+        """Put what is told of the world into the outboxes of those who can take it.
+
+        Returns: all that has changed.
+        """
+        for observer, updates in self.world.gather(now_ns, self._is_ready):
+            if (session := self.sessions.get(observer.key)) is None:
+                continue                        # an observer of the application's own
+            items: Any = updates
+            if session.zones and session.form == _PROTO:
+                items = self.world.pack(updates, session.zones == "f64")
+            session.box().add(tuple(items), sum([each.size for each in items]))
+            self._waiting[session] = None       # to be sent at once: bounded by what is told
+        self.metrics.observe("horizon_replication_seconds", (self.loop.clock() - now_ns) / 1e9)
+        crossed, self.world.crossed = self.world.crossed, []
+        for name, obj, channel, who in crossed:
+            if self.bus.handles(f"gorc_instance:{obj.type_name}:{channel}:{name}"):
+                self._fire_instance(obj, channel, name, {"observer": who},
+                                    self.sessions.get(who))
+        return self.world.changes
+
+    def _is_ready(self, observer: Any) -> bool:
+        """Whether an observer has read what it was sent."""
+        session = self.sessions.get(observer)
+        return session is None or (session.connection.is_open and not session.connection.unsent
+                                   and session.goodbye is None)
+
+    def _tell_at_once(self, observer: Any, update: Update) -> None:
+        if (session := self.sessions.get(observer)) is not None:
+            session.put(update)
+
+    def _note_lags(self, changes: list[Update]) -> None:
+        now_ns = self.loop.clock()
+        for (channel, since_ns), times in Counter(
+                [(each.share.layer.channel, each.since_ns) for each in changes]).items():
+            self._note_lag("horizon_replication_lag_seconds", now_ns - since_ns, times, channel)
+
+    def _note_lag(self, name: str, lag_ns: int, times: int, channel: int | str) -> None:
+        labels = {"channel": channel} if isinstance(channel, int) else {}
+        self.metrics.observe_many(name, lag_ns / 1e9, times, **labels)
+        self._lags.setdefault(f"{channel}", deque(maxlen=1_000)).append(lag_ns / 1e6)
+
+    def _lag_p99_ms(self) -> dict[str, float]:
+        """Return how long the slowest of a hundred took, among the newest."""
+        return {name: round(sorted(lags)[len(lags) * 99 // 100], 3)
+                for name, lags in sorted(self._lags.items())}
+
+    def _follow_players(self, moved: Mapping[bytes, _Position]) -> None:
+        """Let clients see the world from where their players are."""
+        for player, at in moved.items():
+            session = self.sessions.get(self.movement.texts[player].decode())
+            if session is not None and session.zones is not None:
+                self.world.observe(session.id, *at)
+
+    # -- outboxes --
 
     def _tell_presence(self) -> None:
         update = self.presence.take_changes()
@@ -11519,12 +13181,7 @@ class Engine:
         self.server.writes += times
         self.server.bytes_sent += times * len(data)
         for item in items:
-            if isinstance(item, Moves):
-                self.events_sent["PLAYER_MOVE"] += times * len(item.players)
-            elif isinstance(item, Markup):
-                self.events_sent["FRAGMENT"] += times
-            else:
-                self.events_sent["TOPIC_MESSAGE" if item.topic else "DIRECT"] += times
+            self.events_sent[item.label] += times * item.count
         self.metrics.observe_many("horizon_batch_messages", len(items), times)
 
     # -- what the transport tells (Application) --
@@ -11736,6 +13393,7 @@ class Engine:
         self.coalesced += outbox.coalesced if outbox else 0
         self._waiting.pop(session, None)
         self.movement.remove(session.player)
+        self.world.unobserve(session.id)
         del self.sessions[session.id]
         self._present[session.endpoint] -= 1
         self._forget_user(session)
@@ -11884,6 +13542,8 @@ class Engine:
         """
         if not isinstance(message, dict):
             raise _Refused("bad_request", "a message is a JSON object; its id, text or a number")
+        if message.get("type") == _EVENT:
+            return self._object_event(session, message)
         if "namespace" in message:
             data = message.get("data")
             if session.form == _HTML and "data" not in message:     # a form that htmx sent
@@ -11909,6 +13569,7 @@ class Engine:
             for name in message.keys() & {"data", "payload"}:       # JSON, or nothing
                 message[name] = self._parse(_text(message[name])) if message[name] else None
             message |= {name: message.get(name) or None for name in ("rate", "msg_id")}
+            message["type"] = kind
             if (since := message.get("since")) is not None:
                 by = "seq" if since.seq else "offset"
                 message["since"] = {"epoch": since.epoch, by: getattr(since, by)}
@@ -11944,8 +13605,36 @@ class Engine:
             self._move(session, data.get("x", 0), data.get("y", 0), data.get("z", 0))
         return None
 
+    def _object_event(self, session: Session, message: dict[str, Any]) -> None:
+        """Hand what a client says to an object to its handlers, if it is in the zone.
+
+        Who it says it is does not matter: the connection tells.
+        """
+        key, name = message.get("object_id"), message.get("event")
+        channel: Any = message.get("channel")
+        if isinstance(key, str) and (match := re.fullmatch(r"GorcObjectId\((.*)\)", key)):
+            key = match[1]                      # as seed 002's clients write it
+        obj = self.world.get(key.lower()) if isinstance(key, str) else None
+        if obj is None:
+            raise _Refused("unknown_object", f"there is no object {str(key)[:64]!r}")
+        if not (isinstance(name, str) and _NAME.fullmatch(name)):
+            raise _Refused("bad_name", f"an event matches {_NAME.pattern}")
+        try:
+            self.world.must_have(obj, channel)
+        except UsageError as error:
+            raise _Refused("unknown_channel", str(error)) from None
+        if not self.world.sees(session.id, obj, channel):
+            raise _Refused("not_in_zone", f"you are not in the zone of channel {channel}")
+        event = ObjectEvent(f"gorc_client:{obj.type_name}:{channel}:{name}", message.get("data"),
+                            session, obj, channel)
+        if not self.bus.handles(event.key):
+            raise _Refused(_NO_HANDLER, f"nobody handles {name} of a {obj.type_name}")
+        self._must_have_worked(self.bus.fire(event))
+
     def _fire(self, session: Session, key: str, data: Any) -> None:
-        emitted = self.bus.emit(key, data, session)
+        self._must_have_worked(self.bus.emit(key, data, session))
+
+    def _must_have_worked(self, emitted: Event) -> None:
         if emitted._reason is not None:
             raise _Refused("cancelled", emitted.reason)
         if emitted.failed:
@@ -12066,7 +13755,8 @@ class Engine:
         mine = session.subscriptions = session.subscriptions or {}
         options = {each: message[each] for each in ("since", "rate")
                    if message.get(each) is not None}
-        if mine.get(topic, _nothing) is not _nothing and "since" not in options and (
+        if mine.get(topic, _nothing) is not _nothing and not {"since", "packed"} & {
+                each for each in message if message[each]} and (
                 options.get("rate") == getattr(
                     getattr(mine[topic], "__self__", None), "rate", None)):
             return {}                               # asking twice is harmless
@@ -12080,8 +13770,15 @@ class Engine:
                 self._look(view, session)
             mine[topic] = functools.partial(self._look_away, topic, views, session)
         elif topic == Moves.topic:
-            self._subscribe_moves(session, message.get("packed") or "")
+            session.packed = self._packing(session, message)
+            self._movers[session] = None
+            session.put(self.movement.snapshot())
             mine[topic] = functools.partial(self._movers.pop, session, None)
+        elif topic == _ZONES:
+            session.zones = self._packing(session, message)
+            mine[topic] = functools.partial(self._leave_zones, session)
+            if session.player in self.movement.positions:
+                self.world.observe(session.id, *self.movement.positions[session.player])
         else:
             dropped = session.outbox.dropped if session.outbox else 0
             goes_on = topic in mine and "since" not in options
@@ -12109,17 +13806,23 @@ class Engine:
         searched = len(self.topics) if _is_pattern(topic.split(".")) else 0
         session.connection.charge(waiting // _REPLAYED_A_MESSAGE + searched // _TOPICS_A_MESSAGE)
 
-    def _subscribe_moves(self, session: Session, packed: Any) -> None:
+    def _packing(self, session: Session, message: dict[str, Any]) -> str:
+        """Return how a client wants positions: packed as "f32" or "f64", or not."""
+        packed = message.get("packed") or ""
         if packed not in ("", "f32", "f64"):
             raise _Refused("bad_request", '"packed" is "f32" or "f64"')
         if packed and session.form != _PROTO:
             raise _Refused("bad_request", '"packed" needs the subprotocol horizon.proto.v1')
-        session.packed = packed
-        self._movers[session] = None
-        session.put(self.movement.snapshot())
+        return str(packed)
+
+    def _leave_zones(self, session: Session) -> None:
+        session.zones = None
+        self.world.unobserve(session.id)
 
     def _unsubscribe(self, session: Session, topic: str, _message: dict[str, Any]) -> None:
         mine = session.subscriptions or {}
+        if topic == _ZONES and session.zones is not None:       # it is, without having asked
+            mine.setdefault(topic, functools.partial(self._leave_zones, session))
         if topic not in mine:
             raise _Refused("not_subscribed", f"there is no subscription to {topic[:80]!r}")
         mine.pop(topic)()
@@ -12309,6 +14012,7 @@ class Engine:
                       "by_topic": dict(self._dropped_topics.most_common(10))},
             "refused": dict(server.refused), "requests_refused": dict(self.refusals),
             "handler_errors": self.bus.errors,
+            "replication": {**self.world.report(), "lag_p99_ms": self._lag_p99_ms()},
             "plugins": self.plugins.report(), "programs": self.host.report()}
 
     def _check(self) -> None:
@@ -12337,6 +14041,8 @@ _FINAL_CODES = (1000, 1002, 1003, 1007, 1008, 1009)     # who is told this need 
 _UNPACED = 100                      # subscriptions that are made anew at once
 _AT = ("epoch", "offset", "seq")    # of a position
 _END = object()                     # instead of a message: there are no more
+_ZONE_TYPES = {"zone_enter": _ENTER, "zone_exit": _EXIT, "gorc_event": _EVENT}
+_MAX_BATCH = 1 << 24                # bytes of what a server may send, inflated or not
 
 
 class _Options(NamedTuple):
@@ -12349,10 +14055,99 @@ class _Options(NamedTuple):
     reconnect_s: float = 0.0
 
 
+def _inflate(data: bytes, size: int, what: str) -> bytes:
+    """Return what a zlib stream of *size* bytes holds, bounded before it is stored."""
+    inflater = zlib.decompressobj()
+    try:
+        inflated = inflater.decompress(data, _MAX_BATCH)
+    except zlib.error as error:
+        raise WireError(f"{what}: {error}") from None
+    if not inflater.eof or inflater.unused_data or len(inflated) != size:
+        raise TooBig(f"{what} not of {size} bytes, or over {_MAX_BATCH}")
+    return inflated
+
+
+class SeenObject:
+    """An object as a client sees it: ``id``, ``type``, ``position``, and what it was told of it.
+
+    Properties are read as attributes: ``rock.health``; ``channels`` has them by channel, of the
+    zones the client is in.
+    """
+
+    __slots__ = ("id", "type", "position", "channels")
+
+    def __init__(self, id: str, kind: str) -> None:
+        self.id, self.type = id, kind
+        self.position: tuple[float, ...] | None = None
+        self.channels: dict[int, dict[str, Any]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        for properties in self.channels.values() if not name.startswith("_") else ():
+            if name in properties:
+                return properties[name]
+        known = {each for properties in self.channels.values() for each in properties}
+        raise AttributeError(f"of this {self.type} there is no {name!r} in the zones it is seen "
+                             f"from{_did_you_mean(name, known)}")
+
+    def __repr__(self) -> str:
+        return f"SeenObject({self.type} at {self.position}, {self.channels})"
+
+
+class SeenWorld(dict[str, SeenObject]):
+    """What a client may see of a World, by id: what has entered and not left, as last told.
+
+    ``zones`` are the (id, channel) it is in, as ``World.seen_by`` has them.
+    """
+
+    @property
+    def zones(self) -> set[tuple[str, int]]:
+        """The (id, channel) of every zone."""
+        return {(each.id, channel) for each in self.values() for channel in each.channels}
+
+    def of_type(self, kind: str | type[Replicated]) -> list[SeenObject]:
+        """Return the objects of one type, given by its name or class."""
+        name = kind if isinstance(kind, str) else kind.type_name
+        return [each for each in self.values() if each.type == name]
+
+    def apply(self, message: Mapping[str, Any]) -> None:
+        """Take note of a message of replication; of others that are none, nothing."""
+        kind, id, channel = (message.get(each) for each in ("type", "object_id", "channel"))
+        if kind not in (_ENTER, _EXIT, _EVENT) or not isinstance(id, str) or (
+                not isinstance(channel, int)):
+            return
+        seen = self.get(id)
+        if kind == _ENTER:
+            seen = self.setdefault(id, SeenObject(id, str(message.get("object_type"))))
+            seen.position = tuple(message.get("position") or ()) or seen.position
+            data = message.get("zone_data")
+            seen.channels[channel] = {}
+        elif seen is None:
+            return
+        elif kind == _EXIT:
+            seen.channels.pop(channel, None)
+            if not seen.channels:
+                del self[id]
+            return
+        else:
+            data = message.get("data") if message.get("event") == "update" else None
+        if isinstance(data, dict) and channel in seen.channels:
+            seen.channels[channel] |= data
+            if data.get("position"):
+                seen.position = tuple(data["position"])
+
+    def move(self, moves: Mapping[bytes, _Position]) -> None:
+        """Take note of packed positions, of channel 0."""
+        for uuid, position in moves.items():
+            if (seen := self.get(_uuid_text(uuid))) is not None:
+                seen.position = position
+                seen.channels.get(0, {})["position"] = list(position)
+
+
 class Client:
     """A blocking client of ``/ws/data``: a context manager, and iterable over messages.
 
-    Asking: subscribe, unsubscribe, publish, emit, request.   Taking: recv, iteration.
+    Asking: subscribe, unsubscribe, publish, emit, emit_gorc, move, request.
+    Taking: recv, iteration.   ``world`` is what it sees of the server's, a SeenWorld.
     Messages are what the server sent, as parsed JSON; with ``protocol="proto"``, the
     EventEnvelopes of the built-in schema. ``positions`` tells how far the topics that the
     server keeps were heard, for ``subscribe(topic, since=...)``. One thread uses a client.
@@ -12360,13 +14155,14 @@ class Client:
 
     __slots__ = ("url", "protocol", "reconnects", "positions", "_options", "_sock", "_ws",
                  "_waiting", "_number", "closed", "_topics", "_heard", "_asked", "_lost_at",
-                 "_next_try")
+                 "_next_try", "world")
 
     def __init__(self, url: str, protocol: str, options: _Options) -> None:
         self.url = url
         self.protocol = protocol
         self.reconnects = 0                 # how often the connection was made anew
         self.positions: dict[str, dict[str, Any]] = {}      # by topic or pattern
+        self.world = SeenWorld()
         self._heard: set[str] = set()       # those of them that this connection is subscribed to
         self._asked = ("", "")              # the request to subscribe that is not answered yet
         self._options = options
@@ -12392,6 +14188,7 @@ class Client:
             deflate, rest = _shake_hands(self._sock, name, path, subprotocol, options)
             self._ws = WebSocketConnection("client", 1 << 26, deflate)
             self._heard = set()
+            self.world.clear()              # somebody new, who is nowhere yet
             self.closed: Close | None = None    # with what code and reason the server closed
             self._ws.receive(rest)
             self._take_events()             # a welcome may have come along
@@ -12462,12 +14259,26 @@ class Client:
         else:
             self.send({"namespace": namespace, "event": event, "data": data})
 
+    def move(self, x: float, y: float, z: float = 0.0) -> None:
+        """Tell the server where this client's player is, and so what it sees."""
+        self.emit("movement", "position", {"x": x, "y": y, "z": z})
+
+    def emit_gorc(self, obj: str | SeenObject, channel: int, event: str, data: Any = None) -> None:
+        """Say something to an object in whose zone this client is; see ``Engine.on_gorc``."""
+        key = obj.id if isinstance(obj, SeenObject) else obj
+        if self.protocol == "proto":
+            self.send_envelope(gorc_event=builtin_schema().GorcEvent(
+                object_id=key, channel=channel, event=event, data=_json_bytes(data)))
+        else:
+            self.send({"type": _EVENT, "object_id": key, "channel": channel, "event": event,
+                       "data": data})
+
     def subscribe(self, topic: str, **options: Any) -> None:
         """Subscribe and wait until the server agreed (UsageError if it refuses).
 
         *options* are ``since``, a position as in ``positions``: first comes what was missed
         since, or a message with "gap"; ``rate``, for the newest so many times a second; and
-        ``packed`` for movement.
+        ``packed`` for movement, and for "gorc", what is told of the world.
         """
         self._follow(topic, options, 10.0)
 
@@ -12630,6 +14441,8 @@ class Client:
     def _keep(self, messages: list[Any]) -> None:
         """Let messages wait to be taken, and note how far their topics are heard with them."""
         self._waiting.extend(messages)
+        for message in messages:
+            self._see(message)
         for message in messages if self._heard or self._asked[0] else ():
             if hasattr(message, "which"):
                 message = self._plain(message)
@@ -12640,6 +14453,28 @@ class Client:
             elif isinstance(message.get("epoch"), str) and type(message.get("offset")) is int and (
                     message.get("seq") or message.get("gap")):
                 self._note(str(message.get("topic")), message)
+
+    def _see(self, message: Any) -> None:
+        """Note what a message tells of the world."""
+        if not hasattr(message, "which"):
+            if isinstance(message, dict) and "object_id" in message:
+                self.world.apply(message)
+        elif message.type == "GORC_MOVES":
+            self.world.move(unpack_moves(message.packed_movement.data,
+                                         wide=message.packed_movement.wide))
+        elif (kind := message.which("payload")) in _ZONE_TYPES:
+            told = getattr(message, kind)
+            data = None
+            if kind != "zone_exit":
+                body = told.data if not told.original_size else _inflate(
+                    told.data, told.original_size, kind)
+                data = json.loads(body) if body else None
+            place = told.position if kind == "zone_enter" else None
+            self.world.apply({
+                "type": _ZONE_TYPES[kind], "object_id": told.object_id, "channel": told.channel,
+                "object_type": told.object_type, "event": getattr(told, "event", ""),
+                "zone_data": data, "data": data,
+                "position": (place.x, place.y, place.z) if place else None})
 
     @staticmethod
     def _plain(envelope: Any) -> dict[str, Any]:
@@ -12783,7 +14618,6 @@ def connect(url: str, *, token: str | None = None, protocol: str = "json",
 
 # -- a plugin program --
 
-_MAX_BATCH = 1 << 24                # bytes of what a host may send, inflated or not
 
 
 class PluginEvent:
@@ -13058,7 +14892,9 @@ class RemotePlugin:
         elif kind == "events":
             self._handle_all(message.events)
         elif kind == "compressed_events":
-            self._handle_all(_inflated(message.compressed_events))
+            packed = message.compressed_events
+            self._handle_all(builtin_schema().EventBatch.decode(
+                _inflate(packed.data, packed.original_size, "compressed_events")))
         elif kind == "action_result":
             then = self._awaited.pop(message.action_result.correlation_id, None)
             status = message.action_result.status
@@ -13121,19 +14957,6 @@ class RemotePlugin:
     def log(self, message: str, level: str = "info") -> None:
         """Write a line to the host's log; levels are debug, info, warn and error."""
         self._send(log=builtin_schema().LogMessage(level=level, message=message))
-
-
-def _inflated(compressed: Any) -> Any:
-    """Return the EventBatch of a compressed one, whose size is bounded before it is stored."""
-    inflater = zlib.decompressobj()
-    try:
-        data = inflater.decompress(compressed.data, _MAX_BATCH)
-    except zlib.error as error:
-        raise WireError(f"compressed_events: {error}") from None
-    if not inflater.eof or inflater.unused_data or len(data) != compressed.original_size:
-        raise TooBig(f"compressed_events that are not {compressed.original_size} bytes, or over "
-                     f"{_MAX_BATCH}")
-    return builtin_schema().EventBatch.decode(data)
 
 
 # =============================================================================

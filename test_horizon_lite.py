@@ -3134,6 +3134,81 @@ def test_the_fragment_cache_keeps_the_recent_for_their_time():
 
 
 # =============================================================================
+# 10  SPACE
+# =============================================================================
+
+class Point:
+    def __init__(self, *at):
+        self.at = tuple(map(float, at))
+        self.region = None
+
+
+def test_regions_are_divided_above_the_split_and_united_below_the_merge():
+    space = hl.Space()
+    points = [Point(n % 10 * 99, n // 10 * 99, 0) for n in range(50)]
+    for point in points:
+        space.add(point)
+    assert space.regions() == [(1000.0, 50)]
+    space.add(last := Point(1, 1, 1))
+    assert {size for size, _ in space.regions()} == {500.0} and len(space) == 51
+    space._check()
+    for point in points[9:]:
+        space.remove(point)
+    space._check()
+    assert len(space.regions()) > 1                     # 10 are not below the merge
+    space.remove(last)
+    assert space.regions() == [(1000.0, 9)]
+    for point in points[:9]:
+        space.remove(point)
+    assert space.regions() == [] and len(space) == 0
+
+
+def test_no_region_is_smaller_than_the_smallest():
+    space = hl.Space(100, 1000, 50, 10)
+    for _ in range(500):
+        space.add(Point(1, 1, 1))
+    assert min(space.regions())[0] == 125.0             # its half would be below 100
+    space._check()
+
+
+@pytest.mark.parametrize("scale, settings", [
+    (2_000, (100, 1000, 50, 10)), (3_000, (1, 4096, 3, 1)), (1e30, (100, 1000, 5, 2)), (1e-3, (100, 1000, 50, 10)), (500, (50, 50, 8, 8))])
+def test_who_is_near_is_what_brute_force_says(rng, scale, settings):
+    space, points = hl.Space(*settings), []
+
+    def somewhere():
+        middle = rng.choice((-scale, 0.0, scale))
+        return tuple(middle + rng.gauss(0, scale / 10) * rng.random() for _ in range(3))
+    for step in range(1_500):
+        if len(points) < 20 or rng.random() < 0.4:
+            points.append(Point(*somewhere()))
+            space.add(points[-1])
+        elif rng.random() < 0.3:
+            space.remove(points.pop(rng.randrange(len(points))))
+        else:
+            point = rng.choice(points)
+            point.at = somewhere()
+            space.settle(point)
+        if step % 50 == 0:
+            space._check()
+            at, radius = somewhere(), rng.random() * scale
+            assert set(space.nearby(*at, radius)) == {each for each in points if math.dist(at, each.at) <= radius}
+    assert set(space.nearby(0, 0, 0, 1e35)) == set(points)
+    for point in points:
+        space.remove(point)
+    assert not space.regions()
+
+
+@pytest.mark.parametrize("settings", [(0, 1000, 50, 10), (200, 100, 50, 10), (100, math.inf, 50, 10), (100, 1000, 10, 50), (1e-9, 1000, 50, 10),
+                                      (math.nan, 1000, 50, 10), (100, 1000, 50, -1)])
+def test_regions_that_can_not_be_are_refused(settings):
+    with pytest.raises(hl.UsageError):
+        hl.Space(*settings)
+    with pytest.raises(hl.UsageError):
+        hl.World(*settings)
+
+
+# =============================================================================
 # 11  REPLICATION
 # =============================================================================
 
@@ -3180,6 +3255,601 @@ def test_movement_has_every_form():
 def test_positions_are_finite_numbers(position):
     with pytest.raises(hl.UsageError):
         hl.Movement().move(b"a" * 16, *position)
+
+
+# -- objects that are told to those who are near --
+
+class Rock(hl.Replicated):
+    layers = (hl.Layer(0, 50, 60, ("position", "health")), hl.Layer(1, 150, 30, ("mood",)), hl.Layer(3, 1000, 5, ("name", "loot")))
+    health = 100
+    mood = "calm"
+    name = "rock"
+
+    def __init__(self):
+        self.loot = []
+
+
+TICK = 16_666_667
+
+
+class Looker:
+    """A world with a clock, and what each observer makes of what it is told."""
+
+    def __init__(self, *args, **options):
+        self.world = hl.World(*args, clock=lambda: self.now_ns, **options)
+        self.now_ns, self.views, self.said = 0, {}, []
+
+    def tick(self, count=1, ready=None, check=True):
+        self.said = []
+        for _ in range(count):
+            self.now_ns += TICK
+            for observer, updates in self.world.gather(self.now_ns, ready):
+                for update in updates:
+                    message = json.loads(update.json())
+                    self.said.append((observer.key, message))
+                    self.views.setdefault(observer.key, hl.SeenWorld()).apply(message)
+            if check:
+                self.world._check()
+        return self.said
+
+    def messages(self, observer="anna"):
+        return [message for who, message in self.said if who == observer]
+
+
+@pytest.fixture
+def looker():
+    made = Looker()
+    made.world.observe("anna", 0, 0, 0)
+    return made
+
+
+def test_the_default_channels_are_those_of_the_seed():
+    assert [(each.channel, each.radius, each.hz, each.priority) for each in hl.Replicated.layers] == [
+        (0, 50, 60, 0), (1, 150, 30, 1), (2, 300, 15, 2), (3, 1000, 5, 3)]
+    assert [(hl.Layer(n).radius, hl.Layer(n).hz, hl.Layer(n).priority) for n in (0, 4, 7)] == [(50, 60, 0), (1000, 5, 3), (1000, 5, 3)]
+    assert hl.Layer(3, priority="critical").priority == 0 and hl.Layer(0, priority=3).priority == 3
+
+    class Plain(hl.Replicated):
+        pass
+    assert Plain.type_name == "Plain" and Rock.type_name == "Rock"
+    world = hl.World()
+    world.observe("anna", 0, 0, 0)
+    world.add(Plain(), 1, 2, 3)
+    assert {(update.channel, update.data["position"]) for _, update in world.tick(0)} == {(n, (1.0, 2.0, 3.0)) for n in range(4)}
+
+
+@pytest.mark.parametrize("make", [
+    lambda: hl.Layer(8), lambda: hl.Layer(-1), lambda: hl.Layer("0"), lambda: hl.Layer(True), lambda: hl.Layer(0, -1), lambda: hl.Layer(0, 0),
+    lambda: hl.Layer(0, math.nan), lambda: hl.Layer(0, math.inf), lambda: hl.Layer(0, 50, 0), lambda: hl.Layer(0, 50, -1), lambda: hl.Layer(0, 50, 1e9),
+    lambda: hl.Layer(0, "50"), lambda: hl.Layer(0, 50, 60, "health"), lambda: hl.Layer(0, 50, 60, (1,)), lambda: hl.Layer(0, priority="urgent"),
+    lambda: hl.Layer(0, priority=4), lambda: hl.Layer(0, compression="lz4"), lambda: hl.World(hysteresis=-0.1), lambda: hl.World(hysteresis=math.nan),
+    lambda: hl.World(crossings_per_s=-1), lambda: hl.World(crossings_per_s=math.nan),
+    lambda: type("Nine", (hl.Replicated,), {"layers": [hl.Layer(n % 8) for n in range(9)]}),
+    lambda: type("Odd", (hl.Replicated,), {"layers": [0, 1]}), lambda: type("Odd", (hl.Replicated,), {"type_name": "a:b"})])
+def test_layers_that_can_not_be_are_refused(make):
+    with pytest.raises(hl.UsageError):
+        make()
+
+
+def test_what_a_world_does_not_know_is_refused():
+    world, rock = hl.World(), Rock()
+    id = world.add(rock, 0, 0, 0)
+    world.observe("anna", 0, 0, 0)
+
+    class Bare(hl.Replicated):
+        layers = (hl.Layer(0, properties=("helth",)),)
+        health = 1
+    for attempt, word in [
+            (lambda: world.add(rock, 0, 0, 0), "already"), (lambda: world.add("rock", 0, 0, 0), "Replicated"), (lambda: world.add(Bare(), 0, 0, 0), "'health'"),
+            (lambda: world.add(Rock(), 0, math.nan, 0), "finite"), (lambda: world.add(Rock(), 0, "1", 0), "finite"), (lambda: world.add(Rock(), 0, 0, 0, channels=(2,)), "[0, 1, 3]"),
+            (lambda: world.move("nobody", 0, 0, 0), "not in this world"), (lambda: world.move(id, math.inf, 0, 0), "finite"), (lambda: world.move(None, 0, 0, 0), "not in"),
+            (lambda: world.move(id, 10**400, 0, 0), "finite"), (lambda: world.remove("nobody"), "not in"), (lambda: world.remove(Rock()), "not in"),
+            (lambda: world.nearby(0, 0, 0, -1), "radius"), (lambda: world.nearby(0, 0, 0, math.inf), "radius"), (lambda: world.nearby(0, math.nan, 0, 1), "finite"),
+            (lambda: world.observe("bob", None, 0, 0), "finite"), (lambda: world.move_observer("bob", 0, 0, 0), "observe"), (lambda: world.seen_by("bob"), "observe"),
+            (lambda: world.emit(rock, 2, "x"), "[0, 1, 3]"), (lambda: world.emit(rock, True, "x"), "channels"), (lambda: world.emit(rock, 0, "update"), "own"),
+            (lambda: world.emit(rock, 0, "a:b"), "match"), (lambda: world.emit(rock, 0, "x", {1, 2}), "JSON"), (lambda: rock.touch("helth"), "'health'"),
+            (lambda: world.limit("anna", -1), "bytes_per_s"), (lambda: world.stats("bob"), "not in"), (lambda: world.sees("anna", rock, 7), "channels")]:
+        with pytest.raises(hl.UsageError, match=re.escape(word)):
+            attempt()
+    with pytest.raises(hl.StateError):
+        Rock().position = (1, 2, 3)
+    world.unobserve("bob")                          # harmless
+    world.tick(0)
+    world._check()
+
+
+def test_a_zone_is_entered_with_its_state_then_told_what_changed_then_left(looker):
+    rock = Rock()
+    id = looker.world.add(rock, 10, 0, 0)
+    assert looker.tick() and looker.messages() == [
+        {"type": "gorc_zone_enter", "object_id": id, "object_type": "Rock", "channel": channel, "position": [10.0, 0.0, 0.0], "zone_data": data,
+         "timestamp": looker.messages()[0]["timestamp"]}
+        for channel, data in ((0, {"position": [10.0, 0.0, 0.0], "health": 100}), (1, {"mood": "calm"}), (3, {"name": "rock", "loot": []}))]
+    assert abs(looker.messages()[0]["timestamp"] - time.time()) < 60
+    assert not looker.tick(20)
+    rock.health = 7
+    rock.health = 3
+    (update,) = [message for _, message in looker.tick(20)]
+    assert (update["type"], update["event"], update["channel"], update["data"]) == ("gorc_event", "update", 0, {"health": 3})
+    rock.mood, rock.unheard = "wild", 1
+    looker.world.move(id, 11, 0, 0)
+    looker.tick(20)
+    assert [(each["channel"], each["data"]) for each in looker.messages()] == [(0, {"position": [11.0, 0.0, 0.0]}), (1, {"mood": "wild"})]
+    rock.position = 100, 0, 0
+    assert looker.world.seen_by("anna") == {(id, 0), (id, 1), (id, 3)}      # as of the last tick
+    looker.tick()
+    assert [(each["type"], each["channel"]) for each in looker.messages()] == [("gorc_zone_exit", 0)]
+    assert looker.world.seen_by("anna") == {(id, 1), (id, 3)} and looker.world.sees("anna", id, 1) and not looker.world.sees("anna", id, 0)
+    looker.world.remove(rock)
+    looker.tick()
+    assert [(each["type"], each["channel"]) for each in looker.messages()] == [("gorc_zone_exit", 1), ("gorc_zone_exit", 3)]
+    assert rock.id == "" and rock.position is None and not looker.views["anna"] and looker.world.seen_by("anna") == set()
+    rock.health = 9                                 # it is in no world any more
+    assert looker.world.add(rock, 0, 0, 0) != id and looker.tick()
+
+
+def test_zones_are_spheres_with_their_edge_and_five_percent(looker):
+    world = looker.world
+    id = world.add(Rock(), 0, 0, 50)
+    looker.tick()
+    assert (id, 0) in world.seen_by("anna")         # d == r
+    for z, inside in ((50.01, True), (52.5, True), (52.5001, False), (50.0001, False), (50, True)):
+        world.move(id, 0, 0, z)
+        looker.tick()
+        assert ((id, 0) in world.seen_by("anna")) is inside, z
+    for at in ((29, 29, 29), (28.8, 28.8, 28.9)):       # in three dimensions
+        world.move(id, 0, 0, 99)
+        looker.tick()
+        world.move(id, *at)
+        looker.tick()
+        assert ((id, 0) in world.seen_by("anna")) is (math.dist(at, (0, 0, 0)) <= 50)
+    world.observe("new", 0, 0, -2)
+    world.move(id, 0, 0, 49.5)
+    looker.tick()
+    assert (id, 0) not in world.seen_by("new")      # newcomers have no five percent
+
+
+def test_a_pair_on_the_edge_does_not_flap():
+    for hysteresis, crossings in ((0.05, 1), (0.0, 100)):
+        looker = Looker(hysteresis=hysteresis)
+        looker.world.observe("anna", 0, 0, 0)
+        rock = Rock()
+        looker.world.add(rock, 49, 0, 0, channels=(0,))
+        for step in range(100):
+            rock.position = 51 - step % 2 * 2, 0, 0
+            looker.tick()
+        told = looker.world.stats("anna")["transitions"]
+        assert abs(told - crossings) <= 1
+
+
+def test_observers_and_objects_both_move_jump_come_and_go(looker):
+    world = looker.world
+    far = world.add(Rock(), 5_000, 0, 0)
+    near = world.add(Rock(), 1, 0, 0, channels=[0])
+    looker.tick()
+    assert world.seen_by("anna") == {(near, 0)}
+    world.observe("anna", 5_000, 0, 0)              # again moves her
+    looker.tick()
+    assert world.seen_by("anna") == {(far, 0), (far, 1), (far, 3)} == looker.views["anna"].zones
+    world.move(far, 0, 0, 0)
+    world.move(near, 5_000, 10, 0)
+    looker.tick()
+    assert world.seen_by("anna") == {(near, 0)} == looker.views["anna"].zones
+    world.move_observer("anna", 1e30, 0, 0)
+    looker.tick()
+    assert not looker.views["anna"] and not world.seen_by("anna")
+    world.unobserve("anna")
+    with pytest.raises(hl.UsageError):
+        world.move_observer("anna", 0, 0, 0)
+    assert not looker.tick() and world.observers() == 0
+    world.remove(far)
+    world.remove(near)
+    assert len(world) == 0 and world.nearby(0, 0, 0, 1e9) == []
+
+
+def test_what_is_equal_is_no_change_and_what_is_changed_in_place_is_told_by_touch(looker):
+    rock = Rock()
+    looker.world.add(rock, 0, 0, 0)
+    looker.tick(20)
+    rock.health, rock.mood, rock.name = 100, "calm", "rock"
+    assert not looker.tick(20)
+    rock.loot.append("gold")
+    assert not looker.tick(20)
+    rock.touch("loot")
+    assert [message["data"] for _, message in looker.tick(20)] == [{"loot": ["gold"]}]
+    rock.loot = rock.loot                           # may have changed in place
+    rock.health = 100.0                             # another type is another JSON
+    looker.tick(20)
+    assert [message["data"] for message in looker.messages()] == [{"health": 100.0}, {"loot": ["gold"]}]
+
+
+def test_properties_that_can_not_be_told_harm_nobody_else(looker, caplog):
+    class Odd(Rock):
+        @property
+        def mood(self):
+            return 1 / self.health
+    odd, rock = Odd(), Rock()
+    looker.world.add(odd, 0, 0, 0)
+    looker.world.add(rock, 0, 0, 0)
+    looker.tick(20)
+    odd.health, odd.name, rock.health = 0, {1, 2}, 1
+    odd.touch("mood", "loot")
+    looker.tick(20)
+    assert [(each["channel"], each["data"]) for each in looker.messages() if each["object_id"] == odd.id] == [(0, {"health": 0}), (1, {}), (3, {"loot": []})]
+    assert looker.views["anna"][rock.id].health == 1
+    assert looker.world.complaints == 2 and "Odd." in caplog.text
+
+
+def test_an_object_may_have_channels_of_its_own(looker):
+    id = looker.world.add(Rock(), 0, 0, 0, channels=(3, 0))
+    looker.tick()
+    assert looker.world.seen_by("anna") == {(id, 0), (id, 3)}
+    silent = looker.world.add(Rock(), 0, 0, 0, channels=())
+    looker.tick()
+    assert looker.world.seen_by("anna") == {(id, 0), (id, 3)} and silent in looker.world and silent in looker.world.nearby(0, 0, 0, 1)
+
+
+def test_each_channel_has_its_own_rate():
+    looker = Looker()
+    world = looker.world
+    world.observe("anna", 0, 0, 0)
+
+    class Busy(hl.Replicated):
+        layers = tuple(hl.Layer(n, 100, hz, ("a",)) for n, hz in enumerate((60, 30, 15, 5, 0.5)))
+        a = 0
+    busy = Busy()
+    world.add(busy, 0, 0, 0)
+    looker.tick(2)
+    told = collections.Counter()
+    for n in range(120 * 4):                        # 4 seconds at 120 ticks
+        busy.a = n
+        looker.now_ns += TICK // 2 - TICK
+        told.update(message["channel"] for _, message in looker.tick(check=False))
+    assert [abs(told[n] - 4 * hz) <= 1 for n, hz in enumerate((60, 30, 15, 5, 0.5))] == [True] * 5, told
+
+
+def test_objects_of_a_channel_take_turns():
+    looker = Looker()
+    looker.world.observe("anna", 0, 0, 0)
+    rocks = [Rock() for _ in range(240)]
+    for rock in rocks:
+        looker.world.add(rock, 900, 0, 0)
+    looker.tick(2, check=False)
+    counts = []
+    for n in range(120):
+        for rock in rocks:
+            rock.name = f"{n}"
+        counts.append(len(looker.tick(check=False)))
+    assert max(counts) <= 240 / 12 * 1.5 and min(counts) >= 240 / 12 * 0.5 and abs(sum(counts) - 10 * 240) <= 240
+
+
+def test_rates_sink_with_the_load_when_that_is_wanted():
+    def told(load, adaptive=True):
+        looker = Looker()
+        looker.world.adaptive, looker.world.load = adaptive, load
+        looker.world.observe("anna", 0, 0, 0)
+        rock = Rock()
+        looker.world.add(rock, 0, 0, 0)
+        looker.tick(2)
+        counts = collections.Counter()
+        for n in range(240):
+            rock.health, rock.mood, rock.name = n, f"{n}", f"{n}"
+            counts.update(message["channel"] for _, message in looker.tick(check=False))
+        return counts[0] / 4, counts[1] / 4, counts[3] / 4
+    for load, adaptive, expected in ((0, True, (60, 30, 5)), (1, True, (30, 15, 2.5)), (0.5, True, (45, 22.5, 3.75)), (7, True, (30, 15, 2.5)), (1, False, (60, 30, 5))):
+        assert told(load, adaptive) == pytest.approx(expected, abs=0.6)
+    slow = hl.Layer(0, 50, 40)
+    assert (slow.slowest_hz, hl.Layer(2, 50, 3).slowest_hz) == (30, 3)      # not below the channel's own
+
+
+def test_who_has_little_bandwidth_gets_the_important_and_the_near_first_and_the_newest_then():
+    looker = Looker()
+    world = looker.world
+    world.observe("anna", 0, 0, 0)
+    world.observe("bob", 0, 0, 0)
+    rocks = [Rock() for _ in range(40)]
+    for n, rock in enumerate(rocks):
+        world.add(rock, 1 + n, 0, 0, channels=(0, 3))
+    world.limit("anna", 20_000)
+    looker.tick()
+    assert len(looker.messages("bob")) == 80 and len(looker.messages()) == 1
+    looker.tick()
+    assert [each["channel"] for each in looker.messages()] == [0] * len(looker.messages())
+    assert [each["object_id"] for each in looker.messages()] == [rock.id for rock in rocks[1:1 + len(looker.messages())]]
+    looker.tick(100)
+    assert looker.views["anna"].zones == world.seen_by("anna")
+    sent = world.stats("anna")["bytes"]
+    for n in range(300):                            # five seconds
+        for rock in rocks:
+            rock.health = n
+        looker.tick(check=False)
+    spent = world.stats("anna")["bytes"] - sent
+    assert 0.9 * 5 * 20_000 < spent < 1.03 * 5 * 20_000 and world.stats("bob")["bytes"] > 4 * spent
+    near = [looker.views["anna"][rock.id].health for rock in rocks]
+    assert near[0] == 299 and near[0] > near[-1]
+    stats = world.stats("anna")
+    assert stats["left_out"] and stats["coalesced"] and not stats["dropped"]
+    looker.tick(60)
+    assert {each.health for each in looker.views["anna"].values()} == {299}     # what was left out came, as it was then
+    world.limit("anna", 0)
+    for rock in rocks:
+        rock.health = -1
+    looker.tick()
+    assert len(looker.messages()) == 40
+    world.limit("anna", None)
+    world.bytes_per_s = 10.0
+    rocks[0].health = 5
+    looker.tick(60)
+    assert len(looker.messages()) <= 1
+
+
+def test_crossings_can_be_limited_and_are_exact_all_the_same():
+    looker = Looker(crossings_per_s=5)
+    world = looker.world
+    world.observe("anna", 0, 0, 0)
+    rock, calm = Rock(), Rock()
+    id = world.add(rock, 0, 0, 0, channels=(0,))
+    other = world.add(calm, 0, 0, 0, channels=(0,))
+    told = 0
+    for step in range(300):                         # five seconds
+        rock.position = step % 2 * 1_000, 0, 0
+        calm.health = step
+        told += sum(message["type"] != "gorc_event" for _, message in looker.tick())
+        assert ((id, 0) in world.seen_by("anna")) is (step % 2 == 0)
+    assert told <= 5 * 5 + 1 and looker.views["anna"][other].health == 299
+    rock.position = 0, 0, 0
+    rock.health = 77
+    looker.tick(60)
+    assert looker.views["anna"].zones == world.seen_by("anna") == {(id, 0), (other, 0)} and looker.views["anna"][id].health == 77
+
+
+def test_who_is_not_ready_gets_what_is_newest_when_it_is(looker):
+    world = looker.world
+    rock, gone, flicker = Rock(), Rock(), Rock()
+    for each in (rock, gone, flicker):
+        world.add(each, 0, 0, 0, channels=(0,))
+    looker.tick()
+    for n in range(10):
+        rock.health = n
+        flicker.position = n % 2 * 9_000, 0, 0
+        flicker.health = n
+        if n == 5:
+            world.remove(gone)
+            late = world.add(Rock(), 0, 0, 0, channels=(0,))
+        world.emit(rock, 0, "boom")
+        assert not looker.tick(ready=lambda observer: False)
+    flicker.position = 0, 0, 0
+    stats = world.stats("anna")
+    assert stats["coalesced"] == 9 and stats["dropped"] == 10
+    looker.tick()
+    assert len(looker.messages()) == 4 and looker.views["anna"].zones == world.seen_by("anna")
+    assert looker.views["anna"][rock.id].health == looker.views["anna"][flicker.id].health == 9 and late in looker.views["anna"]
+    assert not world._observers["anna"].owed and not world._observers["anna"].pending
+
+
+def test_an_update_is_encoded_once_for_all_who_get_it(looker):
+    world = looker.world
+    for n in range(20):
+        world.observe(n, 0, 0, 0)
+    rock = Rock()
+    world.add(rock, 0, 0, 0)
+    entered = {id(update) for _, update in world.tick(1)}
+    assert len(entered) == 3                        # for 21 observers
+    rock.health = 1
+    updates = world.tick(TICK)
+    assert len(updates) == 21 and len({id(update) for _, update in updates}) == 1
+    update = updates[0][1]
+    assert update.json() is update.json() and update.envelope("") is update.envelope("f32") and update.size == update.measure()
+
+
+def test_updates_have_every_form(looker):
+    world, schema = looker.world, hl.builtin_schema()
+
+    class Crate(hl.Replicated):
+        layers = (hl.Layer(0, 50, 60, ("position", "health")), hl.Layer(2, 300, 15, ("text",), compression="zlib"))
+        health, text = 1, "x" * 600
+    crate = Crate()
+    id = world.add(crate, 1.5, 2, -3)
+    zero, two = [schema.EventBatch.decode(update.envelope("")).events[0] for _, update in world.tick(1)]
+    assert (zero.type, zero.zone_enter.object_id, zero.zone_enter.object_type, zero.zone_enter.channel) == ("ZONE_ENTER", id, "Crate", 0)
+    assert json.loads(zero.zone_enter.data) == {"position": [1.5, 2, -3], "health": 1} and zero.zone_enter.position == schema.Vec3(x=1.5, y=2, z=-3)
+    assert zero.zone_enter.original_size == 0 and two.zone_enter.original_size == len('{"text":"%s"}' % crate.text) > len(two.zone_enter.data)
+    assert json.loads(zlib.decompress(two.zone_enter.data)) == {"text": crate.text}
+    crate.health, crate.text = 2, "short"
+    world.move(id, 4, 5, 6)
+    world.emit(crate, 0, "bump", [1])
+    updates = [update for n in range(2, 20) for _, update in world.tick(n * TICK)]
+    one, bump, three = [schema.EventBatch.decode(update.envelope("")).events[0].gorc_event for update in sorted(updates, key=lambda each: (each.channel, each.event != "update"))]
+    assert (one.event, json.loads(one.data), three.channel, json.loads(three.data), three.original_size) == (
+        "update", {"position": [4, 5, 6], "health": 2}, 2, {"text": "short"}, 0)
+    assert (bump.event, json.loads(bump.data)) == ("bump", [1])
+    update = next(each for each in updates if each.event == "update" and each.channel == 0)
+    for wide in (False, True):
+        rest, block = world.pack([update], wide)
+        assert rest.data == {"health": 2} and block.players == {uuid.UUID(id).bytes: (4.0, 5.0, 6.0)} and block.count == 1
+        envelope = schema.EventBatch.decode(block.envelope("")).events[0]
+        assert envelope.type == "GORC_MOVES" and hl.unpack_moves(envelope.packed_movement.data, wide=wide) == block.players
+    world.compress_above_bytes = 0                  # not at all
+    world.observe("bob", 0, 0, 0)
+    crate.text = "y" * 1_000
+    world.compress_above_bytes = 0
+    assert all(schema.EventBatch.decode(update.envelope("")).events[0].zone_enter.original_size == 0
+               for who, update in world.tick(30 * TICK) if who == "bob")
+    world.remove(id)
+    out = {schema.EventBatch.decode(update.envelope("")).events[0].zone_exit.channel for who, update in world.tick(40 * TICK) if who == "bob"}
+    assert out == {0, 2}
+
+
+@pytest.mark.parametrize("channel, hz, waits", [(1, 60, False), (1, 50, False), (1, 250, True), (0, 250, False)])
+def test_a_batch_waits_until_it_is_full_or_old_but_never_for_a_slow_tick_nor_if_critical(channel, hz, waits):
+    class Pebble(Rock):
+        layers = (hl.Layer(0, 50, 1000, ("health",)), hl.Layer(1, 50, 1000, ("health",)))
+    looker = Looker()
+    looker.world.batch, looker.world.wait_ns = 32, 16_000_000
+    looker.world.observe("anna", 0, 0, 0)
+    rocks = [Pebble() for _ in range(40)]
+    for rock in rocks:
+        looker.world.add(rock, 0, 0, 0, channels=(channel,))
+    looker.tick(5)
+    gaps, last = [], looker.now_ns
+    for n in range(hz):
+        rocks[0].health = n
+        looker.now_ns += 1_000_000_000 // hz - TICK
+        if looker.tick(check=False):
+            gaps.append(looker.now_ns - last)
+            last = looker.now_ns
+            assert looker.views["anna"][rocks[0].id].health == n
+    period = 1e9 / hz
+    assert max(gaps[1:]) <= (16e6 + period if waits else 1.01 * period) and (min(gaps) >= 12e6 or not waits)
+    for n in range(2, 5) if waits else ():              # a full batch does not wait
+        for rock in rocks:
+            rock.health = -n
+        looker.now_ns += 4_000_000 - TICK
+        assert len(looker.tick(check=False)) == 40
+
+
+def test_events_of_objects_reach_those_in_the_zone(looker):
+    world = looker.world
+    rock = Rock()
+    world.add(rock, 100, 0, 0)
+    world.observe("bob", 80, 0, 0)
+    looker.tick()
+    assert world.emit(rock, 0, "mined", {"by": 1}) == 1 and world.emit(rock.id, 1, "seen") == 2
+    looker.tick()
+    assert sorted((who, message["event"], message["channel"], message["data"]) for who, message in looker.said) == [
+        ("anna", "seen", 1, None), ("bob", "mined", 0, {"by": 1}), ("bob", "seen", 1, None)]
+    at_once = []
+    world.urgent = lambda observer, update: at_once.append((observer, update.event))
+    world.emit(rock, 0, "hit")
+    world.emit(rock, 1, "later")
+    assert at_once == [("bob", "hit")] and [message["event"] for _, message in looker.tick()] == ["later"] * 2
+
+
+def test_a_world_tells_what_it_counted(looker, caplog):
+    world = looker.world
+    rock = Rock()
+    id = world.add(rock, 0, 0, 0)
+    looker.tick()
+    rock.health = 1
+    looker.tick()
+    size = len(json.dumps(looker.messages()[0], separators=(",", ":")))
+    assert world.stats(rock)["0"]["updates"] == 2 and world.stats(id)["0"]["subscribers"] == 1 and world.stats(id)["3"]["updates"] == 1
+    assert size / 2 < world.stats(id)["0"]["bytes"] / 2 < 2 * size
+    stats = world.stats("anna")
+    assert (stats["sees"], stats["updates"], stats["transitions"], stats["owed"]) == (3, 4, 3, 0)
+    assert stats["bytes"] == sum(each["bytes"] for each in world.stats(id).values())
+    report = world.report()
+    assert (report["objects"], report["observers"], report["regions"]) == (1, 1, 1) and report["busiest_objects"][id]["type"] == "Rock"
+    assert report["channels"]["0"] == world.stats(id)["0"] and report["busiest_observers"] == {"anna": stats}
+    assert report["warnings"] == ["channel 3 of Rock reaches 1000 m; beyond 500 m there is much to tell to many"] and caplog.text.count("reaches 1000 m") == 1
+    before = report["channels"]["0"]["updates"]
+    world.remove(id)
+    looker.tick()
+    world.unobserve("anna")
+    assert world.report()["channels"]["0"]["updates"] == before + 0 and world.report()["channels"]["0"]["transitions"] == 2
+    assert json.dumps(world.report())
+
+
+@pytest.mark.parametrize("step, still", [(0.5, 0.0), (8.0, 0.5), (60.0, 0.95)])
+def test_random_worlds_are_what_brute_force_says(rng, step, still):
+    """Zones after each tick, and what everybody makes of what they were told."""
+    looker = Looker(hysteresis=rng.choice((0.05, 0.0, 0.3)), split=rng.choice((3, 50)), merge=1)
+    world, rocks, watchers, serial = looker.world, [], {}, itertools.count()
+    side = rng.choice((300, 2_500))
+
+    class Pebble(Rock):
+        layers = (hl.Layer(0, 40, 60, ("health",)), hl.Layer(5, 45, 7, ("name", "position")))
+
+    def somewhere():
+        return [rng.uniform(-side, side), rng.uniform(-side, side), rng.choice((0.0, rng.uniform(-60, 60)))]
+
+    def walk(at):
+        return [each + rng.uniform(-step, step) for each in at]
+    limited = rng.random() < 0.3
+    slow = set()
+    for tick in range(int(120 * max(1, SOAK))):
+        for _ in range(rng.randrange(4) if len(rocks) > 30 else 30):
+            rocks.append(rng.choice((Rock, Pebble))())
+            world.add(rocks[-1], *somewhere())
+        while len(watchers) < 12 or rng.random() < 0.05:
+            watchers[key := next(serial)] = somewhere()
+            world.observe(key, *watchers[key])
+            if limited and rng.random() < 0.5:
+                world.limit(key, 30_000)
+        for rock in rocks:
+            if rng.random() > still:
+                world.move(rock.id, *(somewhere() if rng.random() < 0.01 else walk(rock.position)))
+            if rng.random() < 0.1:
+                rock.health, rock.name = rng.randrange(5), f"{rng.random()}"
+        for key in watchers:
+            if rng.random() > still:
+                watchers[key] = somewhere() if rng.random() < 0.01 else walk(watchers[key])
+                world.move_observer(key, *watchers[key])
+        if rng.random() < 0.1:
+            key = rng.choice(list(watchers))
+            del watchers[key]
+            looker.views.pop(key, None)
+            world.unobserve(key)
+        for _ in range(rng.randrange(4) if len(rocks) > 60 else 0):
+            world.remove(rocks.pop(rng.randrange(len(rocks))))
+        slow = {key for key in watchers if rng.random() < 0.2}
+        looker.tick(ready=lambda key: key not in slow)
+        for key in watchers if not limited else ():
+            if key not in slow:
+                assert looker.views.get(key, hl.SeenWorld()).zones == world.seen_by(key)
+    looker.tick(300)                                # nothing moves, all is told
+    rocks = {rock.id: rock for rock in rocks}
+    for key in watchers:
+        view = looker.views.get(key, hl.SeenWorld())
+        assert view.zones == world.seen_by(key)
+        for id, seen in view.items():
+            for channel, properties in seen.channels.items():
+                layer = next(each for each in rocks[id].layers if each.channel == channel)
+                assert properties == json.loads(json.dumps({name: getattr(rocks[id], name) for name in layer.properties}))
+
+
+def test_a_tick_costs_what_has_moved_not_what_there_is():
+    def calls(count):
+        """How many pairs of object and observer a world looks at when three of its objects walk."""
+        looker = Looker()
+        rocks = [Rock() for _ in range(count)]
+        for n, rock in enumerate(rocks):
+            looker.world.add(rock, n % 100 * 40, n // 100 * 40, 0)
+        for n in range(20):
+            looker.world.observe(n, n * 200, n * 100, 0)
+        looker.tick(2, check=False)
+        looked = 0
+        look = looker.world._review
+
+        def count_pairs(observer, who):
+            nonlocal looked
+            looked += len(who)
+            look(observer, who)
+        world_class = type(looker.world)
+        original_review, original_survey = world_class._review, world_class._survey
+        world_class._review = lambda self, observer, who: count_pairs(observer, who)
+        world_class._survey = lambda self, observer: pytest.fail("nobody moved far")
+        try:
+            look = functools.partial(original_review, looker.world)
+            for _ in range(20):
+                for rock in rocks[:3]:
+                    x, y, z = rock.position
+                    looker.world.move(rock.id, x + 0.5, y, z)
+                looker.tick(check=False)
+        finally:
+            world_class._review, world_class._survey = original_review, original_survey
+        return looked
+    few, many = calls(300), calls(3_000)
+    assert many <= few * 1.5 + 50
+
+
+def test_a_hundred_thousand_teleports_are_one_for_a_tick(looker):
+    rock = Rock()
+    id = looker.world.add(rock, 0, 0, 0)
+    for n in range(100_000):
+        looker.world.move(id, n % 7 * 1_000, 0, 0)
+    looker.world.move(id, 1, 0, 0)
+    assert len(looker.tick()) == 3 and len(looker.world._moved) == 0
 
 
 # =============================================================================
@@ -9541,6 +10211,320 @@ def test_fragments_of_the_engine_are_cached_and_counted():
     figures = [app.metrics[f"horizon_fragment{name}"] for name in ("_hits_total", "_misses_total", "_evictions_total", "s_cached", "_render_seconds_count")]
     assert figures == [1, 4, 2, 2, 4]
     app.stop()
+
+
+# -- the world over sockets --
+
+def hear(client, check, seconds=5.0):
+    """Take what comes until *check* holds; return the messages."""
+    heard, deadline = [], time.monotonic() + seconds
+    while not check():
+        with contextlib.suppress(TimeoutError):
+            heard.append(client.recv(0.02))
+        assert time.monotonic() < deadline, heard[-5:]
+    return heard
+
+
+@pytest.mark.parametrize("protocol", ["json", "proto", "packed"])
+def test_a_client_sees_what_is_near_its_player(protocol):
+    with running() as app, hl.connect(app.url, protocol="json" if protocol == "json" else "proto") as client:
+        if protocol == "packed":
+            client.subscribe("gorc", packed="f64")
+        rock = Rock()
+        id = on_loop(app, app.world.add, rock, 10, 0, 0)
+        client.move(0, 0)
+        hear(client, lambda: client.world.zones == {(id, 0), (id, 1), (id, 3)})
+        seen = client.world[id]
+        assert (seen.type, seen.position, seen.health, seen.mood, seen.loot) == ("Rock", (10.0, 0.0, 0.0), 100, "calm", [])
+        assert client.world.of_type(Rock) == client.world.of_type("Rock") == [seen] and client.world.of_type("Tree") == []
+        with pytest.raises(AttributeError, match="'health'"):
+            client.world[id].helth
+        on_loop(app, app.world.move, id, 11.1, 2, 3)
+        on_loop(app, setattr, rock, "health", 3)
+        hear(client, lambda: seen.position == (11.1, 2.0, 3.0) and seen.health == 3)
+        assert app.events_sent["GORC"] >= 3 and (client.protocol == "json" or app.renders["horizon.proto.v1"])
+        client.move(100, 0)
+        hear(client, lambda: client.world.zones == {(id, 1), (id, 3)})
+        on_loop(app, app.world.remove, id)
+        hear(client, lambda: not client.world)
+        on_loop(app, app.world.add, rock, 0, 0, 0)
+        hear(client, lambda: len(client.world) == 1)
+        client.unsubscribe("gorc")
+        assert on_loop(app, app.world.observers) == 0
+        client.move(1, 1)
+        client.subscribe("gorc")                    # where it is by now
+        hear(client, lambda: len(client.world.zones) == 3)
+        assert on_loop(app, app.world.observers) == 1
+    assert app.world.observers() == 0
+
+
+def test_random_worlds_over_sockets_are_what_brute_force_says(rng):
+    with running(tick_hz=100, replication_wait_ms=0) as app, contextlib.ExitStack() as stack:
+        clients = {}
+        for n in range(6):
+            client = stack.enter_context(hl.connect(app.url, protocol=("json", "proto")[n % 2]))
+            wait_until(lambda: len(app.sessions) > n)
+            clients[client] = list(app.sessions)[-1]
+        list(clients)[1].subscribe("gorc", packed="f64")
+        rocks = []
+
+        def stir():
+            """Change the world as its own handlers would."""
+            for _ in range(3):
+                rocks.append(Rock())
+                app.world.add(rocks[-1], *[rng.uniform(-300, 300) for _ in range(3)])
+            for rock in rocks:
+                if rng.random() < 0.5:
+                    rock.position = [each + rng.uniform(-40, 40) for each in rock.position]
+                rock.health, rock.name = rng.randrange(99), f"{rng.random()}"
+            if len(rocks) > 30:
+                app.world.remove(rocks.pop(rng.randrange(len(rocks))))
+        for _ in range(int(40 * max(1, SOAK))):
+            on_loop(app, stir)
+            for client in rng.sample(list(clients), 2):
+                client.move(*[rng.uniform(-300, 300) for _ in range(3)])
+            time.sleep(rng.choice((0, 0.01)))
+        truth = {rock.id: rock for rock in rocks}
+        for client, own in clients.items():
+            def is_right():
+                zones = on_loop(app, lambda: app.world.seen_by(own) if app.world.observes(own) else set())
+                return client.world.zones == zones and all(
+                    properties == json.loads(json.dumps({name: getattr(truth[id], name) for name in properties}))
+                    for id, seen in client.world.items() for properties in seen.channels.values())
+            hear(client, is_right)
+        on_loop(app, app.world._check)
+
+
+def test_a_tick_of_the_world_is_one_write_for_each_client():
+    with running(tick_hz=20) as app, hl.connect(app.url) as one, hl.connect(app.url) as two:
+        rocks = [Rock() for _ in range(50)]
+        for rock in rocks:
+            on_loop(app, app.world.add, rock, 1, 0, 0)
+        for client in (one, two):
+            client.subscribe("news")
+            client.move(0, 0)
+            hear(client, lambda: len(client.world.zones) == 150)
+
+        def change():
+            app.publish("news", "now")
+            for rock in rocks:
+                rock.health -= 1
+            return app.server.writes, app.renders.total(), app.reused.total(), app.tick_count
+        for _ in range(3):
+            writes, renders, reused, tick = on_loop(app, change)
+            wait_until(lambda: app.tick_count > tick)
+            on_loop(app, lambda: None)
+            assert app.server.writes - writes == 2
+            assert (app.renders.total() - renders, app.reused.total() - reused) == (1, 1)     # both see the same
+        hear(one, lambda: {each.health for each in one.world.values()} == {97})
+
+
+def test_a_client_that_does_not_read_gets_the_newest_and_delays_nobody():
+    with running(tick_hz=100, replication_wait_ms=0) as app, hl.connect(app.url) as other:
+        sock = raw_websocket(app, small=True)
+        sock.sendall(masked(0x81, b'{"namespace":"movement","event":"position","data":{"x":0}}'))
+        other.move(0, 0)
+        rocks = [Rock() for _ in range(100)]
+
+        def fill():
+            for rock in rocks:
+                rock.name = "x" * 2_000
+                app.world.add(rock, 1, 0, 0, channels=(0, 3))
+        on_loop(app, fill)
+        hear(other, lambda: len(other.world.zones) == 200)
+
+        def change(n):
+            for rock in rocks:
+                rock.health = n
+                rock.name = f"{n}" * 1_000
+            app.world.move(rocks[0].id, n % 40, 0, 0)
+
+        numbers = itertools.count(1_000)
+
+        def is_slow():
+            on_loop(app, change, next(numbers))
+            with contextlib.suppress(TimeoutError):
+                other.recv(0.01)
+            return any(each.connection.unsent for each in app.sessions.values())
+        wait_until(is_slow)
+        for n in range(60):
+            on_loop(app, change, n)
+            with contextlib.suppress(TimeoutError):
+                other.recv(0.01)
+        on_loop(app, app.world.remove, rocks.pop().id)
+        hear(other, lambda: len(other.world) == 99 and {each.health for each in other.world.values()} == {59})
+        slow = next(each for each in app.sessions.values() if each.backlog)
+        stats = on_loop(app, app.world.stats, slow.id)
+        assert stats["coalesced"] > 100 and stats["owed"] and not slow.outbox.items
+        assert on_loop(app, app.world.stats, next(each.id for each in app.sessions.values() if each is not slow))["coalesced"] < 20
+        view, ws = hl.SeenWorld(), hl.WebSocketConnection("client", 1 << 24)
+        deadline = time.monotonic() + 5
+        while not (len(view) == 99 and {each.channels[0]["health"] for each in view.values()} == {59}):
+            ws.receive(sock.recv(65536))
+            for event in ws.take_events():
+                view.apply(json.loads(event))
+            assert time.monotonic() < deadline
+        assert view.zones == on_loop(app, app.world.seen_by, slow.id)
+        sock.close()
+
+
+def test_what_clients_say_to_objects_reaches_those_who_handle_it():
+    app, said, told = hl.Engine(port=0, max_messages_per_s=0), [], []
+
+    @app.on_gorc(Rock, 0, "mined")
+    def mined(event):
+        said.append((event.object.id, event.channel, event.data, event.client.user, event.metadata["channel"]))
+        if event.data == "no":
+            event.cancel("not here")
+        if event.data == "raise":
+            raise ValueError
+        event.told = app.emit_gorc(event.object, 0, "chips", {"n": 1}).told
+
+    @app.on("gorc_instance:Rock:*", filter=hl.Propagator.channel(0, 1, 3))
+    def heard(event):
+        told.append((event.key.split(":")[2:], event.object.type_name, event.client and event.client.user))
+    with app, hl.connect(app.url) as client, hl.connect(app.url, protocol="proto") as other:
+        client.move(0, 0)
+        other.move(1_000, 0)
+        rock = Rock()
+        id = on_loop(app, app.world.add, rock, 0, 0, 0)
+        hear(client, lambda: len(client.world) == 1)
+        client.emit_gorc(client.world[id], 0, "mined", {"by": "hand"})
+        chips = next(each for each in iter(lambda: client.recv(5), None) if each.get("event") == "chips")
+        assert (chips["type"], chips["event"], chips["object_id"], chips["channel"], chips["data"]) == ("gorc_event", "chips", id, 0, {"n": 1})
+        user = next(session.user for session in app.sessions.values() if session.form == "horizon.json.v1")
+        assert said == [(id, 0, {"by": "hand"}, user, 0)]
+        # as seed 002's clients write it; who they say they are does not matter
+        client.send({"type": "gorc_event", "object_id": f"GorcObjectId({id})", "channel": 0, "event": "mined", "data": 2, "player_id": "somebody", "id": 7})
+        answers = [client.recv(5), client.recv(5)]
+        assert {"id": 7, "ok": True} in answers and said[-1][2:4] == (2, user)
+        for change, code in [({"object_id": "nobody"}, "unknown_object"), ({"object_id": 3}, "unknown_object"), ({"object_id": None}, "unknown_object"),
+                             ({"channel": 2}, "unknown_channel"), ({"channel": "0"}, "unknown_channel"), ({"channel": True}, "unknown_channel"),
+                             ({"channel": -1}, "unknown_channel"), ({"channel": []}, "unknown_channel"), ({"event": "a:b"}, "bad_name"), ({"event": None}, "bad_name"),
+                             ({"event": "other"}, "no_handler"), ({"channel": 1}, "no_handler"), ({"data": "no"}, "cancelled"), ({"data": "raise"}, "failed")]:
+            client.send({"type": "gorc_event", "object_id": id, "channel": 0, "event": "mined", "data": 0, "id": 1, **change})
+            while "error" not in (answer := client.recv(5)):
+                pass
+            assert answer["error"]["code"] == code, (change, answer)
+            assert app.refusals[code]
+        hear(other, lambda: other.world.zones == {(id, 3)})
+        other.emit_gorc(id, 0, "mined", 1)              # it sees it, but not on that channel
+        assert next(reply for reply in iter(lambda: other.recv(5), None) if reply.type == "REPLY").reply.code == "not_in_zone"
+        other.move(0, 0)
+        hear(other, lambda: len(other.world.zones) == 3)
+        other.emit_gorc(id, 0, "mined", {"by": "proto"})
+        hear(other, lambda: said[-1][2] == {"by": "proto"})
+        on_loop(app, app.world.remove, id)
+        hear(client, lambda: not client.world)
+        client.emit_gorc(id, 0, "mined")
+        assert next(each for each in iter(lambda: client.recv(5), None) if "error" in each)["error"]["code"] == "unknown_object"
+        with pytest.raises(hl.StateError, match=re.escape("app.call_soon(app.emit_gorc, ...)")):
+            app.emit_gorc(rock, 0, "x")
+        assert told[0] == (["0", "register"], "Rock", None) and told[1:4] == [([f"{n}", "enter"], "Rock", user) for n in (0, 1, 3)]
+        assert (["0", "chips"], "Rock", None) in told and told[-1][0][1] == "unregister"
+        assert sorted(each[0] for each in told if each[0][1] == "exit" and each[2] == user) == [["0", "exit"], ["1", "exit"], ["3", "exit"]]
+
+
+def test_a_handler_can_keep_an_event_of_an_object_from_being_told():
+    app = hl.Engine(port=0)
+    app.on("gorc_instance:Rock:0:secret")(lambda event: event.cancel())
+    rock = Rock()
+    app.world.add(rock, 0, 0, 0)
+    app.world.observe("npc", 0, 0, 0)
+    app.world.tick(1)
+    assert app.emit_gorc(rock, 0, "secret").cancelled and app.world.stats("npc")["updates"] == 3
+    assert app.emit_gorc(rock, 0, "open", {"n": 1}).told == 1
+    with pytest.raises(hl.UsageError):
+        app.emit_gorc(rock, 0, "exit")
+    app.stop()
+
+
+def test_other_threads_are_told_how_to_change_the_world():
+    rock = Rock()
+    with running() as app:
+        on_loop(app, app.world.add, rock, 0, 0, 0)
+        for attempt, way in [(lambda: app.world.add(Rock(), 0, 0, 0), "app.call_soon(app.world.add, ...)"), (lambda: app.world.move(rock.id, 0, 0, 0), "app.world.move, ..."),
+                             (lambda: app.world.remove(rock), "app.world.remove, ..."), (lambda: setattr(rock, "health", 1), "app.call_soon(setattr, it, 'health', value)"),
+                             (lambda: app.world.observe("x", 0, 0, 0), "app.world.observe, ..."), (lambda: setattr(rock, "position", (1, 2, 3)), "app.world.move")]:
+            with pytest.raises(hl.StateError, match=re.escape(way)):
+                attempt()
+        assert rock.health == 100
+        on_loop(app, setattr, rock, "health", 1)
+
+
+def test_critical_events_do_not_wait_for_the_tick_and_lags_are_measured():
+    with running(tick_hz=4) as app, hl.connect(app.url) as client:
+        rock = Rock()
+        on_loop(app, app.world.add, rock, 0, 0, 0)
+        client.move(0, 0)
+        hear(client, lambda: len(client.world.zones) == 3)
+        tick = app.tick_count
+        for n in range(5):
+            on_loop(app, app.emit_gorc, rock, 0, "hit", n)
+            assert next(each["data"] for each in iter(lambda: client.recv(5), None) if each.get("event") == "hit") == n
+        assert app.tick_count <= tick + 2               # one at a time, each within its pass
+        on_loop(app, app.emit_gorc, rock, 1, "calm")    # with the tick
+        on_loop(app, setattr, rock, "health", 5)
+        hear(client, lambda: client.world[rock.id].health == 5)
+        wait_until(lambda: "0" in app.report()["replication"]["lag_p99_ms"])
+        report = app.report()["replication"]
+        assert report["lag_p99_ms"]["critical"] < report["lag_p99_ms"]["0"] and report["objects"] == 1 and report["channels"]["0"]["subscribers"] == 1
+        text = get(app, "/metrics")[2].decode()
+        assert 'horizon_replication_lag_seconds_count{channel="0"} 1' in text and "horizon_critical_event_seconds_count 5" in text
+        assert "horizon_replication_objects 1" in text and 'horizon_replication_put_off_total{reason="coalesced"} 0' in text
+        assert json.loads(get(app, "/stats.json")[2])["replication"]["warnings"]
+
+
+def test_the_settings_of_the_world_are_checked_and_used():
+    app = hl.Engine(port=0, region_min=10, region_max=20, region_split=5, region_merge=2, hysteresis=0.5, replication_batch=7, replication_wait_ms=3, compress=False)
+    assert (app.world._space._min, app.world._space._max, app.world._space._split, app.world._space._merge) == (10, 20, 5, 2)
+    assert (app.world.hysteresis, app.world.batch, app.world.wait_ns, app.world.compress_above_bytes) == (0.5, 7, 3_000_000, 0)
+    rock = Rock()
+    app.world.add(rock, 50, 0, 0, channels=(0,))
+    app.world.observe("npc", 0, 0, 0)
+    app.world.tick(1)
+    app.configure(hysteresis=0, region_split=9)         # what is there stays
+    app.world.tick(2)
+    app.world._check()
+    assert app.world.seen_by("npc") == {(rock.id, 0)}
+    rock.position = 51, 0, 0
+    app.world.tick(3)
+    assert app.world.seen_by("npc") == set()
+    for settings in ({"region_min": 2_000}, {"region_merge": 60}, {"hysteresis": 2}, {"region_max": 0}):
+        with pytest.raises(hl.ConfigError, match="region"):
+            hl.Engine(**settings)
+
+
+def test_the_seeds_names_of_the_worlds_settings_are_understood(tmp_path):
+    (tmp_path / "a.toml").write_text("[spatial]\nmin_region_size = 50.0\nmax_region_size = 500.0\nsplit_threshold = 40\nmerge_threshold = 5\n"
+                                     "[network]\nenable_compression = false\ncompression_threshold = 256\n")
+    config = hl.Config.load(tmp_path / "a.toml", {})
+    assert (config.region_min, config.region_max, config.region_split, config.region_merge) == (50, 500, 40, 5)
+    assert (config.compress, config.compress_above_bytes) == (False, 256)
+
+
+def test_a_client_that_connects_again_sees_the_world_anew():
+    with running() as app:
+        rock = Rock()
+        on_loop(app, app.world.add, rock, 0, 0, 0)
+        with hl.connect(app.url, reconnect=5) as client:
+            client.move(0, 0)
+            hear(client, lambda: len(client.world.zones) == 3)
+            on_loop(app, lambda: [each.connection.close(1012, "again") for each in list(app.sessions.values())])
+            while client.reconnects == 0:
+                with contextlib.suppress(TimeoutError):
+                    client.recv(0.05)
+            assert not client.world
+            client.move(0, 0)
+            hear(client, lambda: len(client.world.zones) == 3)
+
+
+def test_compressed_states_are_bounded_where_they_are_read(monkeypatch):
+    assert hl._inflate(zlib.compress(b"a" * 1_000), 1_000, "x") == b"a" * 1_000
+    for data, size, error in [(zlib.compress(b"a" * 1_000), 999, hl.TooBig), (zlib.compress(b"a"), 2, hl.TooBig), (b"junk", 4, hl.WireError),
+                              (zlib.compress(b"a" * ((1 << 24) + 1)), (1 << 24) + 1, hl.TooBig), (zlib.compress(b"a")[:-1], 1, hl.TooBig)]:
+        with pytest.raises(error):
+            hl._inflate(data, size, "x")
 
 
 # =============================================================================
