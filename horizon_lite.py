@@ -5869,7 +5869,8 @@ class _Observer:
 
     __slots__ = ("key", "at", "region", "masks", "inbox", "pending", "owed", "path", "limit",
                  "looked", "thresholds", "who", "surveyed_tick", "spent", "bytes_per_s",
-                 "allowance", "crossings", "fed_ns", "waits_since_ns", "updates", "bytes", "transitions",
+                 "allowance", "crossings", "fed_ns", "waits_since_ns", "updates", "bytes",
+                 "transitions",
                  "coalesced", "left_out", "dropped")
 
     def __init__(self, key: Any, at: _Position) -> None:
@@ -10863,6 +10864,13 @@ input, button { font: inherit; color: inherit; padding: .35rem .6rem; border: 1p
 button { cursor: pointer; }
 #users { list-style: none; margin: 0; padding: 0; max-height: 9rem; overflow: auto; color: var(--soft); }
 #users .me { color: var(--me); }
+#demo[hidden] { display: none; }
+#demo label { display: flex; flex-wrap: wrap; justify-content: space-between; gap: .1rem .6rem; color: var(--soft); margin-bottom: .3rem; }
+#demo label:has([type=checkbox]) { justify-content: flex-start; margin: .4rem 0 0; cursor: pointer; }
+#demo output { color: var(--ink); font-variant-numeric: tabular-nums; }
+[type=range], [type=checkbox] { accent-color: var(--me); }
+[type=range] { width: 100%; flex: 1 0 100%; padding: 0; }
+[type=checkbox] { flex: none; }
 @media (max-width: 50rem) { body { height: auto; } main { grid-template-columns: 1fr; } figure { height: 115vw; max-height: 80vh; } }
 </style>
 </head>
@@ -10875,9 +10883,25 @@ button { cursor: pointer; }
 <main>
   <figure>
     <canvas id="world" tabindex="0" role="application" aria-label="The world. Move with W A S D or the arrow keys." aria-describedby="count"></canvas>
-    <figcaption>You are the ringed dot: move with W A S D, the arrow keys, or by dragging. Open a second window to meet yourself.</figcaption>
+    <figcaption>You are the ringed dot: move with W A S D, the arrow keys, or by dragging. <span id="legend" hidden>Rings are how far you see: the nearer a stone, the more often you are told of it. </span>Open a second window to meet yourself.</figcaption>
   </figure>
   <aside>
+    <section id="demo" aria-labelledby="h-demo" hidden>
+      <h2 id="h-demo">Who needs to know what</h2>
+      <label>stones in the world <output id="stones" for="density">-</output>
+        <input id="density" type="range" min="100" max="5000" step="100"></label>
+      <dl>
+        <dt>tick now / its budget</dt><dd id="now">-</dd>
+        <meter id="load" min="0" max="20" low="10" high="16" optimum="0" value="0" aria-label="tick time now against its budget"></meter>
+        <dt>zones you are in</dt><dd id="sees">-</dd>
+        <dt>told you / s</dt><dd id="updates">-</dd>
+        <dt>bytes / s</dt><dd id="bytes">-</dd>
+        <dt>left for later</dt><dd id="left_out">-</dd>
+        <dt>coalesced</dt><dd id="coalesced">-</dd>
+        <dt>flashes dropped</dt><dd id="dropped">-</dd>
+      </dl>
+      <label><input id="slow" type="checkbox"> be a slow client (6 kB/s)</label>
+    </section>
     <section aria-labelledby="h-live">
       <h2 id="h-live">Live</h2>
       <dl>
@@ -10940,6 +10964,7 @@ function fields(bytes) {                         // number -> last value; envelo
   return found;
 }
 const string = bytes => bytes ? text8.decode(bytes) : "";
+const number = bytes => bytes ? new DataView(bytes.buffer, bytes.byteOffset, 8).getFloat64(0, true) : 0;
 
 // ---- the connection ----
 let socket = null, wait = 500, me = null, user = "", hz = 50;
@@ -10973,6 +10998,10 @@ function connect() {
     say(`connection lost${event.reason ? " (" + event.reason + ")" : ""}, trying again in ${(pause / 1000).toFixed(1)} s`, false);
     wait = Math.min(wait * 2, 10000);
     players.clear();
+    stones.clear();
+    told = null;
+    $("demo").hidden = $("legend").hidden = true;
+    $("slow").checked = false;
     presence([]);
     setTimeout(connect, pause);
   };
@@ -10980,6 +11009,9 @@ function connect() {
 function say(text, on) { $("status").textContent = text; $("status").className = on ? "on" : ""; }
 function receive(envelope) {
   if (envelope[105]) return moves(fields(envelope[105]));
+  if (envelope[103]) return enter(fields(envelope[103]));
+  if (envelope[104]) return exit(fields(envelope[104]));
+  if (envelope[108]) return change(fields(envelope[108]));
   if (envelope[107]) {
     const reply = fields(envelope[107]);
     if (!reply[2]) chat("", string(reply[4]));
@@ -10992,8 +11024,60 @@ function receive(envelope) {
   else if (topic === "chat.lobby") { if (data && typeof data.text === "string") chat(String(data.from || "somebody"), data.text); }
   else if (topic === "system.stats") figures(data);
   else if (data && data.type === "presence_update") presence(data.users);
+  else if (data && data.namespace === "demo") demo(data.data);
   else if (data && data.event === "hello") { me = data.data.id.replaceAll("-", ""); user = data.data.user; hz = data.data.tick_hz || 50; }
 }
+
+// ---- the things around you: what you are told of them, by channel ----
+const stones = new Map(), leaving = [];          // id -> {x, y, fromX, fromY, at, hue, channels, born, flash}
+let told = null;                                 // the demo's figures
+const period = stone => told ? 1000 / (told.layers[Math.min(...stone.channels)] || {hz: 5}).hz : 200;
+function goTo(stone, x, y, now) {
+  [stone.fromX, stone.fromY] = glide(stone, now, period(stone));
+  Object.assign(stone, {x, y, at: now});
+}
+function enter(zone) {
+  const id = string(zone[1]), now = performance.now(), data = JSON.parse(string(zone[4]) || "{}");
+  const at = fields(zone[6] || new Uint8Array()), x = number(at[1]), y = number(at[2]);
+  let stone = stones.get(id);
+  if (!stone) stones.set(id, stone = {x, y, fromX: x, fromY: y, at: now, hue: 40, channels: new Set(), born: now, flash: 0});
+  stone.channels.add(zone[3] || 0);
+  if ("hue" in data) stone.hue = data.hue;
+}
+function exit(zone) {
+  const id = string(zone[1]), stone = stones.get(id);
+  if (!stone) return;
+  stone.channels.delete(zone[3] || 0);
+  if (stone.channels.size) return;
+  stones.delete(id);
+  leaving.push({...stone, gone: performance.now()});
+}
+function change(event) {
+  const stone = stones.get(string(event[1])), now = performance.now();
+  if (!stone) return;
+  if (string(event[4]) === "flash") stone.flash = now;
+  if (string(event[4]) !== "update") return;
+  const data = JSON.parse(string(event[5]) || "{}");
+  if (data.position) goTo(stone, data.position[0], data.position[1], now);
+  if ("hue" in data) stone.hue = data.hue;
+}
+function demo(data) {
+  const old = told, span = old ? (data.at - old.at) || 1 : 0;
+  told = data;
+  $("demo").hidden = $("legend").hidden = false;
+  if (document.activeElement !== $("density") || !old) $("density").value = data.objects;
+  $("stones").textContent = data.objects.toLocaleString("en");
+  $("now").textContent = `${data.tick_ms.toFixed(2)} / ${data.budget_ms.toFixed(0)} ms`;
+  meter($("load"), data.tick_ms, data.budget_ms);
+  for (const name of ["sees", "coalesced", "left_out", "dropped"]) $(name).textContent = short(data[name]);
+  for (const name of ["updates", "bytes"]) if (span) $(name).textContent = short(Math.max(0, data[name] - old[name]) / span);
+  if (document.activeElement !== $("slow")) $("slow").checked = data.slow;
+}
+$("density").addEventListener("input", event => {
+  $("stones").textContent = Number(event.target.value).toLocaleString("en");
+  emit("demo", "density", {count: Number(event.target.value)});
+});
+$("slow").addEventListener("change", event => emit("demo", "slow", {on: event.target.checked}));
 
 // ---- what the server tells ----
 const players = new Map();                       // id -> {x, y, fromX, fromY, at}
@@ -11010,10 +11094,11 @@ function moves(block) {
   }
   if (block[3]) for (const id of players.keys()) if (!seen.has(id)) players.delete(id);
 }
-function place(player, now) {                    // glide to the last position within a tick
-  const part = Math.max(0, Math.min(1, (now - player.at) * hz / 1000));
-  return [player.fromX + (player.x - player.fromX) * part, player.fromY + (player.y - player.fromY) * part];
+function glide(thing, now, ms) {                 // to the last position within so many ms
+  const part = Math.max(0, Math.min(1, (now - thing.at) / ms));
+  return [thing.fromX + (thing.x - thing.fromX) * part, thing.fromY + (thing.y - thing.fromY) * part];
 }
+const place = (player, now) => glide(player, now, 1000 / hz);
 let online = [];
 function presence(users) {
   online = users;
@@ -11040,8 +11125,10 @@ function figures(data) {
   for (const name of ["messages_in_per_s", "messages_out_per_s", "bytes_out_per_s", "connections", "drops", "overruns"])
     $(name).textContent = short(data[name]);
   $("tick").textContent = `${data.tick_ms.toFixed(2)} / ${data.budget_ms.toFixed(0)} ms`;
-  const meter = $("budget");
-  meter.max = data.budget_ms || 20; meter.low = meter.max / 2; meter.high = meter.max * 0.8; meter.value = data.tick_ms;
+  meter($("budget"), data.tick_ms, data.budget_ms);
+}
+function meter(bar, value, most) {
+  bar.max = most || 20; bar.low = bar.max / 2; bar.high = bar.max * 0.8; bar.value = value;
 }
 
 // ---- yourself ----
@@ -11118,6 +11205,7 @@ function draw(now) {
     pen.beginPath(); pen.arc(left, top, size + 4, 0, 7); pen.stroke();
     pen.fillStyle = ink; pen.fillText(label, left, top - size - 9);
   };
+  zones(pen, scale, now, ink, light);
   for (const [id, player] of players) {
     if (id === me) continue;
     const [x, y] = place(player, now), person = people.has(id.slice(0, 8));
@@ -11126,8 +11214,52 @@ function draw(now) {
   dot(own.x, own.y, 7, mine, "you");
   requestAnimationFrame(draw);
 }
+const FADE = [1, 0.8, 0.55, 0.3], SIZE = [5.5, 4.5, 3.5, 2.8];      // by channel
+function zones(pen, scale, now, ink, light) {
+  if (!told) return;
+  const at = (x, y) => [fit.x + x * scale, fit.y + y * scale], [left, top] = at(own.x, own.y);
+  pen.save();
+  pen.beginPath(); pen.rect(fit.x, fit.y, 1000 * scale, 1000 * scale); pen.clip();
+  pen.lineWidth = 1;
+  pen.font = "11px system-ui, sans-serif";
+  Object.entries(told.layers).forEach(([channel, layer]) => {
+    pen.globalAlpha = 0.25 + 0.5 * FADE[channel];
+    pen.strokeStyle = pen.fillStyle = `hsl(210 60% ${light})`;
+    pen.setLineDash(channel === "0" ? [] : [2 + 2 * channel, 4]);
+    pen.beginPath(); pen.arc(left, top, layer.radius * scale, 0, 7); pen.stroke();
+    pen.globalAlpha = 0.04;
+    pen.fill();
+    pen.globalAlpha = 0.8;
+    pen.fillText(`${layer.hz} Hz`, left, top + layer.radius * scale - 4);
+  });
+  pen.setLineDash([]);
+  const stone = (x, y, size, hue, alpha, turn) => {
+    pen.globalAlpha = alpha; pen.fillStyle = `hsl(${hue} 70% ${light})`;
+    const [a, b] = at(x, y);
+    pen.translate(a, b); pen.rotate(turn); pen.fillRect(-size, -size, 2 * size, 2 * size); pen.rotate(-turn); pen.translate(-a, -b);
+  };
+  const ring = (x, y, size, alpha) => {
+    const [a, b] = at(x, y);
+    pen.globalAlpha = alpha; pen.strokeStyle = ink;
+    pen.beginPath(); pen.arc(a, b, size, 0, 7); pen.stroke();
+  };
+  for (const each of stones.values()) {
+    const near = Math.min(3, ...each.channels), [x, y] = glide(each, now, period(each));
+    const age = Math.min(1, (now - each.born) / 500), flash = (now - each.flash) / 400;
+    stone(x, y, SIZE[near] * (0.4 + 0.6 * age), each.hue, FADE[near], now / 900 + each.hue);
+    if (age < 1) ring(x, y, 4 + 10 * (1 - age), age * 0.6);             // it comes in
+    if (flash < 1) { ring(x, y, 6 + 14 * flash, 1 - flash); stone(x, y, SIZE[near] + 2, each.hue, 1 - flash, 0.8); }
+  }
+  while (leaving.length && now - leaving[0].gone > 600) leaving.shift();
+  for (const each of leaving) {                                         // it goes
+    const part = (now - each.gone) / 600;
+    stone(each.x, each.y, 3 * (1 - part), each.hue, 0.4 * (1 - part), now / 300);
+    ring(each.x, each.y, 3 + 8 * part, 0.5 * (1 - part));
+  }
+  pen.restore();
+}
 setInterval(() => {
-  $("count").textContent = `${players.size} player${players.size === 1 ? "" : "s"} moving about, ${online.length} online`;
+  $("count").textContent = `${players.size} player${players.size === 1 ? "" : "s"} moving about, ${online.length} online${told ? `, ${stones.size} stones near you` : ""}`;
 }, 500);
 connect();
 requestAnimationFrame(draw);
@@ -14967,6 +15099,7 @@ class RemotePlugin:
 # Exit statuses: 0 fine, 1 failed, 2 usage, 3 bad configuration, 4 address in use.
 
 _WORLD_SIZE = 1000.0
+_SLOW_BYTES_PER_S = 6_000.0
 _EPILOG = """\
 examples:
   python -m horizon_lite                          a moving world at http://127.0.0.1:8080
@@ -14977,17 +15110,59 @@ examples:
 """
 
 
-class DemoWorld:
-    """Simulated players that walk about, some hundred steps a second each."""
+class Stone(Replicated):
+    """What the demo's world is full of: told the more often, the nearer it is."""
 
-    def __init__(self, app: Engine, players: int) -> None:
-        from random import gauss, uniform as roll
-        self._move = app.movement.move
-        self._turn = gauss
+    layers = (Layer(0, 60, 30, ("position",)), Layer(1, 140, 15, ("position",)),
+              Layer(2, 250, 8, ("position", "hue")), Layer(3, 400, 3, ("position",)))
+    __slots__ = ("hue", "middle", "radius", "speed", "angle")
+
+    hue: int
+    middle: tuple[float, float]     # it goes round this
+    radius: float
+    speed: float                    # along the circle
+    angle: float
+
+
+class DemoWorld:
+    """Simulated players that walk about among stones, and what the page asks of it."""
+
+    def __init__(self, app: Engine, players: int, objects: int = 0) -> None:
+        from random import gauss, random, uniform as roll
+        self._app, self._roll, self._random = app, roll, random
+        self._move, self._turn = app.movement.move, gauss
         # a walker: id, x, y, heading in radians, speed in units a second
         self._walkers: list[list[Any]] = [
             [os.urandom(16), roll(0, _WORLD_SIZE), roll(0, _WORLD_SIZE), roll(-math.pi, math.pi),
              roll(20, 90)] for _ in range(players)]
+        self._stones: list[Stone] = []
+        self._ticks = 0
+        self._slow: set[str] = set()
+        self.fill(objects)
+        app.on_client("demo", "density")(self.on_density)
+        app.on_client("demo", "slow")(self.on_slow)
+        app.every(hz=4)(self.tell)
+
+    def fill(self, count: int) -> None:
+        """Have so many stones."""
+        while len(self._stones) > count:
+            self._app.world.remove(self._stones.pop(self._turned(len(self._stones))))
+        while len(self._stones) < count:
+            stone, roll = Stone(), self._roll
+            stone.middle = (roll(0, _WORLD_SIZE), roll(0, _WORLD_SIZE))
+            stone.radius, stone.speed = roll(5, 60), roll(6, 30) * self._turn(0, 1)
+            stone.angle, stone.hue = roll(0, math.tau), round(roll(0, 360))
+            self._stones.append(stone)
+            self._app.world.add(stone, *self._place(stone))
+
+    def _turned(self, count: int) -> int:
+        return int(self._random() * count)
+
+    @staticmethod
+    def _place(stone: Stone) -> _Position:
+        x, y = stone.middle
+        return (x + stone.radius * math.cos(stone.angle), y + stone.radius * math.sin(stone.angle),
+                0.0)
 
     def walk(self, seconds: float) -> None:
         """Let everybody walk for *seconds*, turning a little, and back from the walls."""
@@ -15001,6 +15176,44 @@ class DemoWorld:
                 heading = math.atan2(_WORLD_SIZE / 2 - y, _WORLD_SIZE / 2 - x)
             walker[1:4] = x, y, heading
             self._move(player, x, y, 0.0)
+        self._ticks += 1
+        for stone in self._stones[self._ticks % 3::3]:      # each in every third tick
+            stone.angle += 3 * seconds * stone.speed / stone.radius
+            self._app.world.move(stone, *self._place(stone))
+        for _ in range(len(self._stones) // 400 + 1):
+            if self._stones:
+                stone = self._stones[self._turned(len(self._stones))]
+                self._app.emit_gorc(stone, 1, "flash")
+
+    def on_density(self, event: Event) -> None:
+        """Change how many stones there are, for everybody."""
+        count = event.data.get("count") if isinstance(event.data, dict) else None
+        if type(count) is not int or not 100 <= count <= 5_000:
+            return event.cancel("count is 100 to 5000")
+        self.fill(count)
+
+    def on_slow(self, event: Event) -> None:
+        """Give a client little bandwidth, or all it wants."""
+        on = event.data.get("on") if isinstance(event.data, dict) else None
+        if type(on) is not bool or not self._app.world.observes(event.client.id):
+            return event.cancel('say {"on": true or false}, and where you are before')
+        self._app.world.limit(event.client.id, _SLOW_BYTES_PER_S if on else None)
+        (self._slow.add if on else self._slow.discard)(event.client.id)
+
+    def tell(self) -> None:
+        """Tell every client on the page how the world and itself are doing."""
+        app = self._app
+        self._slow &= app.sessions.keys()
+        ticks = list(app._tick_ns)[-25:] or [0]
+        figures = {"objects": len(self._stones), "at": time.time(),
+                   "tick_ms": round(sum(ticks) / len(ticks) / 1e6, 3),
+                   "budget_ms": round(1000 / app.config.tick_hz, 3),
+                   "layers": {each.channel: {"radius": each.radius, "hz": each.hz}
+                              for each in Stone.layers}}
+        for client in list(app.sessions.values()):
+            if app.world.observes(client.id) and not client.backlog:
+                client.send({"namespace": "demo", "event": "figures", "data": {
+                    **figures, **app.world.stats(client.id), "slow": client.id in self._slow}})
 
 
 def _add_chat(app: Engine) -> None:
@@ -15064,13 +15277,14 @@ def _said(args: argparse.Namespace) -> dict[str, Any]:
 def _demo(args: argparse.Namespace) -> int:
     """Run a world of simulated players."""
     app = Engine(Config.load(args.config, **_said(args)))
-    world = DemoWorld(app, args.players)
+    world = DemoWorld(app, args.players, args.objects)
     hz = app.config.tick_hz
     if not hz:
         raise ConfigError("the demo's players walk at every tick; tick_hz can't be 0")
     _add_chat(app)
     app.on_core("server_tick")(lambda event: world.walk(1 / hz))
-    return _serve_engine(app, f"world: {args.players} players walk about at {hz:g} ticks/s.")
+    return _serve_engine(app, f"world: {args.players} players walk about among {args.objects} "
+                         f"stones at {hz:g} ticks/s.")
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -15617,8 +15831,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 # name: what runs it, its help, its usage, an example, its arguments
 _COMMANDS: dict[str, tuple[Any, str, str, str, dict[str, dict[str, Any]]]] = {
     "demo": (_demo, "a world of simulated players (what no command at all runs)",
-             "[--players N] [settings]", "--players 500 --port 9000", {
-        "--players": _number(int, 0, 100_000, 100, "how many")}),
+             "[--players N] [--objects N] [settings]", "--players 500 --port 9000", {
+        "--players": _number(int, 0, 100_000, 100, "how many"),
+        "--objects": _number(int, 0, 5_000, 600, "stones among which they walk")}),
     "serve": (_serve, "run your own engine file, or an empty world",
               "[app.py | module:name] [settings]", "app.py --port 9000", {
         "app": {"nargs": "?", "help": "app.py, or module:name"}}),
