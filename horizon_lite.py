@@ -5416,7 +5416,7 @@ _ENTER, _EXIT, _EVENT = "gorc_zone_enter", "gorc_zone_exit", "gorc_event"
 _OWN_EVENTS = ("enter", "exit", "update", "register", "unregister")
 _FAR = 500.0                        # a radius that is warned about (systems.md 2.5)
 _TURN = 64                          # parts of a channel's period, over which objects are spread
-_AHEAD = 24                         # ticks of movement that a survey is made for
+_AHEAD = 40                         # ticks of movement that a survey is made for
 _SHY, _HAIR = 1 - 1e-6, 1e-6       # what is as close to an edge is looked at sooner
 _SAVED_S = 0.1                      # for so long an observer's bandwidth may be saved up
 _first = operator.itemgetter(0)
@@ -5581,13 +5581,14 @@ class _Profile(NamedTuple):
 
 
 _NOWHERE = _Profile.of((), 0.0)
+_Routes = dict[str, tuple[tuple[int, int], ...]]    # property -> numbers of layers, its bits there
 
 
 class _Share:
     """One layer of one object: who sees it, and what has changed since it was told."""
 
     __slots__ = ("replica", "layer", "bit", "viewers", "changed", "since_ns", "slots", "slot",
-                 "entered", "place", "updates", "bytes", "transitions")
+                 "place", "updates", "bytes", "transitions")
 
     def __init__(self, replica: _Replica, layer: Layer, wheel: _Wheel, slot: int) -> None:
         self.replica, self.layer = replica, layer
@@ -5599,7 +5600,6 @@ class _Share:
         self.place = 0                          # the bit of its position
         if "position" in layer.properties:
             self.place = 1 << layer.properties.index("position")
-        self.entered: tuple[int, Update] | None = None  # this tick's, for all who come in
         self.updates = self.bytes = self.transitions = 0
 
     @property
@@ -5650,19 +5650,14 @@ class _Replica:
                  "moving", "seers", "_head", "_place")
 
     def __init__(self, world: World, obj: Replicated, at: _Position,
-                 layers: Sequence[Layer]) -> None:
+                 layers: tuple[Layer, ...]) -> None:
         self.uuid = os.urandom(16)
         self.id = _uuid_text(self.uuid)
         self.obj, self.world, self.at = obj, world, at
         self.region: _Region | None = None
-        self.profile = world._profile(layers)
+        self.profile, self.routes = world._plan(layers)     # routes: where properties are told
         slot = world._next_slot()
-        self.shares = tuple(_Share(self, each, world._wheel(each), slot) for each in layers)
-        routes: dict[str, tuple[tuple[_Share, int], ...]] = {}
-        for share in self.shares:
-            for number, name in enumerate(share.layer.properties):
-                routes[name] = (*routes.get(name, ()), (share, 1 << number))
-        self.routes = routes                    # property -> where it is told
+        self.shares = tuple([_Share(self, each, world._wheel(each), slot) for each in layers])
         self.moving: tuple[tuple[_Share, int], ...] = ()    # where its position is told, to some
         self.seers: dict[_Observer, None] = {}  # who has it in a zone
         self._head = b""
@@ -5671,7 +5666,8 @@ class _Replica:
     def mark(self, name: str) -> None:
         """Note that a property is to be told."""
         now_ns = self.world.clock()
-        for share, bit in self.routes[name]:
+        for number, bit in self.routes[name]:
+            share = self.shares[number]
             if share.viewers:
                 if not share.changed:
                     share.slots[share.slot].append(share)
@@ -5680,7 +5676,8 @@ class _Replica:
 
     def note_viewers(self) -> None:
         """Note which channels with its position have viewers."""
-        self.moving = tuple([each for each in self.routes.get("position", ()) if each[0].viewers])
+        self.moving = tuple([(self.shares[number], bit) for number, bit in
+                             self.routes.get("position", ()) if self.shares[number].viewers])
 
     def share(self, channel: Any) -> _Share:
         """Return what is told on *channel*."""
@@ -5736,6 +5733,11 @@ class Update:
         self.size = 0
         self._data = data
         self._json = self._envelope = b""
+
+    @property
+    def replica(self) -> _Replica:
+        """The object, as its world knows it."""
+        return self.share.replica
 
     @property
     def data(self) -> Any:
@@ -5867,7 +5869,8 @@ class ObjectEvent(Event):
 class _Observer:
     """Somebody who sees."""
 
-    __slots__ = ("key", "at", "region", "masks", "inbox", "pending", "owed", "path", "limit",
+    __slots__ = ("key", "at", "region", "masks", "inbox", "pending", "owed", "behind", "path",
+                 "limit",
                  "looked", "thresholds", "who", "surveyed_tick", "spent", "bytes_per_s",
                  "allowance", "crossings", "fed_ns", "waits_since_ns", "updates", "bytes",
                  "transitions",
@@ -5879,7 +5882,9 @@ class _Observer:
         self.masks: dict[_Replica, int] = {}        # in which zones it is, exactly
         self.inbox: list[Update] = []               # this tick's
         self.pending: dict[_Replica, int] = {}      # zones it was told of, where that differs
-        self.owed: dict[_Share, int] = {}           # properties that were not told when due
+        # properties that were not told when due, by priority; not empty if it is behind
+        self.owed: tuple[dict[_Share, int], ...] = ({}, {}, {}, {})
+        self.behind = False
         # its survey: pairs that may cross an edge, by how far the two must have moved for it
         self.path = 0.0                             # how far it has moved, less what objects had
         self.limit = -math.inf                      # the movement that the survey is good for
@@ -5888,15 +5893,31 @@ class _Observer:
         self.who: list[_Replica] = []               # the object of each threshold
         self.surveyed_tick = self.spent = 0         # when; pairs looked at since, less its cost
         self.bytes_per_s: float | None = None       # None: as the world says
-        self.allowance = self.crossings = 1.0       # bytes, crossings that it may be told now
+        self.allowance = self.crossings = math.inf  # bytes, crossings that it may be told now
         self.fed_ns = self.waits_since_ns = 0       # when these were added to; what waits came
         self.updates = self.bytes = self.transitions = 0
         self.coalesced = self.left_out = self.dropped = 0
 
+    @property
+    def debts(self) -> int:
+        """How many updates it is owed."""
+        return sum(map(len, self.owed))
+
+    def owe(self, share: _Share, changed: int) -> None:
+        """Keep in mind what it is not told now."""
+        owed = self.owed[share.layer.priority]
+        if share in owed:
+            self.coalesced += 1
+            owed[share] |= changed
+        else:
+            owed[share] = changed
+            self.left_out += 1
+            self.behind = True
+
     def stats(self) -> dict[str, Any]:
         """Return its counters."""
         return {"sees": sum([mask.bit_count() for mask in self.masks.values()]),
-                "owed": len(self.owed) + len(self.pending),
+                "owed": self.debts + len(self.pending),
                 **{name: getattr(self, name) for name in (
                     "updates", "bytes", "transitions", "coalesced", "left_out", "dropped")}}
 
@@ -5952,7 +5973,7 @@ class World:
                  "watched", "crossed", "changes", "quiet", "warnings", "ticks", "_space",
                  "_audience",
                  "_replicas", "_observers", "_moved", "_moved_since_ns", "_restless", "_drift",
-                 "_reach", "_profiles", "_wheels", "_slot", "_last_ns", "_period_ns", "_stamp",
+                 "_reach", "_plans", "_wheels", "_slot", "_last_ns", "_period_ns", "_stamp",
                  "_remade", "_past", "_gone", "_complained_ns", "_surveys",
                  "complaints")
 
@@ -5985,13 +6006,13 @@ class World:
         self._restless: dict[_Replica, None] = {}       # to be looked at one by one
         self._drift = 0.0                       # how far any object has moved, without the restless
         self._reach = 0.0                       # of the largest zone
-        self._profiles: dict[tuple[Layer, ...], _Profile] = {}
+        self._plans: dict[tuple[Layer, ...], tuple[_Profile, _Routes]] = {}
         self._wheels: dict[tuple[int, float], _Wheel] = {}
         self._slot = self._surveys = 0
         self._last_ns: int | None = None        # when the last tick was
         self._period_ns = 0                     # and how long after the one before
         self._stamp = b"0"
-        self._remade: dict[tuple[_Share, int], Update] = {}     # this tick's, for who is owed more
+        self._remade: dict[tuple[_Share, int | str], Update] = {}   # this tick's, by what they tell
         self._past: Counter[tuple[int, str]] = Counter()        # counters of objects that have gone
         self._gone: Counter[str] = Counter()            # and of observers
         self._complained_ns = -1 << 62
@@ -6009,9 +6030,9 @@ class World:
         self._space, self._audience = space, audience
         if hysteresis != self.hysteresis:
             self.hysteresis = float(hysteresis)
-            self._profiles.clear()
+            self._plans.clear()
             for replica in self._replicas.values():
-                replica.profile = self._profile(tuple(each.layer for each in replica.shares))
+                replica.profile, _ = self._plan(tuple([each.layer for each in replica.shares]))
             self._survey_anew()
 
     # -- objects --
@@ -6265,7 +6286,7 @@ class World:
         self._take_turns(self._period_ns / 1e9)
         self._look_around()
         told = [(observer, updates) for observer in self._observers.values()
-                if (observer.inbox or observer.pending or observer.owed)
+                if (observer.inbox or observer.pending or observer.behind)
                 and (updates := self._tell(observer, now_ns, ready))]
         self.quiet = not self._replicas and not any(
             [each.pending for each in self._observers.values()])
@@ -6298,23 +6319,24 @@ class World:
         """Hand what has changed, where it is its turn, to those who see it."""
         # HOT: for all that is told (bench 11.replication)
         load = min(max(self.load, 0.0), 1.0) if self.adaptive else 0.0
-        changes: list[Update] = []
-        stamp = self._stamp
+        self.changes = changes = []
         for wheel in self._wheels.values():
             for share in wheel.turn(seconds, load):
                 changed, share.changed = share.changed, 0
-                if not share.viewers:
-                    continue
-                update = Update(share, _EVENT, "update",
-                                None if changed == share.place else share.data(changed),
-                                stamp, changed, share.since_ns)
-                changes.append(update)
-                count = len(share.viewers)
-                share.updates += count          # less those who are not told, below
-                share.bytes += count * update.measure()
+                update = None
                 for observer in share.viewers:
+                    if observer.behind:
+                        observer.owe(share, changed)
+                        continue
+                    if update is None:
+                        update = Update(share, _EVENT, "update",
+                                        None if changed == share.place else share.data(changed),
+                                        self._stamp, changed, share.since_ns)
+                        size = update.measure()
+                        changes.append(update)
+                    share.updates += 1              # unless it is put off, below
+                    share.bytes += size
                     observer.inbox.append(update)
-        self.changes = changes
 
     def pack(self, updates: list[Update], wide: bool) -> list[Any]:
         """Return *updates* with the positions told on channel 0 as one ZoneMoves, f32 or *wide*."""
@@ -6413,7 +6435,7 @@ class World:
         near.sort(key=_first)
         observer.thresholds, observer.who = [each[0] for each in near], [each[1] for each in near]
         observer.path, observer.limit, observer.looked = -self._drift, limit * _SHY, 0.0
-        observer.surveyed_tick, observer.spent = self.ticks, -len(who)
+        observer.surveyed_tick, observer.spent = self.ticks, -2 * len(who)
         for each in crossed:
             self._cross(observer, *each)
 
@@ -6434,10 +6456,10 @@ class World:
             inside = bool(new & share.bit)
             if not inside:
                 share.hide(observer)
-                observer.owed.pop(share, None)
+                observer.owed[share.layer.priority].pop(share, None)
             elif told & share.bit:              # back before it was told of having left
                 share.show(observer)
-                observer.owed[share] = share.whole
+                observer.owe(share, share.whole)
             if self.watched:
                 self.crossed.append(("enter" if inside else "exit", replica.obj,
                                      share.layer.channel, observer.key))
@@ -6454,121 +6476,136 @@ class World:
             inbox = [each for each in inbox if observer in each.share.viewers]
         if self._waits(observer, inbox, now_ns) or (
                 ready is not None and not ready(observer.key)):
-            self._owe(observer, inbox)
+            for each in self._put_off(observer, inbox):
+                each.share.count(each, -1)
+                observer.dropped += 1
             return []
-        updates = self._make_up(observer, inbox) if observer.owed else inbox
-        if observer.pending:
-            updates = updates + self._crossings(observer)
-        size = sum([each.size for each in updates])
         rate = self.bytes_per_s if observer.bytes_per_s is None else observer.bytes_per_s
-        if rate or self.crossings_per_s or size > self.max_bytes:
-            updates = self._ration(observer, updates, rate, now_ns)
-            size = sum([each.size for each in updates])
-        if observer.pending:
-            self._note_crossings(observer, updates)
-        observer.updates += len(updates)
+        size = sum([each.size for each in inbox])
+        if observer.behind or rate or size > self.max_bytes:
+            inbox = self._ration(observer, inbox, rate, now_ns)
+            size = sum([each.size for each in inbox])
+        elif observer.pending:
+            crossings = self._choose(observer, [], self._allowed(observer, 0.0, now_ns) - size)
+            inbox = inbox + crossings
+            size += sum([each.size for each in crossings])
+        observer.updates += len(inbox)
         observer.bytes += size
         observer.waits_since_ns = 0
-        return updates
-
-    def _note_crossings(self, observer: _Observer, told: list[Update]) -> None:
-        """Note of which zones an observer has been told."""
-        masks, pending = observer.masks, observer.pending
-        for each in told:
-            if each.type is _ENTER:
-                each.share.show(observer)
-                pending[each.share.replica] |= each.share.bit
-            elif each.type is _EXIT:
-                pending[each.share.replica] &= ~each.share.bit
-        observer.pending = {replica: mask for replica, mask in pending.items()
-                            if mask != masks.get(replica, 0)}
+        return inbox
 
     def _waits(self, observer: _Observer, inbox: list[Update], now_ns: int) -> bool:
         """Whether a batch is not full, has nothing urgent, and can wait for the next tick."""
         if not 0 < self._period_ns < self.wait_ns or observer.pending or (
-                len(inbox) + len(observer.owed) >= self.batch) or (
+                len(inbox) + observer.debts >= self.batch) or observer.owed[0] or (
                 not all([each.share.layer.priority for each in inbox])):
             return False
         observer.waits_since_ns = observer.waits_since_ns or now_ns
         return now_ns + self._period_ns - observer.waits_since_ns <= self.wait_ns
 
-    def _owe(self, observer: _Observer, updates: Iterable[Update]) -> int:
-        """Keep in mind what was not told; events are dropped. Returns how many wait anew."""
-        owed, before = observer.owed, len(observer.owed)
-        for each in updates:
-            each.share.count(each, -1)
-            if each.changed:
-                observer.coalesced += each.share in owed
-                owed[each.share] = owed.get(each.share, 0) | each.changed
-            elif each.type is _EVENT:
-                observer.dropped += 1
-        return len(owed) - before
-
-    def _make_up(self, observer: _Observer, inbox: list[Update]) -> list[Update]:
-        """Return the updates of an observer with what it is owed, as it is now."""
-        owed, observer.owed = observer.owed, {}
-        updates = []
+    def _put_off(self, observer: _Observer, inbox: list[Update]) -> list[Update]:
+        """Owe an observer the updates of its inbox; return its events, which can't wait."""
+        events = []
         for each in inbox:
-            before = owed.pop(each.share, 0) if each.changed else 0
-            observer.coalesced += before > 0
-            if before | each.changed != each.changed:
+            if each.changed:
                 each.share.count(each, -1)
-                each = self._remake(each.share, before | each.changed)
-            updates.append(each)
-        return updates + [self._remake(*each) for each in owed.items()]
+                observer.owe(each.share, each.changed)
+                self._remade.setdefault((each.share, each.changed), each)
+            else:
+                events.append(each)
+        return events
 
-    def _remake(self, share: _Share, changed: int) -> Update:
-        if (update := self._remade.get((share, changed))) is None:
-            update = self._remade[share, changed] = Update(
-                share, _EVENT, "update", share.data(changed), self._stamp, changed)
+    def _ration(self, observer: _Observer, inbox: list[Update], rate: float,
+                now_ns: int) -> list[Update]:
+        """Return what fits an observer's limits: by importance, exits first, then the nearest."""
+        before, left_out = observer.debts, observer.left_out
+        events = self._put_off(observer, inbox)
+        bound = self._allowed(observer, rate, now_ns)
+        told: list[Update] = []
+        if bound > 0:
+            told = self._choose(observer, events, bound)
+            observer.allowance -= sum([each.size for each in told]) if rate else 0
+        for each in {*events} - {*told}:
+            each.share.count(each, -1)
+            observer.dropped += 1
+        debts = observer.debts
+        observer.behind = debts > 0
+        observer.left_out = left_out + max(0, debts - before)
+        return told
+
+    def _allowed(self, observer: _Observer, rate: float, now_ns: int) -> float:
+        """Return how many bytes an observer may be told now; add to what it may be."""
+        seconds = (now_ns - (observer.fed_ns or now_ns)) / 1e9
+        observer.fed_ns = now_ns
+        crossings, most = self.crossings_per_s, rate * _SAVED_S
+        observer.crossings = min(observer.crossings + crossings * seconds,
+                                 max(1.0, crossings * _SAVED_S)) if crossings else math.inf
+        if not rate:
+            return self.max_bytes
+        observer.allowance = min(observer.allowance + rate * seconds, most)
+        # few and large writes rather than many small ones
+        return min(self.max_bytes, observer.allowance) if observer.allowance >= most / 2 else 0
+
+    def _choose(self, observer: _Observer, events: list[Update], bound: float) -> list[Update]:
+        """Return what an observer is told of all that waits for it, *bound* bytes or a bit more."""
+        told, size, at = [], 0, observer.at
+        for rank, (owed, (exits, enters)) in enumerate(zip(observer.owed,
+                                                           self._crossings(observer))):
+            for share in exits:
+                if observer.crossings >= 1 and size < bound:
+                    observer.crossings -= 1
+                    told.append(self._remake(share, 0, _EXIT))
+                    size += told[-1].size
+                    observer.pending[share.replica] &= ~share.bit
+            waiting: list[_Share | Update] = [*enters, *owed]
+            waiting += [each for each in events if each.share.layer.priority == rank]
+            for each in sorted(waiting, key=lambda each: math.dist(at, each.replica.at)):
+                if size >= bound:
+                    break
+                if isinstance(each, Update):
+                    told.append(each)
+                elif (update := self._next_of(observer, each, owed)) is not None:
+                    told.append(update)
+                else:
+                    continue
+                size += told[-1].size
+        masks = observer.masks
+        observer.pending = {replica: mask for replica, mask in observer.pending.items()
+                            if mask != masks.get(replica, 0)}
+        return told
+
+    def _next_of(self, observer: _Observer, share: _Share,
+                 owed: dict[_Share, int]) -> Update | None:
+        """Return what of a share is told next: what is owed, or that its zone is entered."""
+        if share in owed:
+            return self._remake(share, owed.pop(share), _EVENT)
+        if observer.crossings < 1:
+            return None
+        observer.crossings -= 1
+        observer.pending[share.replica] |= share.bit
+        share.show(observer)
+        return self._remake(share, share.whole, _ENTER)
+
+    def _remake(self, share: _Share, changed: int, kind: str) -> Update:
+        """Return an update that tells of *changed* as it is now, made once a tick; count it."""
+        key = (share, changed) if kind is _EVENT else (share, kind)
+        if (update := self._remade.get(key)) is None:
+            data = None if kind is _EXIT else share.data(changed)
+            name = {_ENTER: "enter", _EXIT: "exit"}.get(kind, "update")
+            update = self._remade[key] = Update(share, kind, name, data, self._stamp,
+                                                changed if kind is _EVENT else 0)
         share.count(update)
         return update
 
-    def _crossings(self, observer: _Observer) -> list[Update]:
-        """Return the exits, then the enters, that an observer has to be told."""
-        exits, enters = [], []
+    def _crossings(self, observer: _Observer) -> list[tuple[list[_Share], list[_Share]]]:
+        """Return the exits and the enters that an observer has to be told, by priority."""
+        found: list[tuple[list[_Share], list[_Share]]] = [([], []) for _ in _PRIORITIES]
         for replica, told in observer.pending.items():
             now = observer.masks.get(replica, 0)
             for share in replica.shares:
-                if told & ~now & share.bit:
-                    exits.append(Update(share, _EXIT, "exit", None, self._stamp))
-                    share.count(exits[-1])
-                elif now & ~told & share.bit:
-                    enters.append(self._enter(share))
-        return exits + enters
-
-    def _enter(self, share: _Share) -> Update:
-        """Return a layer's whole state, made once a tick."""
-        if share.entered is None or share.entered[0] != self.ticks:
-            share.entered = self.ticks, Update(share, _ENTER, "enter", share.data(share.whole),
-                                               self._stamp)
-        share.count(share.entered[1])
-        return share.entered[1]
-
-    def _ration(self, observer: _Observer, updates: list[Update], rate: float,
-                now_ns: int) -> list[Update]:
-        """Return what fits an observer's limits: exits, then by importance, then the nearest."""
-        seconds = (now_ns - (observer.fed_ns or now_ns)) / 1e9
-        observer.fed_ns = now_ns
-        crossings = self.crossings_per_s
-        observer.allowance = min(observer.allowance + rate * seconds, rate * _SAVED_S)
-        observer.crossings = min(observer.crossings + crossings * seconds,
-                                 max(1.0, crossings * _SAVED_S))
-        bound = min(self.max_bytes, observer.allowance if rate else math.inf)
-        told, left, size = [], [], 0
-        at = observer.at
-        for each in sorted(updates, key=lambda each: (
-                each.type is not _EXIT, each.share.layer.priority, math.dist(at, each.at))):
-            crosses = crossings and each.type is not _EVENT
-            if size >= bound or crosses and observer.crossings < 1:
-                left.append(each)
-                continue
-            told.append(each)
-            size += each.size
-            observer.crossings -= bool(crosses)
-        observer.allowance -= size if rate else 0
-        observer.left_out += self._owe(observer, left)
-        return told
+                if (told ^ now) & share.bit:
+                    found[share.layer.priority][bool(now & share.bit)].append(share)
+        return found
 
     # -- looking --
 
@@ -6579,15 +6616,22 @@ class World:
             self._complained_ns = now_ns
             _log.error("replication: %s", what)
 
-    def _profile(self, layers: Sequence[Layer]) -> _Profile:
-        key = tuple(layers)
-        if (profile := self._profiles.get(key)) is None:
-            profile = self._profiles[key] = _Profile.of(key, self.hysteresis)
-            self._reach = max(self._reach, profile.reach)
-        return profile
+    def _plan(self, layers: tuple[Layer, ...]) -> tuple[_Profile, _Routes]:
+        """Return what all objects with the same layers have in common."""
+        if (plan := self._plans.get(layers)) is None:
+            routes: _Routes = {}
+            for number, layer in enumerate(layers):
+                for bit, name in enumerate(layer.properties):
+                    routes[name] = (*routes.get(name, ()), (number, 1 << bit))
+            plan = self._plans[layers] = _Profile.of(layers, self.hysteresis), routes
+            self._reach = max(self._reach, plan[0].reach)
+        return plan
 
     def _wheel(self, layer: Layer) -> _Wheel:
-        return self._wheels.setdefault((layer.channel, layer.hz), _Wheel(layer))
+        key = layer.channel, layer.hz
+        if key not in self._wheels:
+            self._wheels[key] = _Wheel(layer)
+        return self._wheels[key]
 
     def _next_slot(self) -> int:
         self._slot = (self._slot + 37) % _TURN          # neighbours are far from each other
@@ -6655,7 +6699,8 @@ class World:
                     assert not inside or distance <= radius * (1 + self.hysteresis)
                     assert (observer in share.viewers) == bool(mask & told & share.bit)
             assert observer.masks.keys() <= {*self._replicas.values()}
-            assert all(share.viewers.keys() >= {observer} for share in observer.owed)
+            assert observer.behind == (observer.debts > 0)
+            assert all(observer in share.viewers for owed in observer.owed for share in owed)
 
 
 # =============================================================================
@@ -10843,7 +10888,7 @@ h2 { font-size: .95rem; margin: 0 0 .4rem; }
 #status.on::before { background: var(--good); }
 #count { color: var(--soft); }
 main { flex: 1; min-height: 0; display: grid; grid-template-columns: minmax(0, 1fr) 20rem; gap: .8rem;
-  padding: 0 1rem 1rem; }
+  grid-template-rows: minmax(0, 1fr); padding: 0 1rem 1rem; }
 section, figure { margin: 0; padding: .8rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 figure { padding: .4rem; display: flex; flex-direction: column; }
 canvas { flex: 1; width: 100%; min-height: 0; height: 0; border-radius: 5px; touch-action: none; cursor: crosshair; }
@@ -10854,7 +10899,7 @@ dl { display: grid; grid-template-columns: 1fr auto; gap: .1rem .8rem; margin: 0
 dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; }
 dt { color: var(--soft); }
 meter { width: 100%; height: .7rem; grid-column: 1 / 3; }
-#log { list-style: none; margin: 0 0 .5rem; padding: 0; height: 11rem; overflow: auto; overflow-wrap: anywhere; }
+#log { list-style: none; margin: 0 0 .5rem; padding: 0; height: 8rem; overflow: auto; overflow-wrap: anywhere; }
 #log b { color: var(--me); font-weight: 600; }
 #log i { color: var(--soft); }
 form { display: flex; gap: .4rem; }
@@ -10871,7 +10916,7 @@ button { cursor: pointer; }
 [type=range], [type=checkbox] { accent-color: var(--me); }
 [type=range] { width: 100%; flex: 1 0 100%; padding: 0; }
 [type=checkbox] { flex: none; }
-@media (max-width: 50rem) { body { height: auto; } main { grid-template-columns: 1fr; } figure { height: 115vw; max-height: 80vh; } }
+@media (max-width: 50rem) { body { height: auto; } main { grid-template: none / 1fr; } figure { height: 115vw; max-height: 80vh; } }
 </style>
 </head>
 <body>
@@ -10902,6 +10947,11 @@ button { cursor: pointer; }
       </dl>
       <label><input id="slow" type="checkbox"> be a slow client (6 kB/s)</label>
     </section>
+    <section aria-labelledby="h-chat">
+      <h2 id="h-chat">Chat</h2>
+      <ul id="log" role="log" aria-live="polite" tabindex="0" aria-label="Chat messages"></ul>
+      <form id="say"><input id="text" maxlength="300" autocomplete="off" placeholder="Say something" aria-label="Say something"><button>Send</button></form>
+    </section>
     <section aria-labelledby="h-live">
       <h2 id="h-live">Live</h2>
       <dl>
@@ -10914,11 +10964,6 @@ button { cursor: pointer; }
         <dt>tick / its budget</dt><dd id="tick">-</dd>
         <meter id="budget" min="0" max="20" low="10" high="16" optimum="0" value="0" aria-label="tick time against its budget"></meter>
       </dl>
-    </section>
-    <section aria-labelledby="h-chat">
-      <h2 id="h-chat">Chat</h2>
-      <ul id="log" role="log" aria-live="polite" tabindex="0" aria-label="Chat messages"></ul>
-      <form id="say"><input id="text" maxlength="300" autocomplete="off" placeholder="Say something" aria-label="Say something"><button>Send</button></form>
     </section>
     <section aria-labelledby="h-online">
       <h2 id="h-online">Online: <span id="online">0</span></h2>

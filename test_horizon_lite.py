@@ -3552,10 +3552,9 @@ def test_who_has_little_bandwidth_gets_the_important_and_the_near_first_and_the_
         world.add(rock, 1 + n, 0, 0, channels=(0, 3))
     world.limit("anna", 20_000)
     looker.tick()
-    assert len(looker.messages("bob")) == 80 and len(looker.messages()) == 1
-    looker.tick()
-    assert [each["channel"] for each in looker.messages()] == [0] * len(looker.messages())
-    assert [each["object_id"] for each in looker.messages()] == [rock.id for rock in rocks[1:1 + len(looker.messages())]]
+    assert len(looker.messages("bob")) == 80 and 8 <= len(looker.messages()) <= 14       # a tenth of a second's
+    first = looker.messages() + [message for _, message in looker.tick(6)]
+    assert 12 < len(first) < 30 and [(each["object_id"], each["channel"]) for each in first] == [(rock.id, 0) for rock in rocks[:len(first)]]
     looker.tick(100)
     assert looker.views["anna"].zones == world.seen_by("anna")
     sent = world.stats("anna")["bytes"]
@@ -3566,7 +3565,7 @@ def test_who_has_little_bandwidth_gets_the_important_and_the_near_first_and_the_
     spent = world.stats("anna")["bytes"] - sent
     assert 0.9 * 5 * 20_000 < spent < 1.03 * 5 * 20_000 and world.stats("bob")["bytes"] > 4 * spent
     near = [looker.views["anna"][rock.id].health for rock in rocks]
-    assert near[0] == 299 and near[0] > near[-1]
+    assert near[0] >= 295 and near[0] > near[-1]
     stats = world.stats("anna")
     assert stats["left_out"] and stats["coalesced"] and not stats["dropped"]
     looker.tick(60)
@@ -3620,11 +3619,11 @@ def test_who_is_not_ready_gets_what_is_newest_when_it_is(looker):
         assert not looker.tick(ready=lambda observer: False)
     flicker.position = 0, 0, 0
     stats = world.stats("anna")
-    assert stats["coalesced"] == 9 and stats["dropped"] == 10
+    assert stats["coalesced"] >= 9 and stats["dropped"] == 10
     looker.tick()
     assert len(looker.messages()) == 4 and looker.views["anna"].zones == world.seen_by("anna")
     assert looker.views["anna"][rock.id].health == looker.views["anna"][flicker.id].health == 9 and late in looker.views["anna"]
-    assert not world._observers["anna"].owed and not world._observers["anna"].pending
+    assert not world._observers["anna"].debts and not world._observers["anna"].pending
 
 
 def test_an_update_is_encoded_once_for_all_who_get_it(looker):
@@ -5254,6 +5253,10 @@ def test_looking_from_another_thread_changes_nothing():
 
 # -- programs --
 
+def inflated(compressed):
+    return hl.builtin_schema().EventBatch.decode(hl._inflate(compressed.data, compressed.original_size, "compressed_events"))
+
+
 class Wire:
     """A plugin program by hand: frames over the host's socket."""
 
@@ -5305,7 +5308,7 @@ class Wire:
         if kind == "event":
             return message.event
         assert kind in ("events", "compressed_events"), message
-        return hl._inflated(message.compressed_events).events if kind == "compressed_events" else message.events.events
+        return inflated(message.compressed_events).events if kind == "compressed_events" else message.events.events
 
     def shutdown(self):
         """Why the host ended it; whatever came before is passed over."""
@@ -11083,6 +11086,54 @@ def test_the_page_lives_in_a_real_browser(chromium):
             for tab in (one, two):
                 tab.wait("document.querySelector('#status')?.textContent === 'connected' && players.size === 102", 30)
             assert one.errors == two.errors == []
+
+
+def test_the_page_shows_what_you_see_of_the_world(chromium):
+    with program("--port", "0", "--objects", "500", "--players", "3") as (_, url):
+        tab = Tab(chromium, url)
+        tab.wait("document.querySelector('#status')?.textContent === 'connected' && told !== null && stones.size > 5")
+        tab.call("Page.bringToFront")
+        assert tab.eval("document.querySelector('#demo').hidden") is False
+        tab.wait("document.querySelector('#count').textContent.includes('stones near you')")
+        # objects are where the server says they are, in the zones it says
+        tab.eval("emit('movement', 'position', {x: own.x = 500, y: own.y = 500}); moved = true")
+        tab.wait("[...stones.values()].every(each => Math.hypot(each.x - 500, each.y - 500) < 400 * 1.05 + 60) && stones.size > 150")
+        tab.wait("[...stones.values()].some(each => each.channels.has(0)) && [...stones.values()].some(each => !each.channels.has(2))")
+        before = tab.eval("JSON.stringify([...stones.values()].map(each => each.x))")
+        tab.wait(f"JSON.stringify([...stones.values()].map(each => each.x)) !== {json.dumps(before)}")
+        # you go, and some enter and some leave, visibly
+        known = tab.eval("JSON.stringify([...stones.keys()])")
+        tab.eval("own.x = 100; own.y = 100; moved = true")
+        tab.wait(f"(() => {{ const old = new Set({known}); return [...stones.keys()].some(id => !old.has(id)) && leaving.length > 0 }})()")
+        tab.wait("leaving.length === 0")
+        rings = ("(() => { const pen = document.querySelector('#world').getContext('2d'), r = devicePixelRatio || 1; let n = 0;"
+                 "for (let a = 0; a < 6.28; a += 0.02) { const x = (fit.x + (own.x + 60 * Math.cos(a)) * fit.scale) * r, y = (fit.y + (own.y + 60 * Math.sin(a)) * fit.scale) * r;"
+                 "const [red, , blue, alpha] = pen.getImageData(x, y, 1, 1).data; n += alpha > 60 && blue > red } return n })()")
+        tab.wait(f"{rings} > 150")
+        # the slider
+        tab.eval("$('density').value = 1500; $('density').dispatchEvent(new Event('input'))")
+        tab.wait("told.objects === 1500 && $('stones').textContent === '1,500' && parseFloat($('now').textContent) > 0 && $('load').max > 0")
+        # a slow client
+        tab.eval("own.x = 500; own.y = 500; moved = true")
+        tab.wait("told.owed === 0 && stones.size > 500")
+        tab.eval("$('slow').click()")
+        tab.wait("told.slow && told.left_out > 0 && told.coalesced > 100 && told.dropped > 0")
+        tab.wait("parseInt($('bytes').textContent.replace(',', '')) < 8000")
+        assert tab.eval("$('coalesced').textContent") != "0"
+        tab.eval("$('slow').click()")
+        tab.wait("!told.slow && told.owed === 0")
+        for data in ({"count": 99}, {"count": 5_001}, {"count": True}, {}, None):
+            with hl.connect(url) as rude:
+                rude.emit("demo", "density", data)
+                assert rude.recv(5)["error"]["code"] == "cancelled"
+        with hl.connect(url) as rude:
+            rude.emit("demo", "slow", {"on": True})     # it is nowhere yet
+            assert rude.recv(5)["error"]["code"] == "cancelled"
+        assert tab.errors == []
+    with program("serve", "--port", "0") as (_, url):
+        plain = Tab(chromium, url)
+        plain.wait("document.querySelector('#status')?.textContent === 'connected'")
+        assert plain.eval("document.querySelector('#demo').hidden") and plain.errors == []
 
 
 # -- a long run --
