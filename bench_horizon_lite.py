@@ -8,7 +8,7 @@
 Every row is a cost, so less is better, and every row checks its own answer before it is
 timed.  A ratio is the peer's cost divided by ours.  Peers that are not installed are
 skipped and said so:  pip install prometheus_client pyee blinker psygnal websockets aiohttp
-picows protobuf grpcio-tools betterproto2 msgspec msgpack pycapnp.  Servers run in processes of their own, clients here; CPU time
+picows protobuf grpcio-tools betterproto2 msgspec msgpack pycapnp scipy.  Servers run in processes of their own, clients here; CPU time
 is the server's, read from /proc.
 """
 
@@ -21,6 +21,7 @@ import functools
 import gc
 import importlib
 import json
+import math
 import operator
 import os
 import platform
@@ -30,6 +31,7 @@ import selectors
 import shutil
 import socket
 import ssl
+import statistics
 import struct
 import subprocess
 import sys
@@ -745,6 +747,261 @@ def _():
     return compare(**{"horizon_lite": functools.partial(cache.get, "lines", render), "rendering": render})
 
 
+# =============================================================================
+# 10, 11  SPACE, REPLICATION
+# =============================================================================
+
+TICK_NS = 16_666_667
+
+
+class Mote(hl.Replicated):
+    """Something with the four default channels."""
+
+
+class Grain(hl.Replicated):
+    """The same without anything to tell: who sees it is all there is."""
+
+    layers = tuple(hl.Layer(channel) for channel in range(4))
+
+
+class Field:
+    """Objects and observers that walk at random in a square of metres: the same for all who are asked."""
+
+    def __init__(self, objects, observers, side, step, moving=1.0, kind=Mote):
+        import random
+        self.roll, self.side, self.step = random.Random(7).uniform, side, step
+        self.things = [[self.roll(0, side), self.roll(0, side), 0.0] for _ in range(objects)]
+        self.eyes = [[self.roll(0, side), self.roll(0, side), 0.0] for _ in range(observers)]
+        self.walking = self.things[:int(objects * moving)]
+        self.kind = kind
+
+    def walk(self):
+        for at in (*self.walking, *self.eyes):
+            at[0] = min(max(at[0] + self.roll(-self.step, self.step), 0.0), self.side)
+            at[1] = min(max(at[1] + self.roll(-self.step, self.step), 0.0), self.side)
+
+
+class OurField:
+    """A World of it."""
+
+    def __init__(self, field):
+        self.field, self.world = field, hl.World()
+        self.ids = [self.world.add(field.kind(), *at) for at in field.things]
+        for eye, at in enumerate(field.eyes):
+            self.world.observe(eye, *at)
+        self.now_ns = 0
+
+    def tick(self):
+        world, field = self.world, self.field
+        move, move_observer = world.move, world.move_observer
+        for id, at in zip(self.ids, field.walking):
+            move(id, *at)
+        for eye, at in enumerate(field.eyes):
+            move_observer(eye, *at)
+        self.now_ns += TICK_NS
+        return [b"[%b]" % b",".join([update.json() for update in updates]) for _, updates in world.gather(self.now_ns)]
+
+    def zones(self):
+        number = {id: n for n, id in enumerate(self.ids)}
+        return [{(number[id], channel) for id, channel in self.world.seen_by(eye)} for eye in range(len(self.field.eyes))]
+
+
+def brute_zones(field, seen):
+    """Return who is in which zone, by asking every pair; *seen* is what was true a tick ago."""
+    found = []
+    for eye, old in zip(field.eyes, seen):
+        distances = [math.dist(eye, at) for at in field.things]
+        zones = {(n, layer.channel) for layer in field.kind.layers
+                 for n, distance in enumerate(distances) if distance <= layer.radius}
+        found.append(zones | {(n, channel) for n, channel in old - zones
+                              if distances[n] <= field.kind.layers[channel].radius * 1.05})
+    return found
+
+
+def tree_zones(field, seen):
+    """The same by a tree that scipy builds anew each tick (C++), asked for each radius."""
+    from scipy.spatial import cKDTree
+    tree, found = cKDTree(field.things), [set() for _ in field.eyes]
+    for layer in field.kind.layers:
+        inner = tree.query_ball_point(field.eyes, layer.radius)
+        outer = tree.query_ball_point(field.eyes, layer.radius * 1.05)
+        for zones, old, near, far in zip(found, seen, inner, outer):
+            zones |= {(n, layer.channel) for n in near} | {(n, layer.channel) for n in far} & old
+    return found
+
+
+class PlainField:
+    """What one would write by hand: zones by *find*, each update encoded once, channels by turns."""
+
+    def __init__(self, field, find):
+        self.field, self.find = field, find
+        self.ids = [str(uuid.uuid4()) for _ in field.things]
+        self.seen, self.ticks = [set() for _ in field.eyes], 0
+        self.every = [max(1, round(60 / layer.hz)) for layer in field.kind.layers]
+
+    def message(self, kind, n, channel, rest):
+        return b'{"type":"%b","object_id":"%b","object_type":"Mote","channel":%d%b,"timestamp":1.000}' % (
+            kind, self.ids[n].encode(), channel, rest)
+
+    def tick(self):
+        field, ticks = self.field, self.ticks
+        self.ticks += 1
+        new, made, out = self.find(field, self.seen), {}, []
+        for old, now in zip(self.seen, new):
+            parts = [self.message(b"gorc_zone_exit", n, channel, b"") for n, channel in old - now]
+            for n, channel in now if field.kind is Mote else ():
+                entered = (n, channel) not in old
+                if not entered and (ticks + n) % self.every[channel]:
+                    continue
+                if (part := made.get((n, channel, entered))) is None:
+                    place = b"[%r,%r,%r]" % tuple(field.things[n])
+                    part = made[n, channel, entered] = self.message(
+                        b"gorc_zone_enter", n, channel, b',"position":%b,"zone_data":{"position":%b}' % (place, place)
+                    ) if entered else self.message(b"gorc_event", n, channel, b',"event":"update","data":{"position":%b}' % place)
+                parts.append(part)
+            if parts:
+                out.append(b"[%b]" % b",".join(parts))
+        self.seen = new
+        return out
+
+    def zones(self):
+        return self.seen
+
+
+def tick_ms(objects, observers=100, side=4_000.0, step=0.1, moving=1.0, kind=Mote, peers="plain Python, scipy", ticks=90,
+            statistic="median"):
+    """Return everybody's CPU time of a tick in steady state, moving included; all must agree who sees what."""
+    field = Field(objects, observers, side, step, moving, kind)
+    fields = {"horizon_lite": OurField(field)}
+    if "plain" in peers:
+        fields["plain Python"] = PlainField(field, brute_zones)
+    if "scipy" in peers and peer("scipy.spatial"):
+        fields["scipy cKDTree"] = PlainField(field, tree_zones)
+    spent = {who: [] for who in fields}
+    for each in fields.values():
+        each.tick()
+    gc.collect()
+    gc.freeze()                             # as Engine.run does
+    try:
+        for _ in range(ticks):
+            field.walk()
+            for who, each in fields.items():
+                began = time.process_time()
+                each.tick()
+                spent[who].append(time.process_time() - began)
+    finally:
+        gc.unfreeze()
+    for who, each in fields.items():
+        assert each.zones() == fields["horizon_lite"].zones(), who
+    pick = {"median": statistics.median, "p99": lambda each: sorted(each)[len(each) * 99 // 100]}[statistic]
+    return {who: pick(each[5:]) * 1e3 for who, each in spent.items()}
+
+
+@bench("11.replication.tick_1000", "ms CPU")
+def _():
+    """1,000 objects, 100 observers, 4 x 4 km, four default channels, all walking 6 m/s; moves, zones, encoding."""
+    return tick_ms(1_000)
+
+
+@bench("11.replication.tick_1000_p99", "ms CPU")
+def _():
+    return tick_ms(1_000, peers="", ticks=300, statistic="p99")
+
+
+@bench("11.replication.tick_1000_fast", "ms CPU")
+def _():
+    """The same where everybody jumps up to a metre a tick: 60 m/s."""
+    return tick_ms(1_000, step=1.0)
+
+
+@bench("11.replication.tick_10000", "ms CPU")
+def _():
+    return tick_ms(10_000, peers="scipy", ticks=30)
+
+
+@bench("11.replication.growth", "of n log n")
+def _():
+    """What 10,000 objects cost against 1,000, divided by what n log n would: not above 1."""
+    few, many = (min(tick_ms(count, peers="", ticks=ticks)["horizon_lite"] for _ in range(2))
+                 for count, ticks in ((1_000, 90), (10_000, 30)))
+    return {"horizon_lite": many / few / (10 * math.log(10_000) / math.log(1_000))}
+
+
+@bench("11.replication.dense", "ms CPU")
+def _():
+    """1,000 objects in 500 x 500 m: everybody sees nearly everything."""
+    return tick_ms(1_000, side=500.0, ticks=30)
+
+
+@bench("11.replication.sparse", "ms CPU")
+def _():
+    """1,000 objects in 40 x 40 km: hardly anybody sees anything."""
+    return tick_ms(1_000, side=40_000.0, ticks=60)
+
+
+@bench("11.replication.zones", "ms CPU")
+def _():
+    """Who is in which zone alone, with nothing to tell but that."""
+    return tick_ms(1_000, kind=Grain)
+
+
+@bench("11.replication.still", "ms CPU")
+def _():
+    """10,000 objects of which 10 move: a tick costs what moves, not what there is."""
+    def still(count):
+        return tick_ms(count, step=0.05, moving=10 / count, peers="", ticks=60)["horizon_lite"]
+    return {"horizon_lite": still(10_000), "of 1,000 objects": still(1_000)}
+
+
+class Soldier(hl.Replicated):
+    """A usual thing: some of what it has changes all the time, most seldom."""
+
+    layers = (hl.Layer(0, 200, 30, ("position", "heading", "health", "armour", "weapon", "name", "team", "stance")),)
+
+    def __init__(self, n):
+        self.heading, self.health, self.armour, self.weapon = 0.0, 100, 50, "rifle"
+        self.name, self.team, self.stance = f"soldier {n}", n % 2, "standing"
+
+
+class Scout(Soldier):
+    """One that is told with every tick."""
+
+    layers = (hl.Layer(0, 200, 60, Soldier.layers[0].properties),)
+
+
+@bench("11.replication.bytes", "bytes/s an observer")
+def _():
+    """100 soldiers that walk and 50 observers in 600 x 600 m for ten seconds; one in fifty ticks something else changes."""
+    world = hl.World()
+    field = Field(100, 50, 600.0, 0.1)
+    soldiers = [Soldier(n) for n in range(100)]
+    for soldier, at in zip(soldiers, field.things):
+        world.add(soldier, *at)
+    for eye, at in enumerate(field.eyes):
+        world.observe(eye, *at)
+    world.tick(0)
+    sums, deflate, seconds = dict.fromkeys(("delta", "all", "proto", "packed", "squeezed"), 0), hl.Deflate(), 10
+    for n in range(seconds * 60):
+        field.walk()
+        for number, (soldier, at) in enumerate(zip(soldiers, field.things)):
+            soldier.position = at
+            if (n + number) % 50 == 0:
+                soldier.health -= 1
+        for observer, updates in world.gather((n + 1) * TICK_NS):
+            text = b"[%b]" % b",".join([update.json() for update in updates])
+            assert all(update.event != "update" or update.data.keys() <= {"position", "health"} for update in updates)
+            sums["delta"] += len(text)
+            sums["squeezed"] += len(hl._frame_squeezed(deflate, 1, text))
+            sums["all"] += sum(len(update.json()) - len(json.dumps(update.data, separators=(",", ":")))
+                               + len(json.dumps(update.share.data(update.share.whole), separators=(",", ":"))) for update in updates)
+            sums["proto"] += sum(len(update.envelope("")) for update in updates)
+            sums["packed"] += sum(len(each.envelope("")) for each in world.pack(updates, False))
+    assert sums["packed"] < sums["proto"] < sums["delta"] < sums["all"]
+    per_s = {who: count / 50 / seconds for who, count in sums.items()}
+    return {"horizon_lite": per_s["delta"], "whole layers each time": per_s["all"], "as protobuf": per_s["proto"],
+            "positions packed": per_s["packed"], "JSON deflated": per_s["squeezed"]}
+
+
 @bench("12.ticks.batcher", "ns")
 def _():
     """Add an item to a batch of 20; beside it a list by hand, without a clock or a bound."""
@@ -963,10 +1220,32 @@ def serve_plugins():
     app.run()
 
 
+def serve_world():
+    """1,000 objects that walk in 4 x 4 km, and change, at 60 ticks/s; an event on a critical layer with each chat line."""
+    app, n = hl.Engine(port=0, tick_hz=60, max_messages_per_s=0, log_level="error"), 0
+    field = Field(1_000, 0, 4_000.0, 0.1)
+    motes = [Scout(number) for number in range(1_000)]
+    for mote, at in zip(motes, field.things):
+        app.world.add(mote, *at)
+
+    @app.on_core("server_tick")
+    def tick(event):
+        field.walk()
+        for mote, at in zip(motes, field.things):
+            app.world.move(mote.id, *at)
+
+    @app.on_client("bench", "hit")
+    def hit(event):
+        app.emit_gorc(motes[event.data % 1_000], 0, "hit", event.data)
+    print(app.url.rpartition(":")[2], flush=True)
+    app.run()
+
+
 SERVERS = {"horizon_lite": serve_horizon_lite, "websockets": serve_websockets, "aiohttp": serve_aiohttp,
            "picows": serve_picows}
 SPECIAL = {"horizon_lite TLS": lambda: serve_horizon_lite(tls_cert=os.environ["BENCH_CERT"]),
-           "websockets deflate": lambda: serve_websockets("deflate"), "plugins": serve_plugins}
+           "websockets deflate": lambda: serve_websockets("deflate"), "plugins": serve_plugins,
+           "world": serve_world}
 
 
 def installed():
@@ -1315,6 +1594,48 @@ def report_of(connect):
     with socket.create_connection(("127.0.0.1", connect.port)) as sock:
         sock.sendall(b"GET /stats.json HTTP/1.0\r\nHost: localhost\r\n\r\n")
         return json.loads(b"".join(iter(functools.partial(sock.recv, 65536), b"")).partition(b"\r\n\r\n")[2])
+
+
+@functools.cache
+def world_lags(seconds=10):
+    """Return p99 of the replication lag and of critical events, in ms, with 100 clients that read and walk."""
+    import random
+    roll = random.Random(3).uniform
+    with server("world") as (pid, connect), selectors.DefaultSelector() as selector:
+        socks, heard, rest = [connect() for _ in range(100)], 0, {}
+        for sock in socks:
+            selector.register(sock, selectors.EVENT_READ)
+        began = said = time.monotonic()
+        while time.monotonic() - began < seconds:
+            if time.monotonic() - said > 0.02:              # fifty a second walk, and something is hit
+                said = time.monotonic()
+                sock = socks[int(roll(0, 100))]
+                send_text(sock, '{"namespace":"movement","event":"position","data":{"x":%r,"y":%r}}' % (roll(0, 4_000), roll(0, 4_000)))
+                send_text(sock, '{"namespace":"bench","event":"hit","data":%d}' % int(roll(0, 1_000)))
+            for key, _ in selector.select(0.005):
+                rest[key.fileobj] = rest.get(key.fileobj, b"")[-20:] + key.fileobj.recv(1 << 20)
+                heard += rest[key.fileobj].count(b'"event":"update"')
+        report = report_of(connect)
+        for sock in socks:
+            sock.close()
+    told = report["replication"]
+    assert told["objects"] == 1_000 and told["observers"] >= 95 and heard > 1_000 and told["channels"]["0"]["updates"] > 1_000
+    assert not report["drops"]["dropped"] and told["lag_p99_ms"].keys() == {"0", "critical"}
+    print(f"    {heard} updates heard, ticks {report['tick']['tick_ms']} ms, p99 {report['tick']['tick_p99_ms']}, "
+          f"{report['tick']['overruns']} of {report['tick']['count']} overrun", file=sys.stderr)
+    return told["lag_p99_ms"]
+
+
+@bench("11.replication.lag_p99", "ms")
+def _():
+    """From a change in a tick to the socket, 1,000 objects and 100 clients; seed 002: under 16 ms."""
+    return {"horizon_lite": world_lags()["0"]}
+
+
+@bench("11.replication.critical_p99", "ms")
+def _():
+    """From emit_gorc on a critical layer to the socket, meanwhile; seed 002: under 1 ms."""
+    return {"horizon_lite": world_lags()["critical"]}
 
 
 def hear(message, reader, joins):

@@ -103,7 +103,6 @@ __all__ = [
     "Bus", "Event", "Handler", "Propagator",                                    # 7 BUS
     "Topics", "Subscription", "Publication", "Presence",                        # 8 TOPICS
     "FragmentCache", "Fragment", "Safe", "escape", "html",
-    "Space",                                                                    # 10 SPACE
     "Movement", "World", "Replicated", "Layer", "Update", "ObjectEvent",        # 11 REPLICATION
     "Ticker", "Batcher", "Outbox",                                              # 12 TICKS
     "HTTPConnection", "WebSocketConnection", "Request", "Response",             # 13 PROTOCOLS
@@ -5552,6 +5551,7 @@ class Replicated:
         self._replica.world.move(self._replica.id, *position)
 
 
+_COUNTED = ("updates", "bytes", "transitions", "left_out", "dropped")
 _PUT_OFF = ("coalesced", "left_out", "dropped")     # what an observer was not told at once
 _PLAIN = frozenset({int, float, str, bool, bytes, type(None)})
 
@@ -5588,7 +5588,7 @@ class _Share:
     """One layer of one object: who sees it, and what has changed since it was told."""
 
     __slots__ = ("replica", "layer", "bit", "viewers", "changed", "since_ns", "slots", "slot",
-                 "place", "updates", "bytes", "transitions")
+                 "place", "updates", "bytes", "transitions", "left_out", "dropped")
 
     def __init__(self, replica: _Replica, layer: Layer, wheel: _Wheel, slot: int) -> None:
         self.replica, self.layer = replica, layer
@@ -5600,18 +5600,17 @@ class _Share:
         self.place = 0                          # the bit of its position
         if "position" in layer.properties:
             self.place = 1 << layer.properties.index("position")
-        self.updates = self.bytes = self.transitions = 0
+        self.updates = self.bytes = self.transitions = self.left_out = self.dropped = 0
 
     @property
     def whole(self) -> int:
         """The bits of all its properties."""
         return (1 << len(self.layer.properties)) - 1
 
-
     def stats(self) -> dict[str, int]:
         """Return its counters."""
-        return {"subscribers": len(self.viewers), "updates": self.updates, "bytes": self.bytes,
-                "transitions": self.transitions}
+        return {"subscribers": len(self.viewers),
+                **{name: getattr(self, name) for name in _COUNTED}}
 
     def count(self, update: Update, times: int = 1) -> None:
         """Count an update that is told, or is not."""
@@ -5912,14 +5911,14 @@ class _Observer:
         else:
             owed[share] = changed
             self.left_out += 1
+            share.left_out += 1
             self.behind = True
 
     def stats(self) -> dict[str, Any]:
         """Return its counters."""
         return {"sees": sum([mask.bit_count() for mask in self.masks.values()]),
                 "owed": self.debts + len(self.pending),
-                **{name: getattr(self, name) for name in (
-                    "updates", "bytes", "transitions", "coalesced", "left_out", "dropped")}}
+                "coalesced": self.coalesced, **{name: getattr(self, name) for name in _COUNTED}}
 
 
 class _Wheel:
@@ -6147,7 +6146,7 @@ class World:
         replica.profile = _NOWHERE              # surveys may know it still
         object.__setattr__(replica.obj, "_replica", None)
         for share in replica.shares:
-            for name in ("updates", "bytes", "transitions"):
+            for name in _COUNTED:
                 self._past[share.layer.channel, name] += getattr(share, name)
         if self.watched and replica.shares:
             self.crossed.append(("unregister", replica.obj, replica.shares[0].layer.channel, None))
@@ -6476,9 +6475,7 @@ class World:
             inbox = [each for each in inbox if observer in each.share.viewers]
         if self._waits(observer, inbox, now_ns) or (
                 ready is not None and not ready(observer.key)):
-            for each in self._put_off(observer, inbox):
-                each.share.count(each, -1)
-                observer.dropped += 1
+            self._drop(observer, self._put_off(observer, inbox))
             return []
         rate = self.bytes_per_s if observer.bytes_per_s is None else observer.bytes_per_s
         size = sum([each.size for each in inbox])
@@ -6518,20 +6515,27 @@ class World:
     def _ration(self, observer: _Observer, inbox: list[Update], rate: float,
                 now_ns: int) -> list[Update]:
         """Return what fits an observer's limits: by importance, exits first, then the nearest."""
-        before, left_out = observer.debts, observer.left_out
+        due = [each.share for each in inbox if each.changed
+               and each.share not in observer.owed[each.share.layer.priority]]
         events = self._put_off(observer, inbox)
         bound = self._allowed(observer, rate, now_ns)
         told: list[Update] = []
         if bound > 0:
             told = self._choose(observer, events, bound)
             observer.allowance -= sum([each.size for each in told]) if rate else 0
-        for each in {*events} - {*told}:
-            each.share.count(each, -1)
-            observer.dropped += 1
-        debts = observer.debts
-        observer.behind = debts > 0
-        observer.left_out = left_out + max(0, debts - before)
+        self._drop(observer, {*events} - {*told})
+        observer.behind = observer.debts > 0
+        for share in due:
+            if share not in observer.owed[share.layer.priority]:    # it did not have to wait
+                share.left_out -= 1
+                observer.left_out -= 1
         return told
+
+    def _drop(self, observer: _Observer, events: Iterable[Update]) -> None:
+        for each in events:
+            each.share.count(each, -1)
+            each.share.dropped += 1
+            observer.dropped += 1
 
     def _allowed(self, observer: _Observer, rate: float, now_ns: int) -> float:
         """Return how many bytes an observer may be told now; add to what it may be."""
@@ -13117,10 +13121,11 @@ class Engine:
     def _tick(self, due: int, budget_ns: int) -> None:
         """Run the ticks that are due; all they made leaves in one write per client."""
         began = self.loop.clock()
+        self._flush_urgent()                    # a tick takes longer than critical events may wait
         for _ in range(due):
             self.tick_count += 1
             self._emit_tick({"tick_count": self.tick_count, "timestamp": time.time()})
-        self._flush_urgent()                    # a tick may take longer than critical events may
+        self._flush_urgent()
         self._tick_once()
         spent = self.loop.clock() - began
         self.world.load += 0.1 * (spent / budget_ns - self.world.load)

@@ -5719,7 +5719,7 @@ def test_large_batches_are_compressed_if_that_helps_and_is_wanted(tmp_path, rng)
     bomb = zlib.compress(bytes(hl._MAX_BATCH + 1))
     for data, size in ((bomb, hl._MAX_BATCH + 1), (good[:-2], 100), (good + b"x", 100), (good, 99), (b"junk", 4)):
         with pytest.raises(hl.PeerError):
-            hl._inflated(schema.CompressedEventBatch(data=data, original_size=size))
+            inflated(schema.CompressedEventBatch(data=data, original_size=size))
 
 
 def test_movement_is_encoded_as_the_schema_does(rng):
