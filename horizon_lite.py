@@ -5470,6 +5470,12 @@ def _positive(value: Any, name: str, most: float) -> float:
     return float(value)
 
 
+def _rate(value: Any, name: str) -> float:
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise UsageError(f"{name} = {value!r} must be 0 or more; 0 is no limit")
+    return float(value)
+
+
 DEFAULT_LAYERS = tuple(Layer(channel, properties=("position",)) for channel in range(4))
 
 
@@ -5503,9 +5509,14 @@ class Replicated:
             cls.type_name = cls.__name__            # inherited, and never named
         if not (isinstance(cls.type_name, str) and _NAME.fullmatch(cls.type_name)):
             raise UsageError(f"type_name = {cls.type_name!r} must match {_NAME.pattern}")
-        layers = cls.layers = tuple(cls.layers)
+        own = {"id", "position", "touch"}
+        for name in own & {*vars(cls), *vars(cls).get("__annotations__", ())}:
+            raise UsageError(f"{cls.__name__}.{name}: {name!r} is Replicated's own; where it is, "
+                             "the world knows")
+        layers = cls.layers = (tuple(cls.layers) if isinstance(cls.layers, Iterable)
+                               else (cls.layers,))
         if not all(isinstance(each, Layer) for each in layers):
-            raise UsageError(f"{cls.__name__}.layers are Layer(...), not {layers!r}")
+            raise UsageError(f"{cls.__name__}.layers are a tuple of Layer(...), not {layers!r}")
         if len({each.channel for each in layers}) < len(layers):
             raise UsageError(f"{cls.__name__}.layers name a channel twice: {layers!r}")
 
@@ -5521,13 +5532,31 @@ class Replicated:
         if not (value.__class__ in _PLAIN and old.__class__ is value.__class__ and old == value):
             replica.mark(name)
 
+    def __delattr__(self, name: str) -> None:
+        object.__delattr__(self, name)
+        if self._replica is not None and name in self._replica.routes:
+            self._replica.mark(name)            # the class may have a value of its own
+
+    def __getstate__(self) -> Any:
+        """Return what a copy begins with: it is in no world."""
+        state = super().__getstate__()
+        if isinstance(state, tuple):
+            state[1].pop("_replica", None)
+        return state
+
+    def __repr__(self) -> str:
+        place = f"{self.id} at {self.position}" if self._replica is not None else "in no world"
+        return f"<{self.type_name} {place}>"
+
     def touch(self, *names: str) -> None:
-        """Tell of properties that were changed in place.
+        """Tell of properties that were changed in place, or are computed from others that were.
 
         Raises:
             UsageError: no layer of it has such a property.
         """
         if (replica := self._replica) is not None:
+            if replica.world.guard is not None:
+                replica.world.guard(f"{self.type_name}.touch", "it.touch, ...")
             for name in names:
                 if name not in replica.routes:
                     raise UsageError(f"no layer of {self.type_name} has a property {name!r}"
@@ -5547,8 +5576,13 @@ class Replicated:
     @position.setter
     def position(self, position: Sequence[float]) -> None:
         if self._replica is None:
-            raise StateError(f"this {self.type_name} is in no world; world.add(it, x, y, z)")
-        self._replica.world.move(self._replica.id, *position)
+            raise StateError(f"this {self.type_name} is in no world, and so has no position; "
+                             "world.add(it, x, y, z)")
+        try:
+            x, y, z = position
+        except (TypeError, ValueError):
+            raise UsageError(f"position = {position!r} must be x, y and z") from None
+        self._replica.world.move(self._replica.id, x, y, z)
 
 
 _COUNTED = ("updates", "bytes", "transitions", "left_out", "dropped")
@@ -5732,11 +5766,6 @@ class Update:
         self.size = 0
         self._data = data
         self._json = self._envelope = b""
-
-    @property
-    def replica(self) -> _Replica:
-        """The object, as its world knows it."""
-        return self.share.replica
 
     @property
     def data(self) -> Any:
@@ -5967,7 +5996,7 @@ class World:
     Cost of a tick: grows with what has moved or changed, not with what there is.
     """
 
-    __slots__ = ("hysteresis", "crossings_per_s", "bytes_per_s", "adaptive", "load", "batch",
+    __slots__ = ("hysteresis", "_crossings_per_s", "_bytes_per_s", "adaptive", "load", "batch",
                  "wait_ns", "max_bytes", "compress_above_bytes", "clock", "guard", "urgent",
                  "watched", "crossed", "changes", "quiet", "warnings", "ticks", "_space",
                  "_audience",
@@ -5980,10 +6009,7 @@ class World:
                  merge: int = 10, hysteresis: float = 0.05,
                  crossings_per_s: float | None = None, *,
                  clock: Callable[[], int] = time.monotonic_ns) -> None:
-        if crossings_per_s is not None and not 0 <= crossings_per_s < math.inf:
-            raise UsageError(f"crossings_per_s = {crossings_per_s!r} must be 0 or more")
-        self.hysteresis = 0.0
-        self.bytes_per_s = self.load = 0.0
+        self.hysteresis = self._bytes_per_s = self.load = 0.0
         self.crossings_per_s = crossings_per_s or 0.0
         self.adaptive = False
         self.batch = self.wait_ns = 0           # updates wait for so many, or so long
@@ -5993,7 +6019,7 @@ class World:
         self.guard: Callable[..., object] | None = None         # raises in a strange thread
         self.urgent: Callable[[Any, Update], object] | None = None  # takes critical events at once
         self.watched = False                    # crossed is wanted
-        self.crossed: list[tuple[str, Replicated, int, Any]] = []   # event, object, channel, who
+        self.crossed: list[tuple[str, _Replica, int, Any]] = []     # event, object, channel, who
         self.changes: list[Update] = []         # this tick's updates, whoever gets them
         self.quiet = True                       # it is empty, and everybody knows
         self.warnings: dict[str, str] = {}      # by type
@@ -6034,6 +6060,24 @@ class World:
                 replica.profile, _ = self._plan(tuple([each.layer for each in replica.shares]))
             self._survey_anew()
 
+    @property
+    def crossings_per_s(self) -> float:
+        """How many enters and exits an observer is told a second at most; 0: any number."""
+        return self._crossings_per_s
+
+    @crossings_per_s.setter
+    def crossings_per_s(self, rate: float) -> None:
+        self._crossings_per_s = _rate(rate, "crossings_per_s")
+
+    @property
+    def bytes_per_s(self) -> float:
+        """How much an observer is told, if ``limit`` says nothing else; 0: any amount."""
+        return self._bytes_per_s
+
+    @bytes_per_s.setter
+    def bytes_per_s(self, rate: float) -> None:
+        self._bytes_per_s = _rate(rate, "bytes_per_s")
+
     # -- objects --
 
     def __len__(self) -> int:
@@ -6055,7 +6099,8 @@ class World:
         key = what.id if isinstance(what, Replicated) else what
         replica = self._replicas.get(key) if isinstance(key, str) else None
         if replica is None:
-            raise UsageError(f"{what!r} is not in this world")
+            raise UsageError(f"{what!r} is not in this world" if isinstance(what, Replicated) else
+                             f"there is nothing with the id {what!r} in this world")
         return replica
 
     def _guard(self, what: str) -> None:
@@ -6079,9 +6124,9 @@ class World:
         layers = self._layers_of(obj, channels)
         for layer in layers:
             for name in layer.properties:
-                if not hasattr(obj, name):
-                    raise UsageError(f"layer {layer.channel} of {obj.type_name} names {name!r}, "
-                                     f"and it has no such attribute{_did_you_mean(name, dir(obj))}")
+                if not hasattr(obj, name) or name.startswith("_") or callable(getattr(obj, name)):
+                    raise UsageError(f"layer {layer.channel} of {obj.type_name} names {name!r}, and "
+                                     f"it has no such property{_did_you_mean(name, dir(obj))}")
         replica = _Replica(self, obj, at, layers)
         object.__setattr__(obj, "_replica", replica)
         self._replicas[replica.id] = replica
@@ -6089,7 +6134,7 @@ class World:
         self._space.add(replica)
         self._restless[replica] = None
         if self.watched and layers:
-            self.crossed.append(("register", obj, layers[0].channel, None))
+            self.crossed.append(("register", replica, layers[0].channel, None))
         return replica.id
 
     def _layers_of(self, obj: Replicated, channels: Iterable[int] | None) -> tuple[Layer, ...]:
@@ -6105,7 +6150,8 @@ class World:
             self.warnings[obj.type_name] = (
                 f"channel {far[0].channel} of {obj.type_name} reaches {far[0].radius:g} m; beyond "
                 f"{_FAR:g} m there is much to tell to many")
-            _log.log(logging.DEBUG if obj.layers is DEFAULT_LAYERS else logging.WARNING, "%s",
+            usual = all(each.radius <= _CHANNELS[min(each.channel, 3)][0] for each in far)
+            _log.log(logging.DEBUG if usual else logging.WARNING, "%s",
                      self.warnings[obj.type_name])
         return layers
 
@@ -6137,6 +6183,9 @@ class World:
         """
         self._guard("remove")
         replica = self._find(what)
+        for share in replica.shares:
+            if share.changed and share.viewers:     # its last words
+                self._say(share, "update", share.data(share.changed))
         for observer in list(replica.seers):
             self._cross(observer, replica, observer.masks[replica], 0)
         del self._replicas[replica.id]
@@ -6149,7 +6198,7 @@ class World:
             for name in _COUNTED:
                 self._past[share.layer.channel, name] += getattr(share, name)
         if self.watched and replica.shares:
-            self.crossed.append(("unregister", replica.obj, replica.shares[0].layer.channel, None))
+            self.crossed.append(("unregister", replica, replica.shares[0].layer.channel, None))
 
     def nearby(self, x: float, y: float, z: float, radius: float) -> list[str]:
         """Return the ids of all objects within *radius*.
@@ -6177,6 +6226,11 @@ class World:
         if not (isinstance(name, str) and _NAME.fullmatch(name)) or name in _OWN_EVENTS:
             raise UsageError(f"{name!r} can't be an event: names match {_NAME.pattern}, and "
                              f"{', '.join(_OWN_EVENTS)} are the world's own")
+        return self._say(share, name, data)
+
+    def _say(self, share: _Share, name: str, data: Any) -> int:
+        """Tell all viewers something that does not wait: at once if critical, else with the tick.
+        """
         update = Update(share, _EVENT, name, data, b"%.3f" % time.time(), since_ns=self.clock())
         update.critical = self.urgent is not None and share.layer.priority == 0
         update.measure()
@@ -6221,7 +6275,8 @@ class World:
 
     def _observer(self, key: Any) -> _Observer:
         if (entry := self._observers.get(key)) is None:
-            raise UsageError(f"{key!r} does not observe this world; observe(...) comes first")
+            raise UsageError(f"{key!r} does not observe this world; a client does once it has told "
+                             "where it is (movement:position), others by observe(key, x, y, z)")
         return entry
 
     def unobserve(self, observer: Any) -> None:
@@ -6259,9 +6314,8 @@ class World:
 
     def limit(self, observer: Any, bytes_per_s: float | None) -> None:
         """Give one observer a bandwidth of its own; None: the world's, 0: any."""
-        if bytes_per_s is not None and not 0 <= bytes_per_s < math.inf:
-            raise UsageError(f"bytes_per_s = {bytes_per_s!r} must be 0 or more")
-        self._observer(observer).bytes_per_s = bytes_per_s
+        self._observer(observer).bytes_per_s = None if bytes_per_s is None else _rate(
+            bytes_per_s, "bytes_per_s")
 
     # -- ticks --
 
@@ -6460,7 +6514,7 @@ class World:
                 share.show(observer)
                 observer.owe(share, share.whole)
             if self.watched:
-                self.crossed.append(("enter" if inside else "exit", replica.obj,
+                self.crossed.append(("enter" if inside else "exit", replica,
                                      share.layer.channel, observer.key))
         if told == new:
             del observer.pending[replica]
@@ -6472,7 +6526,8 @@ class World:
         """Return what an observer is told now; keep in mind what it is not."""
         inbox, observer.inbox = observer.inbox, []
         if observer.pending:                    # what it has just left is told no more
-            inbox = [each for each in inbox if observer in each.share.viewers]
+            inbox = [each for each in inbox if not each.changed
+                     or observer in each.share.viewers]
         if self._waits(observer, inbox, now_ns) or (
                 ready is not None and not ready(observer.key)):
             self._drop(observer, self._put_off(observer, inbox))
@@ -6555,24 +6610,22 @@ class World:
         told, size, at = [], 0, observer.at
         for rank, (owed, (exits, enters)) in enumerate(zip(observer.owed,
                                                            self._crossings(observer))):
+            for event in [each for each in events if each.share.layer.priority == rank]:
+                if size < bound:                # now or never, and before its object leaves
+                    told.append(event)
+                    size += event.size
             for share in exits:
                 if observer.crossings >= 1 and size < bound:
                     observer.crossings -= 1
                     told.append(self._remake(share, 0, _EXIT))
                     size += told[-1].size
                     observer.pending[share.replica] &= ~share.bit
-            waiting: list[_Share | Update] = [*enters, *owed]
-            waiting += [each for each in events if each.share.layer.priority == rank]
-            for each in sorted(waiting, key=lambda each: math.dist(at, each.replica.at)):
+            for share in sorted([*enters, *owed], key=lambda each: math.dist(at, each.replica.at)):
                 if size >= bound:
                     break
-                if isinstance(each, Update):
-                    told.append(each)
-                elif (update := self._next_of(observer, each, owed)) is not None:
+                if (update := self._next_of(observer, share, owed)) is not None:
                     told.append(update)
-                else:
-                    continue
-                size += told[-1].size
+                    size += update.size
         masks = observer.masks
         observer.pending = {replica: mask for replica, mask in observer.pending.items()
                             if mask != masks.get(replica, 0)}
@@ -12339,8 +12392,15 @@ class Engine:
         """Decorate a handler of what clients say to objects of a type, in a channel's zone.
 
         It gets an ObjectEvent: ``object``, ``channel``, ``data`` and ``client``. Only a client that
-        is in the zone can say it.
+        is in the zone can say it. *kind* is a class or its type_name, *channel* may be "*".
+
+        Raises:
+            UsageError: there can't be such a channel.
         """
+        channels = range(_MAX_CHANNELS) if isinstance(kind, str) else (
+            each.channel for each in getattr(kind, "layers", ()))
+        if channel not in ("*", *channels) or isinstance(channel, bool):
+            raise UsageError(f"{getattr(kind, '__name__', kind)} has no channel {channel!r}")
         name = kind if isinstance(kind, str) else kind.type_name
         key = _key_of("gorc_client", name, f"{channel}", event)
         return self._decorator(lambda fn: self.bus.on(key, fn, **options))
@@ -13179,10 +13239,9 @@ class Engine:
             self._waiting[session] = None       # to be sent at once: bounded by what is told
         self.metrics.observe("horizon_replication_seconds", (self.loop.clock() - now_ns) / 1e9)
         crossed, self.world.crossed = self.world.crossed, []
-        for name, obj, channel, who in crossed:
-            if self.bus.handles(f"gorc_instance:{obj.type_name}:{channel}:{name}"):
-                self._fire_instance(obj, channel, name, {"observer": who},
-                                    self.sessions.get(who))
+        for name, replica, channel, who in crossed:
+            self._fire_instance(replica.obj, channel, name, {
+                "object_id": replica.id, "observer": who}, self.sessions.get(who))
         return self.world.changes
 
     def _is_ready(self, observer: Any) -> bool:
@@ -13806,7 +13865,9 @@ class Engine:
         except UsageError as error:
             raise _Refused("unknown_channel", str(error)) from None
         if not self.world.sees(session.id, obj, channel):
-            raise _Refused("not_in_zone", f"you are not in the zone of channel {channel}")
+            raise _Refused("not_in_zone", f"you are not in the zone of channel {channel}"
+                           + "; you have not told where you are (movement:position)"
+                           * (not self.world.observes(session.id)))
         event = ObjectEvent(f"gorc_client:{obj.type_name}:{channel}:{name}", message.get("data"),
                             session, obj, channel)
         if not self.bus.handles(event.key):
@@ -14252,8 +14313,9 @@ def _inflate(data: bytes, size: int, what: str) -> bytes:
 class SeenObject:
     """An object as a client sees it: ``id``, ``type``, ``position``, and what it was told of it.
 
-    Properties are read as attributes: ``rock.health``; ``channels`` has them by channel, of the
-    zones the client is in.
+    Properties are read as attributes, ``rock.health`` or ``rock.get("health")``; ``channels`` has
+    them by channel, of the zones the client is in. The position is where it was last told to
+    be: layers that are to know where things are have "position" among their properties.
     """
 
     __slots__ = ("id", "type", "position", "channels")
@@ -14271,6 +14333,10 @@ class SeenObject:
         raise AttributeError(f"of this {self.type} there is no {name!r} in the zones it is seen "
                              f"from{_did_you_mean(name, known)}")
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a property, or *default* if it is not told here."""
+        return getattr(self, name, default)
+
     def __repr__(self) -> str:
         return f"SeenObject({self.type} at {self.position}, {self.channels})"
 
@@ -14278,6 +14344,7 @@ class SeenObject:
 class SeenWorld(dict[str, SeenObject]):
     """What a client may see of a World, by id: what has entered and not left, as last told.
 
+    It changes as the client reads: by ``recv``, in a loop over messages, waiting for an answer.
     ``zones`` are the (id, channel) it is in, as ``World.seen_by`` has them.
     """
 

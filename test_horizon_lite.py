@@ -15,6 +15,7 @@ import base64
 import collections
 import contextlib
 import copy
+import dataclasses
 import decimal
 import doctest
 import enum
@@ -3342,13 +3343,13 @@ def test_what_a_world_does_not_know_is_refused():
     for attempt, word in [
             (lambda: world.add(rock, 0, 0, 0), "already"), (lambda: world.add("rock", 0, 0, 0), "Replicated"), (lambda: world.add(Bare(), 0, 0, 0), "'health'"),
             (lambda: world.add(Rock(), 0, math.nan, 0), "finite"), (lambda: world.add(Rock(), 0, "1", 0), "finite"), (lambda: world.add(Rock(), 0, 0, 0, channels=(2,)), "[0, 1, 3]"),
-            (lambda: world.move("nobody", 0, 0, 0), "not in this world"), (lambda: world.move(id, math.inf, 0, 0), "finite"), (lambda: world.move(None, 0, 0, 0), "not in"),
-            (lambda: world.move(id, 10**400, 0, 0), "finite"), (lambda: world.remove("nobody"), "not in"), (lambda: world.remove(Rock()), "not in"),
+            (lambda: world.move("nobody", 0, 0, 0), "the id 'nobody'"), (lambda: world.move(id, math.inf, 0, 0), "finite"), (lambda: world.move(None, 0, 0, 0), "the id None"),
+            (lambda: world.move(id, 10**400, 0, 0), "finite"), (lambda: world.remove("nobody"), "the id 'nobody'"), (lambda: world.remove(Rock()), "not in"),
             (lambda: world.nearby(0, 0, 0, -1), "radius"), (lambda: world.nearby(0, 0, 0, math.inf), "radius"), (lambda: world.nearby(0, math.nan, 0, 1), "finite"),
             (lambda: world.observe("bob", None, 0, 0), "finite"), (lambda: world.move_observer("bob", 0, 0, 0), "observe"), (lambda: world.seen_by("bob"), "observe"),
             (lambda: world.emit(rock, 2, "x"), "[0, 1, 3]"), (lambda: world.emit(rock, True, "x"), "channels"), (lambda: world.emit(rock, 0, "update"), "own"),
             (lambda: world.emit(rock, 0, "a:b"), "match"), (lambda: world.emit(rock, 0, "x", {1, 2}), "JSON"), (lambda: rock.touch("helth"), "'health'"),
-            (lambda: world.limit("anna", -1), "bytes_per_s"), (lambda: world.stats("bob"), "not in"), (lambda: world.sees("anna", rock, 7), "channels")]:
+            (lambda: world.limit("anna", -1), "bytes_per_s"), (lambda: world.stats("bob"), "the id 'bob'"), (lambda: world.sees("anna", rock, 7), "channels")]:
         with pytest.raises(hl.UsageError, match=re.escape(word)):
             attempt()
     with pytest.raises(hl.StateError):
@@ -3478,6 +3479,74 @@ def test_properties_that_can_not_be_told_harm_nobody_else(looker, caplog):
     assert [(each["channel"], each["data"]) for each in looker.messages() if each["object_id"] == odd.id] == [(0, {"health": 0}), (1, {}), (3, {"loot": []})]
     assert looker.views["anna"][rock.id].health == 1
     assert looker.world.complaints == 2 and "Odd." in caplog.text
+
+
+def test_the_last_words_of_what_is_removed_are_heard(looker):
+    rock = Rock()
+    looker.world.add(rock, 0, 0, 0)
+    looker.tick(20)
+    rock.health, rock.mood = 0, "gone"
+    for channel in (0, 1, 3):
+        assert looker.world.emit(rock, channel, "explosion") == 1
+    looker.world.remove(rock)
+    looker.tick()
+    assert [(each["type"], each["channel"], each.get("event"), each.get("data")) for each in looker.messages()] == [
+        ("gorc_event", 0, "explosion", None), ("gorc_event", 1, "explosion", None), ("gorc_event", 3, "explosion", None),
+        ("gorc_event", 0, "update", {"health": 0}), ("gorc_event", 1, "update", {"mood": "gone"}),
+        *[("gorc_zone_exit", channel, None, None) for channel in (0, 1, 3)]]
+    other = Rock()
+    looker.world.limit("anna", 1_000_000)           # the same when told by importance
+    looker.world.add(other, 0, 0, 0)
+    looker.tick()
+    looker.world.emit(other, 1, "explosion")
+    looker.world.remove(other)
+    assert [message["type"] for _, message in looker.tick()] == ["gorc_zone_exit", "gorc_event", "gorc_zone_exit", "gorc_zone_exit"]
+
+
+def test_copies_and_pickles_of_what_is_in_a_world_are_outside(looker):
+    @dataclasses.dataclass
+    class Gem(hl.Replicated):
+        layers = (hl.Layer(0, 50, 60, ("carat", "position")),)
+        carat: int = 5
+    for made in (Gem(7), Rock()):
+        id = looker.world.add(made, 1, 2, 3)
+        twin = copy.deepcopy(copy.copy(made))
+        assert (twin.id, twin.position) == ("", None) and made.id == id and made.position == (1, 2, 3)
+        assert twin.__dict__ == made.__dict__
+        looker.world.add(twin, 4, 5, 6)
+        assert twin.id != id and pickle.loads(pickle.dumps(Rock())).id == ""
+    assert str(id) in repr(made) and "no world" in repr(Rock()) and Gem(3) == Gem(3)
+
+
+def test_to_delete_an_attribute_tells_of_the_class_own(looker):
+    rock = Rock()
+    looker.world.add(rock, 0, 0, 0)
+    rock.health = 7
+    looker.tick(20)
+    del rock.health
+    assert [message["data"] for _, message in looker.tick(20)] == [{"health": 100}]
+
+
+@pytest.mark.parametrize("name, value", [("position", (1, 2, 3)), ("id", "me"), ("touch", 1), ("position", property(lambda self: (0, 0, 0)))])
+def test_the_names_of_replicated_are_its_own(name, value):
+    with pytest.raises(hl.UsageError, match="own"):
+        type("Mine", (hl.Replicated,), {name: value})
+    with pytest.raises(hl.UsageError, match="own"):
+        type("Mine", (hl.Replicated,), {"__annotations__": {name: "object"}})
+
+
+def test_beginners_are_told_what_to_change():
+    single = type("Single", (hl.Replicated,), {"layers": hl.Layer(0, properties=("position",))})()
+    world = hl.World()
+    world.add(single, 0, 0, 0)
+    for attempt, word in [(lambda: setattr(single, "position", (1, 2)), "x, y and z"), (lambda: setattr(single, "position", 5), "x, y and z"),
+                          (lambda: setattr(world, "bytes_per_s", -5), "bytes_per_s"), (lambda: setattr(world, "crossings_per_s", "x"), "crossings_per_s"),
+                          (lambda: world.add(type("Odd", (hl.Replicated,), {"layers": (hl.Layer(0, properties=("touch",)),)})(), 0, 0, 0), "'touch'"),
+                          (lambda: hl.Engine(port=0).on_gorc(Rock, 2, "x"), "no channel 2"), (lambda: hl.Engine(port=0).on_gorc("Rock", 9, "x"), "no channel 9"),
+                          (lambda: hl.Engine(port=0).on_gorc(int, 0, "x"), "int has no channel 0"), (lambda: world.limit("anna", 5), "movement:position")]:
+        with pytest.raises(hl.UsageError, match=word):
+            attempt()
+    hl.Engine(port=0).on_gorc(Rock, "*", "x")(print)
 
 
 def test_an_object_may_have_channels_of_its_own(looker):
@@ -3740,7 +3809,14 @@ def test_a_world_tells_what_it_counted(looker, caplog):
     report = world.report()
     assert (report["objects"], report["observers"], report["regions"]) == (1, 1, 1) and report["busiest_objects"][id]["type"] == "Rock"
     assert report["channels"]["0"] == world.stats(id)["0"] and report["busiest_observers"] == {"anna": stats}
-    assert report["warnings"] == ["channel 3 of Rock reaches 1000 m; beyond 500 m there is much to tell to many"] and caplog.text.count("reaches 1000 m") == 1
+    assert report["warnings"] == ["channel 3 of Rock reaches 1000 m; beyond 500 m there is much to tell to many"]
+    assert "reaches" not in caplog.text                 # it is the channel's usual one
+
+    class Wide(hl.Replicated):
+        layers = (hl.Layer(1, 600),)
+    for _ in range(2):
+        world.remove(world.add(Wide(), 9_000, 0, 0))
+    assert caplog.text.count("channel 1 of Wide reaches 600 m") == 1 and len(world.report()["warnings"]) == 2
     before = report["channels"]["0"]["updates"]
     world.remove(id)
     looker.tick()
@@ -10448,7 +10524,8 @@ def test_other_threads_are_told_how_to_change_the_world():
         on_loop(app, app.world.add, rock, 0, 0, 0)
         for attempt, way in [(lambda: app.world.add(Rock(), 0, 0, 0), "app.call_soon(app.world.add, ...)"), (lambda: app.world.move(rock.id, 0, 0, 0), "app.world.move, ..."),
                              (lambda: app.world.remove(rock), "app.world.remove, ..."), (lambda: setattr(rock, "health", 1), "app.call_soon(setattr, it, 'health', value)"),
-                             (lambda: app.world.observe("x", 0, 0, 0), "app.world.observe, ..."), (lambda: setattr(rock, "position", (1, 2, 3)), "app.world.move")]:
+                             (lambda: app.world.observe("x", 0, 0, 0), "app.world.observe, ..."), (lambda: setattr(rock, "position", (1, 2, 3)), "app.world.move"),
+                             (lambda: rock.touch("loot"), "app.call_soon(it.touch, ...)")]:
             with pytest.raises(hl.StateError, match=re.escape(way)):
                 attempt()
         assert rock.health == 100
