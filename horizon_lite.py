@@ -77,7 +77,8 @@ import threading
 import time
 import zlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MappingView, Sequence
+from collections.abc import (Callable, Container, Hashable, Iterable, Iterator, Mapping,
+                             MappingView, Sequence)
 from types import ModuleType, SimpleNamespace
 from typing import (TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar,
                     dataclass_transform, overload)
@@ -5018,7 +5019,7 @@ def _place(x: Any, y: Any, z: Any) -> _Position | None:
     try:
         if -limit < x < limit and -limit < y < limit and -limit < z < limit:
             return float(x), float(y), float(z)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, ArithmeticError):
         pass
     return None
 
@@ -5094,9 +5095,9 @@ class Space:
 
     def __init__(self, min_region: float = 100.0, max_region: float = 1000.0, split: int = 50,
                  merge: int = 10) -> None:
-        if not 0 < min_region <= max_region < math.inf:
-            raise UsageError(f"regions are of 0 < min_region <= max_region, not {min_region!r}, "
-                             f"{max_region!r}")
+        if not 1e-6 <= min_region <= max_region <= 1e12:
+            raise UsageError(f"regions are of 1e-6 <= min_region <= max_region <= 1e12, not "
+                             f"{min_region!r}, {max_region!r}")
         if not 0 <= merge <= split or max_region / min_region > 1 << 20:
             raise UsageError(f"merge = {merge!r} must be 0 to split = {split!r}; max_region at "
                              "most a million times min_region")
@@ -5168,6 +5169,7 @@ class Space:
     def around(self, x: float, y: float, z: float, radius: float) -> list[Any]:
         """Return all in the regions that a sphere touches: those in it, and some beside it."""
         found: list[Any] = []
+        radius += 4 * math.ulp(max(abs(x), abs(y), abs(z)))     # regions' sides are rounded
         regions = self._touched(x, y, z, radius)
         while regions:
             region = regions.pop()
@@ -5415,6 +5417,9 @@ _ENTER, _EXIT, _EVENT = "gorc_zone_enter", "gorc_zone_exit", "gorc_event"
 _OWN_EVENTS = ("enter", "exit", "update", "register", "unregister")
 _FAR = 500.0                        # a radius that is warned about (systems.md 2.5)
 _TURN = 64                          # parts of a channel's period, over which objects are spread
+_AT_ONCE = 500                      # zones that are told in one tick without looking at bytes
+_PLAN_NS = 100_000_000              # an order of what waits is good for so long
+_MANY = 16                          # objects that are looked at one by one, each by who is near
 _AHEAD = 40                         # ticks of movement that a survey is made for
 _SHY, _HAIR = 1 - 1e-6, 1e-6       # what is as close to an edge is looked at sooner
 _SAVED_S = 0.1                      # for so long an observer's bandwidth may be saved up
@@ -5441,7 +5446,7 @@ class Layer:
         self.channel = channel
         self.radius = _positive(usual[0] if radius is None else radius, "radius", _MAX_COORDINATE)
         self.hz = _positive(usual[1] if hz is None else hz, "hz", 1000.0)
-        if isinstance(properties, str):
+        if isinstance(properties, str) or not isinstance(properties, Iterable):
             raise UsageError(f"properties = ({properties!r},) with a comma, for one")
         self.properties = tuple(dict.fromkeys(properties))
         if not all(isinstance(each, str) for each in self.properties):
@@ -5455,11 +5460,6 @@ class Layer:
             raise UsageError(f'compression is "zlib" or None, not {compression!r}')
         self.compression = compression
 
-    @property
-    def slowest_hz(self) -> float:
-        """The rate that load can press it to (systems.md 2.5)."""
-        return min(self.hz, _CHANNELS[min(self.channel, 3)][2])
-
     def __repr__(self) -> str:
         return f"Layer({self.channel}, {self.radius:g}, {self.hz:g}, {self.properties})"
 
@@ -5468,6 +5468,13 @@ def _positive(value: Any, name: str, most: float) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= most:
         raise UsageError(f"{name} = {value!r} must be a number above 0, {most:g} at most")
     return float(value)
+
+
+def _check_layers(layers: Sequence[Any], name: str) -> None:
+    if not all(isinstance(each, Layer) for each in layers):
+        raise UsageError(f"{name}.layers are a tuple of Layer(...), not {layers!r}")
+    if len({each.channel for each in layers}) < len(layers):
+        raise UsageError(f"{name}.layers name a channel twice: {layers!r}")
 
 
 def _rate(value: Any, name: str) -> float:
@@ -5513,12 +5520,8 @@ class Replicated:
         for name in own & {*vars(cls), *vars(cls).get("__annotations__", ())}:
             raise UsageError(f"{cls.__name__}.{name}: {name!r} is Replicated's own; where it is, "
                              "the world knows")
-        layers = cls.layers = (tuple(cls.layers) if isinstance(cls.layers, Iterable)
-                               else (cls.layers,))
-        if not all(isinstance(each, Layer) for each in layers):
-            raise UsageError(f"{cls.__name__}.layers are a tuple of Layer(...), not {layers!r}")
-        if len({each.channel for each in layers}) < len(layers):
-            raise UsageError(f"{cls.__name__}.layers name a channel twice: {layers!r}")
+        cls.layers = (cls.layers,) if isinstance(cls.layers, Layer) else tuple(cls.layers)
+        _check_layers(cls.layers, cls.__name__)
 
     def __setattr__(self, name: str, value: Any) -> None:
         replica = self._replica
@@ -5526,7 +5529,10 @@ class Replicated:
             return object.__setattr__(self, name, value)
         if replica.world.guard is not None:
             replica.world.guard(f"{self.type_name}.{name}", f"setattr, it, {name!r}, value")
-        old = getattr(self, name, None)
+        try:
+            old = getattr(self, name, None)
+        except Exception:                       # a property of the class; it may be better now
+            old = None
         object.__setattr__(self, name, value)
         # what can be changed in place may have been
         if not (value.__class__ in _PLAIN and old.__class__ is value.__class__ and old == value):
@@ -5615,7 +5621,23 @@ class _Profile(NamedTuple):
 
 
 _NOWHERE = _Profile.of((), 0.0)
-_Routes = dict[str, tuple[tuple[int, int], ...]]    # property -> numbers of layers, its bits there
+
+
+class _Plan:
+    """What objects with the same layers have in common."""
+
+    __slots__ = ("layers", "profile", "routes", "rates", "uses")
+
+    def __init__(self, layers: tuple[Layer, ...], hysteresis: float) -> None:
+        self.layers = layers
+        self.profile = _Profile.of(layers, hysteresis)
+        # property -> the layers that tell it, by number, and its bit there
+        self.routes: dict[str, tuple[tuple[int, int], ...]] = {}
+        for number, layer in enumerate(layers):
+            for bit, name in enumerate(layer.properties):
+                self.routes[name] = (*self.routes.get(name, ()), (number, 1 << bit))
+        self.rates = [(each.channel, each.hz) for each in layers]
+        self.uses = 0
 
 
 class _Share:
@@ -5648,8 +5670,18 @@ class _Share:
 
     def count(self, update: Update, times: int = 1) -> None:
         """Count an update that is told, or is not."""
-        self.updates += times
-        self.bytes += times * (update.size or update.measure())
+        self._add("updates", times)
+        self._add("bytes", times * (update.size or update.measure()))
+
+    def drop(self, update: Update) -> None:
+        """Count an event that is not told after all."""
+        self.count(update, -1)
+        self._add("dropped", 1)
+
+    def _add(self, name: str, count: int) -> None:
+        setattr(self, name, getattr(self, name) + count)
+        if self.replica.region is None:         # it has gone, and is summed up
+            self.replica.world._past[self.layer.channel, name] += count
 
     def show(self, observer: _Observer) -> None:
         """Tell an observer from now on."""
@@ -5672,15 +5704,15 @@ class _Share:
                 try:
                     found[name] = getattr(obj, name)
                 except Exception as error:
-                    self.replica.world.complain(f"{obj.type_name}.{name}: {error!r}")
+                    self.replica.world.complain(f"{obj.type_name}.{name} raised", error)
         return found
 
 
 class _Replica:
     """An object in a world."""
 
-    __slots__ = ("id", "uuid", "obj", "world", "at", "region", "profile", "shares", "routes",
-                 "moving", "seers", "_head", "_place")
+    __slots__ = ("id", "uuid", "obj", "world", "at", "region", "plan", "profile", "shares",
+                 "routes", "moving", "seers", "_head", "_place")
 
     def __init__(self, world: World, obj: Replicated, at: _Position,
                  layers: tuple[Layer, ...]) -> None:
@@ -5688,9 +5720,11 @@ class _Replica:
         self.id = _uuid_text(self.uuid)
         self.obj, self.world, self.at = obj, world, at
         self.region: _Region | None = None
-        self.profile, self.routes = world._plan(layers)     # routes: where properties are told
+        self.plan = plan = world._use(layers, obj)
+        self.profile, self.routes = plan.profile, plan.routes
         slot = world._next_slot()
-        self.shares = tuple([_Share(self, each, world._wheel(each), slot) for each in layers])
+        self.shares = tuple([_Share(self, layer, world._wheels[rate], slot)
+                             for layer, rate in zip(layers, plan.rates)])
         self.moving: tuple[tuple[_Share, int], ...] = ()    # where its position is told, to some
         self.seers: dict[_Observer, None] = {}  # who has it in a zone
         self._head = b""
@@ -5745,7 +5779,7 @@ class Update:
     """
 
     __slots__ = ("share", "type", "event", "changed", "size", "critical", "stamp", "since_ns",
-                 "at", "_data", "_body", "_json", "_envelope")
+                 "at", "lag", "_data", "_body", "_json", "_envelope")
 
     key = None                      # see Outbox: the World knows what replaces what
     label, count = "GORC", 1
@@ -5762,6 +5796,7 @@ class Update:
         self.stamp = stamp                      # Unix time, as text
         self.since_ns = since_ns                # of the first change
         self.at = share.replica.at
+        self.lag = (share.layer.channel, since_ns) if since_ns and changed else None
         self.critical = False
         self.size = 0
         self._data = data
@@ -5780,14 +5815,25 @@ class Update:
         return f"Update({self.type}, {self.object_type} {self.channel} {self.event} {self.data!r})"
 
     def measure(self) -> int:
-        """Render the data and set and return ``size``."""
-        if not self.size:
-            replica = self.share.replica
+        """Render it as JSON, whose length is its ``size``; return that."""
+        if not self._json:
+            replica, channel, kind = self.share.replica, self.share.layer.channel, self.type
+            head, stamp = replica.head, self.stamp
             if self._data is None and self.changed:             # most are of this kind
                 self._body = b'{"position":%b}' % replica.place     # shared by its channels
             else:
-                self._body = self._safe_json() if self.type is not _EXIT else b""
-            self.size = len(self._body) + len(replica.head) + 48
+                self._body = self._safe_json() if kind is not _EXIT else b""
+            if kind is _EVENT:
+                self._json = b'{"type":"gorc_event","event":"%b",%b%d,"data":%b,"timestamp":%b}' % (
+                    self.event.encode(), head, channel, self._body, stamp)
+            elif kind is _ENTER:
+                self._json = (b'{"type":"gorc_zone_enter",%b%d,"position":%b,"zone_data":%b,'
+                              b'"timestamp":%b}' % (head, channel, replica.place, self._body,
+                                                    stamp))
+            else:
+                self._json = b'{"type":"gorc_zone_exit",%b%d,"timestamp":%b}' % (
+                    head, channel, stamp)
+            self.size = len(self._json)
         return self.size
 
     def _safe_json(self) -> bytes:
@@ -5809,19 +5855,7 @@ class Update:
 
     def json(self) -> bytes:
         """Return the JSON object a client gets."""
-        if not self._json:
-            self.measure()
-            kind, head, channel = self.type, self.share.replica.head, self.share.layer.channel
-            if kind is _EVENT:
-                self._json = b'{"type":"gorc_event","event":"%b",%b%d,"data":%b,"timestamp":%b}' % (
-                    self.event.encode(), head, channel, self._body, self.stamp)
-            elif kind is _ENTER:
-                self._json = (
-                    b'{"type":"gorc_zone_enter",%b%d,"position":[%r,%r,%r],"zone_data":%b,'
-                    b'"timestamp":%b}' % (head, channel, *self.at, self._body, self.stamp))
-            else:
-                self._json = b'{"type":"gorc_zone_exit",%b%d,"timestamp":%b}' % (
-                    head, channel, self.stamp)
+        self.measure()
         return self._json
 
     def html(self) -> bytes:
@@ -5894,29 +5928,32 @@ class ObjectEvent(Event):
         self.told = 0
 
 
+_Due = tuple[tuple[float, float], _Share]       # how urgent: importance less age, distance
+
+
 class _Observer:
     """Somebody who sees."""
 
-    __slots__ = ("key", "at", "region", "masks", "inbox", "pending", "owed", "behind", "path",
-                 "limit",
-                 "looked", "thresholds", "who", "surveyed_tick", "spent", "bytes_per_s",
-                 "allowance", "crossings", "fed_ns", "waits_since_ns", "updates", "bytes",
-                 "transitions",
-                 "coalesced", "left_out", "dropped")
+    __slots__ = ("key", "at", "region", "masks", "inbox", "debts", "plan", "planned_ns", "path",
+                 "limit", "looked", "stirs", "thresholds", "who", "surveyed_tick", "spent",
+                 "bytes_per_s", "allowance", "crossings", "fed_ns", "waits_since_ns", "updates",
+                 "bytes", "transitions", "coalesced", "left_out", "dropped")
 
     def __init__(self, key: Any, at: _Position) -> None:
         self.key, self.at = key, at
         self.region: _Region | None = None
         self.masks: dict[_Replica, int] = {}        # in which zones it is, exactly
         self.inbox: list[Update] = []               # this tick's
-        self.pending: dict[_Replica, int] = {}      # zones it was told of, where that differs
-        # properties that were not told when due, by priority; not empty if it is behind
-        self.owed: tuple[dict[_Share, int], ...] = ({}, {}, {}, {})
-        self.behind = False
+        # what it is to be told and was not, the oldest first: [properties as bits, when they
+        # were changed, since which tick].  No bits: that it is in the zone now, or no more
+        self.debts: dict[_Share, list[int]] = {}
+        # the order to pay them in, crossings and updates, the next one last; and when it was made
+        self.plan: tuple[list[_Due], list[_Due]] = ([], [])
+        self.planned_ns = -1 << 62
         # its survey: pairs that may cross an edge, by how far the two must have moved for it
         self.path = 0.0                             # how far it has moved, less what objects had
         self.limit = -math.inf                      # the movement that the survey is good for
-        self.looked = 0.0                           # and at which pairs were looked at last
+        self.looked = self.stirs = 0                # what had moved when pairs were looked at; own
         self.thresholds: list[float] = []
         self.who: list[_Replica] = []               # the object of each threshold
         self.surveyed_tick = self.spent = 0         # when; pairs looked at since, less its cost
@@ -5926,47 +5963,40 @@ class _Observer:
         self.updates = self.bytes = self.transitions = 0
         self.coalesced = self.left_out = self.dropped = 0
 
-    @property
-    def debts(self) -> int:
-        """How many updates it is owed."""
-        return sum(map(len, self.owed))
-
-    def owe(self, share: _Share, changed: int) -> None:
-        """Keep in mind what it is not told now."""
-        owed = self.owed[share.layer.priority]
-        if share in owed:
+    def owe(self, share: _Share, changed: int, since_ns: int, now_ns: int) -> None:
+        """Keep in mind an update that it is not told now."""
+        if (debt := self.debts.get(share)) is not None:
+            debt[0] |= changed
             self.coalesced += 1
-            owed[share] |= changed
         else:
-            owed[share] = changed
+            self.debts[share] = [changed, since_ns, now_ns]
             self.left_out += 1
             share.left_out += 1
-            self.behind = True
 
     def stats(self) -> dict[str, Any]:
         """Return its counters."""
-        return {"sees": sum([mask.bit_count() for mask in self.masks.values()]),
-                "owed": self.debts + len(self.pending),
+        return {"sees": sum([mask.bit_count() for mask in list(self.masks.values())]),
+                "owed": len(self.debts),
                 "coalesced": self.coalesced, **{name: getattr(self, name) for name in _COUNTED}}
 
 
 class _Wheel:
     """Whose turn it is on one channel at one rate: objects are spread over its period."""
 
-    __slots__ = ("layer", "slots", "_clock", "_done")
+    __slots__ = ("hz", "slowest_hz", "uses", "slots", "_clock", "_done")
 
-    def __init__(self, layer: Layer) -> None:
-        self.layer = layer
+    def __init__(self, channel: int, hz: float) -> None:
+        self.hz, self.slowest_hz = hz, min(hz, _CHANNELS[min(channel, 3)][2])
+        self.uses = 0
         self.slots: list[list[_Share]] = [[] for _ in range(_TURN)]
         self._clock = 0.0
         self._done = -_TURN                         # so that the first turn is a whole one
 
     def turn(self, seconds: float, load: float) -> list[_Share]:
         """Return who has something to tell and may, after so many seconds."""
-        self._clock += seconds * _TURN * max(self.layer.slowest_hz,
-                                             self.layer.hz * (1 - 0.5 * load))
+        self._clock += seconds * _TURN * max(self.slowest_hz, self.hz * (1 - 0.5 * load))
         due = int(self._clock) - self._done
-        if due > _TURN * 7 // 8:                    # about once a tick: ticks are not that even
+        if due > _TURN * 15 // 16:                  # about once a tick: ticks are not that even
             due, self._done = _TURN, int(self._clock) - _TURN
         turn = []
         for number in range(self._done, self._done + due):
@@ -5998,9 +6028,10 @@ class World:
 
     __slots__ = ("hysteresis", "_crossings_per_s", "_bytes_per_s", "adaptive", "load", "batch",
                  "wait_ns", "max_bytes", "compress_above_bytes", "clock", "guard", "urgent",
-                 "watched", "crossed", "changes", "quiet", "warnings", "ticks", "_space",
+                 "watched", "crossed", "lags", "made", "quiet", "warnings", "ticks", "_space",
                  "_audience",
                  "_replicas", "_observers", "_moved", "_moved_since_ns", "_restless", "_drift",
+                 "_stirs",
                  "_reach", "_plans", "_wheels", "_slot", "_last_ns", "_period_ns", "_stamp",
                  "_remade", "_past", "_gone", "_complained_ns", "_surveys",
                  "complaints")
@@ -6020,7 +6051,9 @@ class World:
         self.urgent: Callable[[Any, Update], object] | None = None  # takes critical events at once
         self.watched = False                    # crossed is wanted
         self.crossed: list[tuple[str, _Replica, int, Any]] = []     # event, object, channel, who
-        self.changes: list[Update] = []         # this tick's updates, whoever gets them
+        # how often this tick tells of changes, by (channel, when they were made)
+        self.lags: Counter[tuple[int, int] | None] = Counter()
+        self.made = 0                           # updates, whoever gets them
         self.quiet = True                       # it is empty, and everybody knows
         self.warnings: dict[str, str] = {}      # by type
         self.ticks = self.complaints = 0
@@ -6030,8 +6063,9 @@ class World:
         self._moved_since_ns = 0
         self._restless: dict[_Replica, None] = {}       # to be looked at one by one
         self._drift = 0.0                       # how far any object has moved, without the restless
+        self._stirs = 0                         # in how many ticks any did
         self._reach = 0.0                       # of the largest zone
-        self._plans: dict[tuple[Layer, ...], tuple[_Profile, _Routes]] = {}
+        self._plans: dict[tuple[Layer, ...], _Plan] = {}
         self._wheels: dict[tuple[int, float], _Wheel] = {}
         self._slot = self._surveys = 0
         self._last_ns: int | None = None        # when the last tick was
@@ -6046,6 +6080,7 @@ class World:
     def tune(self, min_region: float, max_region: float, split: int, merge: int,
              hysteresis: float) -> None:
         """Change the regions' settings, and the hysteresis; everything stays where it is."""
+        self._guard("tune")
         if not isinstance(hysteresis, int | float) or not 0 <= hysteresis <= 1:
             raise UsageError(f"hysteresis = {hysteresis!r} must be 0 to 1; 0.05 is 5 %")
         space, audience = (Space(min_region, max_region, split, merge) for _ in range(2))
@@ -6055,9 +6090,11 @@ class World:
         self._space, self._audience = space, audience
         if hysteresis != self.hysteresis:
             self.hysteresis = float(hysteresis)
-            self._plans.clear()
+            for plan in self._plans.values():
+                plan.profile = _Profile.of(plan.layers, self.hysteresis)
+                self._reach = max(self._reach, plan.profile.reach)
             for replica in self._replicas.values():
-                replica.profile, _ = self._plan(tuple([each.layer for each in replica.shares]))
+                replica.profile = replica.plan.profile
             self._survey_anew()
 
     @property
@@ -6125,8 +6162,8 @@ class World:
         for layer in layers:
             for name in layer.properties:
                 if not hasattr(obj, name) or name.startswith("_") or callable(getattr(obj, name)):
-                    raise UsageError(f"layer {layer.channel} of {obj.type_name} names {name!r}, and "
-                                     f"it has no such property{_did_you_mean(name, dir(obj))}")
+                    raise UsageError(f"layer {layer.channel} of {obj.type_name} names {name!r}; it "
+                                     f"has no such property{_did_you_mean(name, dir(obj))}")
         replica = _Replica(self, obj, at, layers)
         object.__setattr__(obj, "_replica", replica)
         self._replicas[replica.id] = replica
@@ -6138,12 +6175,13 @@ class World:
         return replica.id
 
     def _layers_of(self, obj: Replicated, channels: Iterable[int] | None) -> tuple[Layer, ...]:
+        _check_layers(obj.layers, obj.type_name)
         layers = tuple(sorted(obj.layers, key=operator.attrgetter("channel")))
         if channels is not None:
-            wanted, known = {*channels}, {each.channel for each in layers}
-            if unknown := wanted - known:
-                raise UsageError(f"a {obj.type_name} has the channels {sorted(known)}, not "
-                                 f"{sorted(unknown, key=repr)}")
+            known = [each.channel for each in layers]
+            wanted = [*channels] if isinstance(channels, Iterable) else [channels]
+            if any(type(each) is not int or each not in known for each in wanted):
+                raise UsageError(f"a {obj.type_name} has the channels {known}, not {wanted}")
             layers = tuple(each for each in layers if each.channel in wanted)
         far = [each for each in layers if each.radius > _FAR]
         if far and obj.type_name not in self.warnings:
@@ -6185,13 +6223,17 @@ class World:
         replica = self._find(what)
         for share in replica.shares:
             if share.changed and share.viewers:     # its last words
-                self._say(share, "update", share.data(share.changed))
+                self.say(self._event(share, "update", share.data(share.changed), False))
         for observer in list(replica.seers):
             self._cross(observer, replica, observer.masks[replica], 0)
         del self._replicas[replica.id]
         self._space.remove(replica)
         self._moved.pop(replica, None)
         self._restless.pop(replica, None)
+        for share in replica.shares:
+            if share.changed:
+                share.slots[share.slot].remove(share)
+        self._let_go(replica.plan)
         replica.profile = _NOWHERE              # surveys may know it still
         object.__setattr__(replica.obj, "_replica", None)
         for share in replica.shares:
@@ -6222,27 +6264,37 @@ class World:
                 is malformed, or data that can't be JSON.
         """
         self._guard("emit")
+        return self.say(self.prepare(what, channel, name, data))
+
+    def prepare(self, what: str | Replicated, channel: int, name: str, data: Any) -> Update:
+        """Return an event that can be told; raises as ``emit``."""
         share = self._find(what).share(channel)
         if not (isinstance(name, str) and _NAME.fullmatch(name)) or name in _OWN_EVENTS:
             raise UsageError(f"{name!r} can't be an event: names match {_NAME.pattern}, and "
                              f"{', '.join(_OWN_EVENTS)} are the world's own")
-        return self._say(share, name, data)
+        return self._event(share, name, data, self.urgent is not None)
 
-    def _say(self, share: _Share, name: str, data: Any) -> int:
-        """Tell all viewers something that does not wait: at once if critical, else with the tick.
-        """
-        update = Update(share, _EVENT, name, data, b"%.3f" % time.time(), since_ns=self.clock())
-        update.critical = self.urgent is not None and share.layer.priority == 0
+    def _event(self, share: _Share, name: str, data: Any, urgent: bool) -> Update:
+        update = Update(share, _EVENT, name, data, b"%.3f" % time.time())
+        update.critical = urgent and share.layer.priority == 0
         update.measure()
-        for observer in list(share.viewers):
+        return update
+
+    def say(self, update: Update) -> int:
+        """Tell an event to all in its zone, at once if it is critical; return to how many."""
+        share = update.share
+        replica = share.replica
+        zone = [each for each in replica.seers if each.masks[replica] & share.bit]
+        for observer in zone:
             share.count(update)
             if update.critical:
                 observer.updates += 1
                 observer.bytes += update.size
+                observer.allowance -= update.size
                 self.urgent(observer.key, update)           # type: ignore[misc]
             else:
                 observer.inbox.append(update)
-        return len(share.viewers)
+        return len(zone)
 
     # -- observers --
 
@@ -6253,6 +6305,8 @@ class World:
             UsageError: coordinates that are not finite.
         """
         self._guard("observe")
+        if not isinstance(observer, Hashable):
+            raise UsageError(f"{observer!r} can't be an observer: a key is hashable")
         if observer in self._observers:
             return self.move_observer(observer, x, y, z)
         at = _must_be_place(x, y, z, f"observer {observer!r}")
@@ -6270,11 +6324,13 @@ class World:
         entry = self._observer(observer)
         at = _place(x, y, z) or _must_be_place(x, y, z, f"observer {observer!r}")
         entry.path += math.dist(entry.at, at)       # a long way makes for a new survey
+        entry.stirs += 1
         entry.at = at
         self._audience.settle(entry)
 
     def _observer(self, key: Any) -> _Observer:
-        if (entry := self._observers.get(key)) is None:
+        entry = self._observers.get(key) if isinstance(key, Hashable) else None
+        if entry is None:
             raise UsageError(f"{key!r} does not observe this world; a client does once it has told "
                              "where it is (movement:position), others by observe(key, x, y, z)")
         return entry
@@ -6286,10 +6342,14 @@ class World:
         if entry is not None:
             self._gone.update({name: getattr(entry, name) for name in _PUT_OFF})
             self._audience.remove(entry)
-            for replica in entry.masks:
+            for replica, mask in entry.masks.items():
                 del replica.seers[entry]
                 for share in replica.shares:
                     share.hide(entry)
+                    if mask & share.bit:
+                        share.transitions += 1
+                        if self.watched:
+                            self.crossed.append(("exit", replica, share.layer.channel, observer))
 
     def observes(self, observer: Any) -> bool:
         """Whether somebody sees this world."""
@@ -6298,7 +6358,7 @@ class World:
     def seen_by(self, observer: Any) -> set[tuple[str, int]]:
         """Return the (id, channel) of all zones an observer is in, as of the last tick."""
         entry = self._observer(observer)
-        return {(replica.id, share.layer.channel) for replica, mask in entry.masks.items()
+        return {(replica.id, share.layer.channel) for replica, mask in list(entry.masks.items())
                 for share in replica.shares if mask & share.bit}
 
     def must_have(self, what: str | Replicated, channel: Any) -> None:
@@ -6314,6 +6374,7 @@ class World:
 
     def limit(self, observer: Any, bytes_per_s: float | None) -> None:
         """Give one observer a bandwidth of its own; None: the world's, 0: any."""
+        self._guard("limit")
         self._observer(observer).bytes_per_s = None if bytes_per_s is None else _rate(
             bytes_per_s, "bytes_per_s")
 
@@ -6330,20 +6391,28 @@ class World:
 
         The others are told what they have missed, as it is then, when they are.
         """
+        self._guard("tick")
         last_ns = now_ns if self._last_ns is None else self._last_ns
         self._last_ns, self._period_ns = now_ns, max(0, now_ns - last_ns)
         self.ticks += 1
         self._stamp = b"%.3f" % time.time()
         self._remade.clear()
+        self.lags.clear()
         self._note_moves()
         self._take_turns(self._period_ns / 1e9)
         self._look_around()
-        told = [(observer, updates) for observer in self._observers.values()
-                if (observer.inbox or observer.pending or observer.behind)
+        told = [(observer, updates) for observer in list(self._observers.values())
+                if (observer.inbox or observer.debts)
                 and (updates := self._tell(observer, now_ns, ready))]
         self.quiet = not self._replicas and not any(
-            [each.pending for each in self._observers.values()])
+            [each.debts for each in self._observers.values()])
         return told
+
+    def wait_s(self) -> float:
+        """Return in how many seconds somebody may have to be told something: 1/60, or infinite."""
+        busy = any([each.debts or each.inbox for each in self._observers.values()]) or any(
+            [any(each.slots) for each in self._wheels.values()])
+        return 1 / 60 if busy or self._moved or self._restless else math.inf
 
     def _note_moves(self) -> None:
         """Add to the drift what objects have moved; who moved far is looked at by itself."""
@@ -6364,6 +6433,7 @@ class World:
                     share.since_ns = since_ns
                 share.changed |= bit
         self._drift += real[near - 1] if near else 0.0
+        self._stirs += near > 0
         if self._drift > 1e5:                   # sums lose their last digits
             self._drift = 0.0
             self._survey_anew()
@@ -6372,21 +6442,21 @@ class World:
         """Hand what has changed, where it is its turn, to those who see it."""
         # HOT: for all that is told (bench 11.replication)
         load = min(max(self.load, 0.0), 1.0) if self.adaptive else 0.0
-        self.changes = changes = []
-        for wheel in self._wheels.values():
+        now_ns = self._last_ns or 0
+        for wheel in list(self._wheels.values()):
             for share in wheel.turn(seconds, load):
                 changed, share.changed = share.changed, 0
                 update = None
-                for observer in share.viewers:
-                    if observer.behind:
-                        observer.owe(share, changed)
+                for observer in list(share.viewers):        # a property may do anything
+                    if observer.debts:
+                        observer.owe(share, changed, share.since_ns, now_ns)
                         continue
                     if update is None:
                         update = Update(share, _EVENT, "update",
                                         None if changed == share.place else share.data(changed),
                                         self._stamp, changed, share.since_ns)
                         size = update.measure()
-                        changes.append(update)
+                        self.made += 1
                     share.updates += 1              # unless it is put off, below
                     share.bytes += size
                     observer.inbox.append(update)
@@ -6401,9 +6471,7 @@ class World:
                 block[share.replica.uuid] = each.at
                 if each.changed == share.place:
                     continue
-                each = Update(share, _EVENT, "update", share.data(each.changed & ~share.place),
-                              each.stamp, each.changed & ~share.place)
-                each.measure()
+                each = self._make(share, each.changed & ~share.place, _EVENT)
             rest.append(each)
         return [*rest, ZoneMoves(block, wide)] if block else rest
 
@@ -6418,36 +6486,44 @@ class World:
         restless, self._restless = self._restless, {}
         if len(restless) > 64 + len(self._replicas) // 8:
             self._survey_anew()
-        else:
-            for replica in restless:
-                self._look_at(replica)
-        drift = self._drift
+        elif restless:
+            self._look_at(restless)
         for observer in self._observers.values():
-            travelled = observer.path + drift
+            travelled, stirs = observer.path + self._drift, observer.stirs + self._stirs
             if travelled > observer.limit:
                 self._survey(observer)
-            elif travelled > observer.looked:
-                observer.looked = travelled
+            elif stirs != observer.looked:
                 due = bisect.bisect_right(observer.thresholds, travelled)
                 self._review(observer, observer.who[:due])
-                observer.spent += due
-                if observer.spent > 0:          # a new survey costs no more
-                    observer.limit = -math.inf
+                self._spend(observer, due)
+            observer.looked = stirs
 
-    def _look_at(self, replica: _Replica) -> None:
-        """Look at one object from all who may see it, or may soon."""
-        for observer in {*replica.seers, *self._audience.around(
-                *replica.at, replica.profile.reach + self._reach / 4)}:
+    def _spend(self, observer: _Observer, count: int) -> None:
+        """Note what a survey has cost since; at some time a new one costs no more."""
+        observer.spent += count
+        if observer.spent > 0:
+            observer.limit = -math.inf
+
+    def _look_at(self, restless: dict[_Replica, None]) -> None:
+        """Look at some objects from all who may see them, or may soon."""
+        todo: dict[_Observer, list[_Replica]] = {}
+        if len(restless) > _MANY:
+            todo = dict.fromkeys(self._observers.values(), list(restless))
+        else:
+            for replica in restless:
+                for observer in {*replica.seers, *self._audience.around(
+                        *replica.at, replica.profile.reach + self._reach / 4)}:
+                    todo.setdefault(observer, []).append(replica)
+        for observer, who in todo.items():
             travelled = observer.path + self._drift
             if travelled > observer.limit:
                 continue                        # a survey comes anyway
-            self._review(observer, [replica])
-            slack = replica.profile.slack(math.dist(observer.at, replica.at))
-            if (threshold := travelled + slack * _SHY - _HAIR) <= observer.limit:
-                at = bisect.bisect(observer.thresholds, threshold)
-                observer.thresholds.insert(at, threshold)
+            near = self._look(observer, who, observer.limit - travelled)
+            for slack, replica in near:
+                at = bisect.bisect(observer.thresholds, travelled + slack)
+                observer.thresholds.insert(at, travelled + slack)
                 observer.who.insert(at, replica)
-                observer.spent += 1
+            self._spend(observer, len(near))
 
     def _review(self, observer: _Observer, who: list[_Replica]) -> None:
         """Look which zones of some objects an observer is in."""
@@ -6461,17 +6537,11 @@ class World:
             if (new := old & stay[where] | enter[where]) != old:
                 self._cross(observer, replica, old, new)
 
-    def _survey(self, observer: _Observer) -> None:
-        """Look at all that is around, and note when each may cross an edge."""
+    def _look(self, observer: _Observer, who: list[_Replica],
+              limit: float) -> list[tuple[float, _Replica]]:
+        """Do the same, and return those within *limit* of an edge, with how far they are."""
         # HOT: for every observer, every few ticks (bench 11.replication)
         masks, at = observer.masks, observer.at
-        travelled = max(0.0, min(observer.path + self._drift, self._reach))
-        pace = travelled / max(1, self.ticks - observer.surveyed_tick)
-        self._surveys += 1                      # so that not all come in the same tick
-        limit = (0.7 + self._surveys * 0.618034 % 0.6) * min(
-            max(_AHEAD * pace, self._reach / 64), self._reach / 6)
-        who = self._space.around(*at, self._reach + limit)
-        who += masks.keys() - {*who}
         near, crossed = [], []
         for replica, distance in zip(who, map(math.dist, itertools.repeat(at),
                                               [each.at for each in who])):
@@ -6485,12 +6555,24 @@ class World:
                 slack = more
             if slack <= limit:
                 near.append((slack * _SHY - _HAIR, replica))
-        near.sort(key=_first)
-        observer.thresholds, observer.who = [each[0] for each in near], [each[1] for each in near]
-        observer.path, observer.limit, observer.looked = -self._drift, limit * _SHY, 0.0
-        observer.surveyed_tick, observer.spent = self.ticks, -2 * len(who)
         for each in crossed:
             self._cross(observer, *each)
+        return near
+
+    def _survey(self, observer: _Observer) -> None:
+        """Look at all that is around, and note when each may cross an edge."""
+        travelled = max(0.0, min(observer.path + self._drift, self._reach))
+        pace = travelled / max(1, self.ticks - observer.surveyed_tick)
+        self._surveys += 1                      # so that not all come in the same tick
+        limit = (0.7 + self._surveys * 0.618034 % 0.6) * min(
+            max(_AHEAD * pace, self._reach / 64), self._reach / 6)
+        who = self._space.around(*observer.at, self._reach + limit)
+        who += observer.masks.keys() - {*who}
+        near = self._look(observer, who, limit)
+        near.sort(key=_first)
+        observer.thresholds, observer.who = [each[0] for each in near], [each[1] for each in near]
+        observer.path, observer.limit = -self._drift, limit * _SHY
+        observer.surveyed_tick, observer.spent = self.ticks, -2 * len(who) - 8
 
     def _cross(self, observer: _Observer, replica: _Replica, old: int, new: int) -> None:
         """Note that an observer is in other zones of an object than before."""
@@ -6500,24 +6582,33 @@ class World:
         else:
             del observer.masks[replica]
             del replica.seers[observer]
-        told = observer.pending.setdefault(replica, old)
         for share in replica.shares:
-            if not (old ^ new) & share.bit:
-                continue
-            share.transitions += 1
-            observer.transitions += 1
-            inside = bool(new & share.bit)
-            if not inside:
-                share.hide(observer)
-                observer.owed[share.layer.priority].pop(share, None)
-            elif told & share.bit:              # back before it was told of having left
-                share.show(observer)
-                observer.owe(share, share.whole)
-            if self.watched:
-                self.crossed.append(("enter" if inside else "exit", replica,
-                                     share.layer.channel, observer.key))
-        if told == new:
-            del observer.pending[replica]
+            if (old ^ new) & share.bit:
+                inside = bool(new & share.bit)
+                share.transitions += 1
+                observer.transitions += 1
+                self._owe_crossing(observer, share, inside)
+                if self.watched:
+                    self.crossed.append(("enter" if inside else "exit", replica,
+                                         share.layer.channel, observer.key))
+
+    def _owe_crossing(self, observer: _Observer, share: _Share, inside: bool) -> None:
+        """Note that an observer is to be told that it is in a zone, or no more."""
+        debt = observer.debts.get(share)
+        if debt is None:
+            observer.debts[share] = [0, 0, self._last_ns or 0]
+        if not inside:
+            share.hide(observer)
+            if debt is not None and debt[0]:
+                debt[0] = 0                     # what has changed there is told no more
+            elif debt is not None:
+                del observer.debts[share]       # gone before it was told of having come
+        elif debt is not None:                  # back before it was told of having left
+            share.show(observer)
+            if share.whole:
+                debt[0] = share.whole
+            else:
+                del observer.debts[share]
 
     # -- who is told what --
 
@@ -6525,170 +6616,194 @@ class World:
               ready: Callable[[Any], bool] | None) -> list[Update]:
         """Return what an observer is told now; keep in mind what it is not."""
         inbox, observer.inbox = observer.inbox, []
-        if observer.pending:                    # what it has just left is told no more
-            inbox = [each for each in inbox if not each.changed
-                     or observer in each.share.viewers]
-        if self._waits(observer, inbox, now_ns) or (
-                ready is not None and not ready(observer.key)):
-            self._drop(observer, self._put_off(observer, inbox))
+        if observer.debts and inbox:
+            inbox = self._still(observer, inbox)
+        if ready is not None and not ready(observer.key):
+            self._drop(observer, self._put_off(observer, inbox, now_ns))
             return []
-        rate = self.bytes_per_s if observer.bytes_per_s is None else observer.bytes_per_s
-        size = sum([each.size for each in inbox])
-        if observer.behind or rate or size > self.max_bytes:
-            inbox = self._ration(observer, inbox, rate, now_ns)
-            size = sum([each.size for each in inbox])
-        elif observer.pending:
-            crossings = self._choose(observer, [], self._allowed(observer, 0.0, now_ns) - size)
-            inbox = inbox + crossings
-            size += sum([each.size for each in crossings])
-        observer.updates += len(inbox)
-        observer.bytes += size
+        if self._waits(observer, inbox, now_ns):
+            observer.inbox = inbox
+            return []
         observer.waits_since_ns = 0
+        rate = self._bytes_per_s if observer.bytes_per_s is None else observer.bytes_per_s
+        if rate or observer.debts:
+            inbox = self._pay(observer, inbox, rate, now_ns)
+        observer.updates += len(inbox)
+        observer.bytes += sum([each.size for each in inbox])
+        self.lags.update([each.lag for each in inbox])
         return inbox
+
+    def _still(self, observer: _Observer, inbox: list[Update]) -> list[Update]:
+        """Return an inbox without updates of what the observer has just left."""
+        left = []
+        for each in inbox:
+            if each.changed and observer not in each.share.viewers:
+                each.share.count(each, -1)
+            else:
+                left.append(each)
+        return left
 
     def _waits(self, observer: _Observer, inbox: list[Update], now_ns: int) -> bool:
         """Whether a batch is not full, has nothing urgent, and can wait for the next tick."""
-        if not 0 < self._period_ns < self.wait_ns or observer.pending or (
-                len(inbox) + observer.debts >= self.batch) or observer.owed[0] or (
+        if not 0 < self._period_ns < self.wait_ns or observer.debts or (
+                len(inbox) >= self.batch) or (
                 not all([each.share.layer.priority for each in inbox])):
             return False
         observer.waits_since_ns = observer.waits_since_ns or now_ns
         return now_ns + self._period_ns - observer.waits_since_ns <= self.wait_ns
 
-    def _put_off(self, observer: _Observer, inbox: list[Update]) -> list[Update]:
+    def _put_off(self, observer: _Observer, inbox: list[Update], now_ns: int) -> list[Update]:
         """Owe an observer the updates of its inbox; return its events, which can't wait."""
         events = []
         for each in inbox:
             if each.changed:
                 each.share.count(each, -1)
-                observer.owe(each.share, each.changed)
+                observer.owe(each.share, each.changed, each.since_ns, now_ns)
                 self._remade.setdefault((each.share, each.changed), each)
             else:
                 events.append(each)
         return events
 
-    def _ration(self, observer: _Observer, inbox: list[Update], rate: float,
-                now_ns: int) -> list[Update]:
-        """Return what fits an observer's limits: by importance, exits first, then the nearest."""
-        due = [each.share for each in inbox if each.changed
-               and each.share not in observer.owed[each.share.layer.priority]]
-        events = self._put_off(observer, inbox)
-        bound = self._allowed(observer, rate, now_ns)
-        told: list[Update] = []
-        if bound > 0:
-            told = self._choose(observer, events, bound)
-            observer.allowance -= sum([each.size for each in told]) if rate else 0
-        self._drop(observer, {*events} - {*told})
-        observer.behind = observer.debts > 0
-        for share in due:
-            if share not in observer.owed[share.layer.priority]:    # it did not have to wait
-                share.left_out -= 1
-                observer.left_out -= 1
-        return told
-
-    def _drop(self, observer: _Observer, events: Iterable[Update]) -> None:
+    def _drop(self, observer: _Observer, events: list[Update]) -> None:
         for each in events:
-            each.share.count(each, -1)
-            each.share.dropped += 1
+            each.share.drop(each)
             observer.dropped += 1
+
+    def _pay(self, observer: _Observer, inbox: list[Update], rate: float,
+             now_ns: int) -> list[Update]:
+        """Return what an observer is told of its inbox and its debts, within its limits."""
+        bound = self._allowed(observer, rate, now_ns)
+        told = inbox
+        if rate:
+            told = self._put_off(observer, inbox, now_ns)
+            if observer.allowance <= 0:
+                self._drop(observer, told)
+                told = []
+        size = sum([each.size for each in told]) if rate else 0
+        free = not rate and observer.crossings == math.inf and len(observer.debts) <= _AT_ONCE
+        if free:
+            exits = [share for share, debt in observer.debts.items() if not debt[0]
+                     and not observer.masks.get(share.replica, 0) & share.bit]
+            told = told + [self._settle(observer, share, now_ns)
+                           for share in dict.fromkeys([*exits, *observer.debts])]
+        else:
+            self._make_plan(observer, now_ns)
+            paid = self._choose(observer, bound - size, now_ns)
+            size += sum([each.size for each in paid])
+            told = told + paid
+        observer.allowance -= size
+        return told
 
     def _allowed(self, observer: _Observer, rate: float, now_ns: int) -> float:
         """Return how many bytes an observer may be told now; add to what it may be."""
-        seconds = (now_ns - (observer.fed_ns or now_ns)) / 1e9
+        seconds = max(0, now_ns - (observer.fed_ns or now_ns)) / 1e9
         observer.fed_ns = now_ns
-        crossings, most = self.crossings_per_s, rate * _SAVED_S
+        crossings, saved_s = self._crossings_per_s, max(_SAVED_S, 1.5 * self._period_ns / 1e9)
         observer.crossings = min(observer.crossings + crossings * seconds,
-                                 max(1.0, crossings * _SAVED_S)) if crossings else math.inf
+                                 max(1.0, crossings * saved_s)) if crossings else math.inf
         if not rate:
+            observer.allowance = math.inf
             return self.max_bytes
-        observer.allowance = min(observer.allowance + rate * seconds, most)
+        observer.allowance = min(observer.allowance + rate * seconds, rate * saved_s)
         # few and large writes rather than many small ones
-        return min(self.max_bytes, observer.allowance) if observer.allowance >= most / 2 else 0
+        return observer.allowance if observer.allowance >= rate * _SAVED_S / 2 else 0
 
-    def _choose(self, observer: _Observer, events: list[Update], bound: float) -> list[Update]:
-        """Return what an observer is told of all that waits for it, *bound* bytes or a bit more."""
-        told, size, at = [], 0, observer.at
-        for rank, (owed, (exits, enters)) in enumerate(zip(observer.owed,
-                                                           self._crossings(observer))):
-            for event in [each for each in events if each.share.layer.priority == rank]:
-                if size < bound:                # now or never, and before its object leaves
-                    told.append(event)
-                    size += event.size
-            for share in exits:
-                if observer.crossings >= 1 and size < bound:
-                    observer.crossings -= 1
-                    told.append(self._remake(share, 0, _EXIT))
-                    size += told[-1].size
-                    observer.pending[share.replica] &= ~share.bit
-            for share in sorted([*enters, *owed], key=lambda each: math.dist(at, each.replica.at)):
-                if size >= bound:
-                    break
-                if (update := self._next_of(observer, share, owed)) is not None:
-                    told.append(update)
-                    size += update.size
-        masks = observer.masks
-        observer.pending = {replica: mask for replica, mask in observer.pending.items()
-                            if mask != masks.get(replica, 0)}
+    def _make_plan(self, observer: _Observer, now_ns: int) -> None:
+        """Put what an observer is owed in order: importance, and age in seconds; then distance.
+
+        Ten times a second at most, and the more there is, the more seldom.
+        """
+        debts, at = observer.debts, observer.at
+        if any(observer.plan) and now_ns - observer.planned_ns < max(
+                _PLAN_NS, len(debts) * _PLAN_NS // 500):
+            return
+        observer.planned_ns, observer.plan = now_ns, ([], [])
+        for share, (changed, _, since_ns) in debts.items():
+            urgency = share.layer.priority - (now_ns - since_ns) // 1_000_000_000
+            observer.plan[changed > 0].append(
+                ((urgency, math.dist(at, share.replica.at)), share))
+        for each in observer.plan:
+            each.sort(key=_first, reverse=True)
+
+    def _choose(self, observer: _Observer, bound: float, now_ns: int) -> list[Update]:
+        """Return what an observer is told of its debts by plan, *bound* bytes or a bit more."""
+        told: list[Update] = []
+        crossings, updates = observer.plan
+        while bound > 0:
+            crossing = crossings if observer.crossings >= 1 else None
+            if crossing and (not updates or crossing[-1][0] <= updates[-1][0]):
+                share = crossing.pop()[1]
+            elif updates:
+                share = updates.pop()[1]
+            else:
+                break
+            debt = observer.debts.get(share)
+            if debt is not None and (debt[0] or observer.crossings >= 1):
+                told.append(self._settle(observer, share, now_ns))
+                bound -= told[-1].size
         return told
 
-    def _next_of(self, observer: _Observer, share: _Share,
-                 owed: dict[_Share, int]) -> Update | None:
-        """Return what of a share is told next: what is owed, or that its zone is entered."""
-        if share in owed:
-            return self._remake(share, owed.pop(share), _EVENT)
-        if observer.crossings < 1:
-            return None
-        observer.crossings -= 1
-        observer.pending[share.replica] |= share.bit
-        share.show(observer)
-        return self._remake(share, share.whole, _ENTER)
+    def _settle(self, observer: _Observer, share: _Share, now_ns: int) -> Update:
+        """Return what pays a debt: what has changed, or that a zone was entered or left."""
+        changed, since_ns, owed_ns = observer.debts.pop(share)
+        if changed:
+            kind = _EVENT
+            self.lags[share.layer.channel, since_ns] += since_ns > 0
+            if owed_ns == now_ns:               # it did not have to wait
+                share.left_out -= 1
+                observer.left_out -= 1
+        else:
+            observer.crossings -= 1
+            kind = _EXIT
+            if observer.masks.get(share.replica, 0) & share.bit:
+                kind, changed = _ENTER, share.whole
+                share.show(observer)
+        update = self._make(share, changed, kind)
+        share.count(update)
+        return update
 
-    def _remake(self, share: _Share, changed: int, kind: str) -> Update:
-        """Return an update that tells of *changed* as it is now, made once a tick; count it."""
+    def _make(self, share: _Share, changed: int, kind: str) -> Update:
+        """Return an update that tells of *changed* as it is now, made once a tick."""
         key = (share, changed) if kind is _EVENT else (share, kind)
         if (update := self._remade.get(key)) is None:
             data = None if kind is _EXIT else share.data(changed)
             name = {_ENTER: "enter", _EXIT: "exit"}.get(kind, "update")
             update = self._remade[key] = Update(share, kind, name, data, self._stamp,
                                                 changed if kind is _EVENT else 0)
-        share.count(update)
+            update.measure()
+            self.made += 1
         return update
-
-    def _crossings(self, observer: _Observer) -> list[tuple[list[_Share], list[_Share]]]:
-        """Return the exits and the enters that an observer has to be told, by priority."""
-        found: list[tuple[list[_Share], list[_Share]]] = [([], []) for _ in _PRIORITIES]
-        for replica, told in observer.pending.items():
-            now = observer.masks.get(replica, 0)
-            for share in replica.shares:
-                if (told ^ now) & share.bit:
-                    found[share.layer.priority][bool(now & share.bit)].append(share)
-        return found
 
     # -- looking --
 
-    def complain(self, what: str) -> None:
+    def complain(self, what: str, error: Exception | None = None) -> None:
         """Log an object's fault, once a second at most, and count it."""
         self.complaints += 1
         if (now_ns := self.clock()) - self._complained_ns >= 1_000_000_000:
             self._complained_ns = now_ns
-            _log.error("replication: %s", what)
+            _log.error("replication: %s", what, exc_info=error)
 
-    def _plan(self, layers: tuple[Layer, ...]) -> tuple[_Profile, _Routes]:
-        """Return what all objects with the same layers have in common."""
+    def _use(self, layers: tuple[Layer, ...], obj: Replicated) -> _Plan:
+        """Return what all objects with the same layers have in common; one more has."""
         if (plan := self._plans.get(layers)) is None:
-            routes: _Routes = {}
-            for number, layer in enumerate(layers):
-                for bit, name in enumerate(layer.properties):
-                    routes[name] = (*routes.get(name, ()), (number, 1 << bit))
-            plan = self._plans[layers] = _Profile.of(layers, self.hysteresis), routes
-            self._reach = max(self._reach, plan[0].reach)
+            _check_layers(layers, obj.type_name)
+            plan = self._plans[layers] = _Plan(layers, self.hysteresis)
+            self._reach = max(self._reach, plan.profile.reach)
+            for key in plan.rates:
+                self._wheels.setdefault(key, _Wheel(*key)).uses += 1
+        plan.uses += 1
         return plan
 
-    def _wheel(self, layer: Layer) -> _Wheel:
-        key = layer.channel, layer.hz
-        if key not in self._wheels:
-            self._wheels[key] = _Wheel(layer)
-        return self._wheels[key]
+    def _let_go(self, plan: _Plan) -> None:
+        """One less has these layers."""
+        plan.uses -= 1
+        if not plan.uses:
+            del self._plans[plan.layers]
+            self._reach = max([each.profile.reach for each in self._plans.values()], default=0.0)
+            for key in plan.rates:
+                self._wheels[key].uses -= 1
+                if not self._wheels[key].uses:
+                    del self._wheels[key]
 
     def _next_slot(self) -> int:
         self._slot = (self._slot + 37) % _TURN          # neighbours are far from each other
@@ -6700,7 +6815,8 @@ class World:
         Raises:
             UsageError: it is neither.
         """
-        if not isinstance(what, Replicated) and what in self._observers:
+        if isinstance(what, Hashable) and not isinstance(what, Replicated) and (
+                what in self._observers):
             return self._observers[what].stats()
         return {f"{share.layer.channel}": share.stats() for share in self._find(what).shares}
 
@@ -6710,7 +6826,7 @@ class World:
 
     def put_off(self) -> dict[str, int]:
         """Return how much observers were not told at once, or never, by why."""
-        return {name: sum([getattr(each, name) for each in self._observers.values()],
+        return {name: sum([getattr(each, name) for each in list(self._observers.values())],
                           self._gone[name]) for name in _PUT_OFF}
 
     def report(self, top: int = 10) -> dict[str, Any]:
@@ -6721,20 +6837,23 @@ class World:
         channels: dict[int, Counter[str]] = {}
         for (channel, name), count in self._past.items():
             channels.setdefault(channel, Counter())[name] += count
-        for replica in self._replicas.values():
+        replicas, observers = list(self._replicas.values()), list(self._observers.values())
+        for replica in replicas:
             for share in replica.shares:
                 channels.setdefault(share.layer.channel, Counter()).update(share.stats())
-        busiest = heapq.nlargest(top, self._observers.values(), operator.attrgetter("bytes"))
-        told = heapq.nlargest(top, self._replicas.values(),
+        busiest = heapq.nlargest(top, observers, operator.attrgetter("bytes"))
+        told = heapq.nlargest(top, replicas,
                               lambda each: sum([share.bytes for share in each.shares]))
         regions = self._space.regions()
         return {
             "objects": len(self._replicas), "observers": len(self._observers),
             "regions": len(regions), "smallest_region": min(regions, default=(0.0, 0))[0],
-            "ticks": self.ticks, "faults": self.complaints, "warnings": [*self.warnings.values()],
+            "ticks": self.ticks, "made": self.made, "faults": self.complaints,
+            "warnings": [*self.warnings.values()],
             **self.put_off(),
             "channels": {str(each): dict(channels[each]) for each in sorted(channels)},
-            "busiest_observers": {str(each.key): each.stats() for each in busiest},
+            "busiest_observers": {each.key if isinstance(each.key, str) else repr(each.key):
+                                  each.stats() for each in busiest},
             "busiest_objects": {each.id: {"type": each.obj.type_name, **self.stats(each.id)}
                                 for each in told}}
 
@@ -6749,15 +6868,16 @@ class World:
                 distance = math.dist(observer.at, replica.at)
                 mask = observer.masks.get(replica, 0)
                 assert (observer in replica.seers) == (mask > 0)
-                told = observer.pending.get(replica, mask)
                 for share in replica.shares:
                     radius, inside = share.layer.radius, bool(mask & share.bit)
                     assert inside or distance > radius
                     assert not inside or distance <= radius * (1 + self.hysteresis)
-                    assert (observer in share.viewers) == bool(mask & told & share.bit)
+                    debt, told = observer.debts.get(share), observer in share.viewers
+                    assert inside or not told
+                    assert told or not inside or debt is not None and not debt[0]
+                    assert debt is None or bool(debt[0]) == told
             assert observer.masks.keys() <= {*self._replicas.values()}
-            assert observer.behind == (observer.debts > 0)
-            assert all(observer in share.viewers for owed in observer.owed for share in owed)
+        assert all(plan.uses for plan in self._plans.values())
 
 
 # =============================================================================
@@ -11167,7 +11287,7 @@ function demo(data) {
   const old = told, span = old ? (data.at - old.at) || 1 : 0;
   told = data;
   $("demo").hidden = $("legend").hidden = false;
-  if (document.activeElement !== $("density") || !old) $("density").value = data.objects;
+  if (document.activeElement !== $("density") || !old) $("density").value = data.wanted;
   $("stones").textContent = data.objects.toLocaleString("en");
   $("now").textContent = `${data.tick_ms.toFixed(2)} / ${data.budget_ms.toFixed(0)} ms`;
   meter($("load"), data.tick_ms, data.budget_ms);
@@ -12762,11 +12882,11 @@ class Engine:
             UsageError: as ``World.emit``.
         """
         self._on_loop("emit_gorc")
-        replica, began_ns = self.world._find(obj), self.loop.clock()
-        event = self._fire_instance(replica.obj, channel, name, data, None)
+        began_ns, update = self.loop.clock(), self.world.prepare(obj, channel, name, data)
+        event = self._fire_instance(update.share.replica.obj, channel, name, data, None)
         if not event.cancelled:
-            event.told = self.world.emit(replica.id, channel, name, data)
-            if replica.share(channel).layer.priority == 0 and event.told:
+            event.told = self.world.say(update)
+            if update.critical and event.told:
                 self._critical_ns.append(began_ns)
         return event
 
@@ -13122,6 +13242,8 @@ class Engine:
         waits = [ticker.wait_s() for ticker, _ in self._repeats]
         waits += [0.05 if self._state == "stopping" else 3600.0, self._worker.wait_s(),
                   self.topics.wait_s() if self._ticker is None else self._ticker.wait_s()]
+        if self._ticker is None and not self.world.quiet:
+            waits.append(self.world.wait_s())
         return min(waits)
 
     def step(self, timeout_s: float = 0.0) -> None:
@@ -13206,10 +13328,11 @@ class Engine:
         for view in self._all_views():
             if view.changed:
                 self._show_changes(view)
-        changes = [] if self.world.quiet else self._replicate(self.loop.clock())
+        if not self.world.quiet:
+            self._replicate(self.loop.clock())
         waiting, self._waiting = self._waiting, {}
         self._flush(waiting)
-        self._note_lags(changes)
+        self._note_lags()
 
     def _flush_urgent(self) -> None:
         """Let out what does not wait for the tick."""
@@ -13224,11 +13347,8 @@ class Engine:
 
     # -- the world --
 
-    def _replicate(self, now_ns: int) -> list[Update]:
-        """Put what is told of the world into the outboxes of those who can take it.
-
-        Returns: all that has changed.
-        """
+    def _replicate(self, now_ns: int) -> None:
+        """Put what is told of the world into the outboxes of those who can take it."""
         for observer, updates in self.world.gather(now_ns, self._is_ready):
             if (session := self.sessions.get(observer.key)) is None:
                 continue                        # an observer of the application's own
@@ -13242,7 +13362,6 @@ class Engine:
         for name, replica, channel, who in crossed:
             self._fire_instance(replica.obj, channel, name, {
                 "object_id": replica.id, "observer": who}, self.sessions.get(who))
-        return self.world.changes
 
     def _is_ready(self, observer: Any) -> bool:
         """Whether an observer has read what it was sent."""
@@ -13254,11 +13373,12 @@ class Engine:
         if (session := self.sessions.get(observer)) is not None:
             session.put(update)
 
-    def _note_lags(self, changes: list[Update]) -> None:
-        now_ns = self.loop.clock()
-        for (channel, since_ns), times in Counter(
-                [(each.share.layer.channel, each.since_ns) for each in changes]).items():
-            self._note_lag("horizon_replication_lag_seconds", now_ns - since_ns, times, channel)
+    def _note_lags(self) -> None:
+        now_ns, lags = self.loop.clock(), self.world.lags
+        for key, times in lags.items():
+            if key is not None:
+                self._note_lag("horizon_replication_lag_seconds", now_ns - key[1], times, key[0])
+        lags.clear()
 
     def _note_lag(self, name: str, lag_ns: int, times: int, channel: int | str) -> None:
         labels = {"channel": channel} if isinstance(channel, int) else {}
@@ -13359,8 +13479,8 @@ class Engine:
         """Return what renders *topic*: views of it, or made for it from those of a pattern."""
         sources = self._sources(topic)
         if not sources:
-            raise _Refused("no_fragment", f"nothing renders {topic[:80]!r}, only "
-                           f"{', '.join(self._views)[:200] or 'nothing at all'}")
+            raise _Refused("no_fragment", f"nothing renders {topic[:80]!r}"
+                           + f", only {', '.join(self._views)[:200]}" * bool(self._views))
         if topic in self._views:
             return sources
         made = self._made_views.get(topic, [])
@@ -13800,6 +13920,8 @@ class Engine:
         """Do what one protobuf envelope asks: the same as the JSON that means it."""
         kind = envelope.which("payload")
         asked = getattr(envelope, kind or "type")
+        if getattr(asked, "original_size", 0):
+            raise PeerError("data that is compressed", close_code=1007, label="bad_protobuf")
         if kind == "player_move":
             return self._answer_request(session, None, self._move_event, asked)
         if kind in _TEXTS:
@@ -13984,7 +14106,9 @@ class Engine:
             raise _Refused("bad_request", str(error)) from None
 
     def _check_subscription(self, session: Session, topic: str) -> None:
-        if not self._may(session.user, "subscribe", topic):
+        if topic == _ZONES and session.endpoint != "data":
+            raise _Refused("bad_topic", "the world is told on /ws/data")
+        if topic != _ZONES and not self._may(session.user, "subscribe", topic):
             raise _Refused("forbidden", f"no rule lets you subscribe to {topic[:80]!r}")
         mine = session.subscriptions or {}
         if topic not in mine and 0 < self.config.max_subscriptions <= len(mine):
@@ -14018,6 +14142,8 @@ class Engine:
             session.put(self.movement.snapshot())
             mine[topic] = functools.partial(self._movers.pop, session, None)
         elif topic == _ZONES:
+            if options:
+                raise _Refused("bad_request", "what is told of the world has no since and no rate")
             session.zones = self._packing(session, message)
             mine[topic] = functools.partial(self._leave_zones, session)
             if session.player in self.movement.positions:
@@ -14318,20 +14444,31 @@ class SeenObject:
     be: layers that are to know where things are have "position" among their properties.
     """
 
-    __slots__ = ("id", "type", "position", "channels")
+    __slots__ = ("id", "type", "position", "channels", "_newest")
 
     def __init__(self, id: str, kind: str) -> None:
         self.id, self.type = id, kind
         self.position: tuple[float, ...] | None = None
         self.channels: dict[int, dict[str, Any]] = {}
+        self._newest: dict[str, Any] = {}       # whichever channel told it last
 
     def __getattr__(self, name: str) -> Any:
-        for properties in self.channels.values() if not name.startswith("_") else ():
-            if name in properties:
-                return properties[name]
-        known = {each for properties in self.channels.values() for each in properties}
-        raise AttributeError(f"of this {self.type} there is no {name!r} in the zones it is seen "
-                             f"from{_did_you_mean(name, known)}")
+        if name.startswith("_") or name not in self._newest:
+            raise AttributeError(f"of this {self.type} there is no {name!r} in the zones it is "
+                                 f"seen from{_did_you_mean(name, self._newest)}")
+        return self._newest[name]
+
+    def _tell(self, channel: int, data: dict[str, Any]) -> None:
+        self.channels[channel] |= data
+        self._newest |= data
+        if "position" in data:
+            x, y, z = data["position"]
+            self.position = _must_be_place(x, y, z, "what is seen")
+
+    def _leave(self, channel: int) -> None:
+        self.channels.pop(channel, None)
+        self._newest = {name: value for name, value in self._newest.items()
+                        if any(name in each for each in self.channels.values())}
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return a property, or *default* if it is not told here."""
@@ -14359,37 +14496,43 @@ class SeenWorld(dict[str, SeenObject]):
         return [each for each in self.values() if each.type == name]
 
     def apply(self, message: Mapping[str, Any]) -> None:
-        """Take note of a message of replication; of others that are none, nothing."""
-        kind, id, channel = (message.get(each) for each in ("type", "object_id", "channel"))
-        if kind not in (_ENTER, _EXIT, _EVENT) or not isinstance(id, str) or (
-                not isinstance(channel, int)):
-            return
+        """Take note of a message of replication; of others that are none, nothing.
+
+        Raises:
+            PeerError: it can't be understood.
+        """
+        try:
+            if (kind := message.get("type")) in (_ENTER, _EXIT, _EVENT):
+                self._apply(str(kind), message)
+        except (TypeError, ValueError, KeyError, UsageError):
+            raise PeerError(f"{reprlib.repr(message)} can't be understood", close_code=1007,
+                            label="bad_json") from None
+
+    def _apply(self, kind: str, message: Mapping[str, Any]) -> None:
+        id, channel = message["object_id"], message["channel"]
+        if not isinstance(id, str) or type(channel) is not int:
+            raise TypeError
         seen = self.get(id)
         if kind == _ENTER:
-            seen = self.setdefault(id, SeenObject(id, str(message.get("object_type"))))
-            seen.position = tuple(message.get("position") or ()) or seen.position
-            data = message.get("zone_data")
-            seen.channels[channel] = {}
-        elif seen is None:
-            return
-        elif kind == _EXIT:
-            seen.channels.pop(channel, None)
+            x, y, z = message["position"]
+            place, data = _must_be_place(x, y, z, "what is seen"), message["zone_data"]
+            if seen is None:
+                seen = self[id] = SeenObject(id, str(message["object_type"]))
+            seen.position, seen.channels[channel] = place, {}
+            seen._tell(channel, {**data})
+        elif seen is not None and kind == _EXIT:
+            seen._leave(channel)
             if not seen.channels:
                 del self[id]
-            return
-        else:
-            data = message.get("data") if message.get("event") == "update" else None
-        if isinstance(data, dict) and channel in seen.channels:
-            seen.channels[channel] |= data
-            if data.get("position"):
-                seen.position = tuple(data["position"])
+        elif seen is not None and message.get("event") == "update" and channel in seen.channels:
+            seen._tell(channel, {**message["data"]})
 
     def move(self, moves: Mapping[bytes, _Position]) -> None:
         """Take note of packed positions, of channel 0."""
         for uuid, position in moves.items():
-            if (seen := self.get(_uuid_text(uuid))) is not None:
-                seen.position = position
-                seen.channels.get(0, {})["position"] = list(position)
+            seen = self.get(_uuid_text(uuid))
+            if seen is not None and 0 in seen.channels:
+                seen._tell(0, {"position": list(position)})
 
 
 class Client:
@@ -14539,6 +14682,8 @@ class Client:
     def unsubscribe(self, topic: str) -> None:
         """End a subscription and wait until the server agreed."""
         self.request("unsubscribe", topic)
+        if topic == "gorc":
+            self.world.clear()
         self._topics.pop(topic, None)
         self.positions.pop(topic, None)
         self._heard.discard(topic)
@@ -14708,22 +14853,28 @@ class Client:
         if not hasattr(message, "which"):
             if isinstance(message, dict) and "object_id" in message:
                 self.world.apply(message)
-        elif message.type == "GORC_MOVES":
-            self.world.move(unpack_moves(message.packed_movement.data,
-                                         wide=message.packed_movement.wide))
+        elif message.type == "GORC_MOVES" and (block := message.packed_movement) is not None:
+            self.world.move(unpack_moves(block.data, wide=block.wide))
         elif (kind := message.which("payload")) in _ZONE_TYPES:
             told = getattr(message, kind)
-            data = None
-            if kind != "zone_exit":
-                body = told.data if not told.original_size else _inflate(
-                    told.data, told.original_size, kind)
-                data = json.loads(body) if body else None
-            place = told.position if kind == "zone_enter" else None
+            place = getattr(told, "position", None)
+            data = self._unpacked(told) if kind != "zone_exit" else None
             self.world.apply({
                 "type": _ZONE_TYPES[kind], "object_id": told.object_id, "channel": told.channel,
                 "object_type": told.object_type, "event": getattr(told, "event", ""),
                 "zone_data": data, "data": data,
                 "position": (place.x, place.y, place.z) if place else None})
+
+    @staticmethod
+    def _unpacked(told: Any) -> Any:
+        """Return the data of a zone's message, inflated and parsed."""
+        body = told.data
+        if told.original_size:
+            body = _inflate(body, told.original_size, "data of a zone")
+        try:
+            return json.loads(body) if body else None
+        except (ValueError, RecursionError):
+            raise WireError("data of a zone that is not JSON") from None
 
     @staticmethod
     def _plain(envelope: Any) -> dict[str, Any]:
@@ -15253,6 +15404,7 @@ class DemoWorld:
             [os.urandom(16), roll(0, _WORLD_SIZE), roll(0, _WORLD_SIZE), roll(-math.pi, math.pi),
              roll(20, 90)] for _ in range(players)]
         self._stones: list[Stone] = []
+        self._wanted = objects
         self._ticks = 0
         self._slow: set[str] = set()
         self.fill(objects)
@@ -15294,6 +15446,8 @@ class DemoWorld:
             walker[1:4] = x, y, heading
             self._move(player, x, y, 0.0)
         self._ticks += 1
+        count = len(self._stones)
+        self.fill(min(max(self._wanted, count - 60), count + 60))
         for stone in self._stones[self._ticks % 3::3]:      # each in every third tick
             stone.angle += 3 * seconds * stone.speed / stone.radius
             self._app.world.move(stone, *self._place(stone))
@@ -15307,7 +15461,7 @@ class DemoWorld:
         count = event.data.get("count") if isinstance(event.data, dict) else None
         if type(count) is not int or not 100 <= count <= 5_000:
             return event.cancel("count is 100 to 5000")
-        self.fill(count)
+        self._wanted = count                    # a few a tick: a slider says it often
 
     def on_slow(self, event: Event) -> None:
         """Give a client little bandwidth, or all it wants."""
@@ -15322,7 +15476,7 @@ class DemoWorld:
         app = self._app
         self._slow &= app.sessions.keys()
         ticks = list(app._tick_ns)[-25:] or [0]
-        figures = {"objects": len(self._stones), "at": time.time(),
+        figures = {"objects": len(self._stones), "wanted": self._wanted, "at": time.time(),
                    "tick_ms": round(sum(ticks) / len(ticks) / 1e6, 3),
                    "budget_ms": round(1000 / app.config.tick_hz, 3),
                    "layers": {each.channel: {"radius": each.radius, "hz": each.hz}

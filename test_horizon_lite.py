@@ -3500,7 +3500,7 @@ def test_the_last_words_of_what_is_removed_are_heard(looker):
     looker.tick()
     looker.world.emit(other, 1, "explosion")
     looker.world.remove(other)
-    assert [message["type"] for _, message in looker.tick()] == ["gorc_zone_exit", "gorc_event", "gorc_zone_exit", "gorc_zone_exit"]
+    assert [message["type"] for _, message in looker.tick()] == ["gorc_event"] + ["gorc_zone_exit"] * 3
 
 
 def test_copies_and_pickles_of_what_is_in_a_world_are_outside(looker):
@@ -3607,8 +3607,7 @@ def test_rates_sink_with_the_load_when_that_is_wanted():
         return counts[0] / 4, counts[1] / 4, counts[3] / 4
     for load, adaptive, expected in ((0, True, (60, 30, 5)), (1, True, (30, 15, 2.5)), (0.5, True, (45, 22.5, 3.75)), (7, True, (30, 15, 2.5)), (1, False, (60, 30, 5))):
         assert told(load, adaptive) == pytest.approx(expected, abs=0.6)
-    slow = hl.Layer(0, 50, 40)
-    assert (slow.slowest_hz, hl.Layer(2, 50, 3).slowest_hz) == (30, 3)      # not below the channel's own
+    assert (hl._Wheel(0, 40).slowest_hz, hl._Wheel(2, 3).slowest_hz) == (30, 3)     # not below the channel's own
 
 
 def test_who_has_little_bandwidth_gets_the_important_and_the_near_first_and_the_newest_then():
@@ -3634,7 +3633,7 @@ def test_who_has_little_bandwidth_gets_the_important_and_the_near_first_and_the_
     spent = world.stats("anna")["bytes"] - sent
     assert 0.9 * 5 * 20_000 < spent < 1.03 * 5 * 20_000 and world.stats("bob")["bytes"] > 4 * spent
     near = [looker.views["anna"][rock.id].health for rock in rocks]
-    assert near[0] >= 295 and near[0] > near[-1]
+    assert near[0] >= 290 and near[0] > near[-1]
     stats = world.stats("anna")
     assert stats["left_out"] and stats["coalesced"] and not stats["dropped"]
     looker.tick(60)
@@ -3692,7 +3691,7 @@ def test_who_is_not_ready_gets_what_is_newest_when_it_is(looker):
     looker.tick()
     assert len(looker.messages()) == 4 and looker.views["anna"].zones == world.seen_by("anna")
     assert looker.views["anna"][rock.id].health == looker.views["anna"][flicker.id].health == 9 and late in looker.views["anna"]
-    assert not world._observers["anna"].debts and not world._observers["anna"].pending
+    assert not world._observers["anna"].debts
 
 
 def test_an_update_is_encoded_once_for_all_who_get_it(looker):
@@ -3821,7 +3820,7 @@ def test_a_world_tells_what_it_counted(looker, caplog):
     world.remove(id)
     looker.tick()
     world.unobserve("anna")
-    assert world.report()["channels"]["0"]["updates"] == before + 0 and world.report()["channels"]["0"]["transitions"] == 2
+    assert world.report()["channels"]["0"]["updates"] == before + 1 and world.report()["channels"]["0"]["transitions"] == 2
     assert json.dumps(world.report())
 
 
@@ -3916,6 +3915,290 @@ def test_a_tick_costs_what_has_moved_not_what_there_is():
         return looked
     few, many = calls(300), calls(3_000)
     assert many <= few * 1.5 + 50
+
+
+def test_channels_and_observers_have_counted_the_same(rng):
+    looker = Looker()
+    world, rocks, sent = looker.world, [], collections.Counter()
+    for n in range(6):
+        world.observe(n, *[rng.uniform(-100, 100) for _ in range(3)])
+    world.limit(0, 3_000)
+    world.limit(1, 60_000)
+    for _ in range(300):
+        while len(rocks) < 20 or rng.random() < 0.3:
+            rocks.append(Rock())
+            world.add(rocks[-1], *[rng.uniform(-200, 200) for _ in range(3)])
+        for rock in rng.sample(rocks, 8):
+            rock.health, rock.position = rng.random(), [each + rng.uniform(-60, 60) for each in rock.position]
+            world.emit(rock, rng.choice((0, 1, 3)), "boom")
+        if rng.random() < 0.3:
+            world.remove(rocks.pop(rng.randrange(len(rocks))))
+        world.observe(rng.randrange(6), *[rng.uniform(-100, 100) for _ in range(3)])
+        slow = rng.randrange(6)
+        looker.now_ns += TICK
+        for observer, updates in world.gather(looker.now_ns, lambda key: key != slow):
+            sent[observer.key, "updates"] += len(updates)
+            sent[observer.key, "bytes"] += sum(len(update.json()) for update in updates)
+    world._check()
+    channels = world.report()["channels"].values()
+    for name in ("updates", "bytes", "transitions", "left_out", "dropped"):
+        assert sum(each[name] for each in channels) == sum(world.stats(n)[name] for n in range(6)), name
+    assert all(world.stats(n)[name] == sent[n, name] for n in range(6) for name in ("updates", "bytes"))
+    assert world.report()["made"] < sum(sent[n, "updates"] for n in range(6))
+
+
+def test_a_batch_delays_events_and_drops_none(looker):
+    world = looker.world
+    world.batch, world.wait_ns = 32, 16_000_000
+    rock = Rock()
+    world.add(rock, 0, 0, 0)
+    looker.tick(3)
+    heard = []
+    for n in range(90):
+        world.emit(rock, 1, "flash", n)
+        rock.mood = f"{n}"
+        looker.now_ns += 10_000_000 - TICK
+        heard += looker.tick()
+    heard += looker.tick(2)
+    assert [message["data"] for _, message in heard if message["event"] == "flash"] == list(range(90))
+    told = [message for _, message in heard if message["event"] == "update"]
+    assert abs(len(told) - 27) <= 2                     # 30 a second, as the layer says
+    stats = world.stats("anna")
+    assert stats["dropped"] == stats["left_out"] == stats["coalesced"] == 0
+
+
+def test_nobody_is_left_out_for_ever():
+    looker = Looker()
+    world = looker.world
+    world.observe("anna", 0, 0, 0)
+    world.bytes_per_s = 2_000
+    near = [Rock() for _ in range(5)]
+    for rock in near:
+        world.add(rock, 1, 0, 0, channels=(0,))
+    old = world.add(Rock(), 40, 0, 0, channels=(3,))
+    looker.tick(60)
+    world.remove(old)
+    far = world.add(Rock(), 40, 0, 0, channels=(0,))
+    name = world.add(Rock(), 40, 0, 0, channels=(3,))
+    for n in range(60 * 8):
+        for rock in near:
+            rock.health = n
+        looker.tick(check=False)
+    assert looker.views["anna"].zones == world.seen_by("anna") >= {(far, 0), (name, 3)}
+
+
+def test_a_budget_can_be_used_up_by_slow_ticks():
+    looker = Looker(crossings_per_s=100)
+    world = looker.world
+    world.observe("anna", 0, 0, 0)
+    world.bytes_per_s = 5_000
+    rocks = [Rock() for _ in range(50)]
+    for rock in rocks:
+        world.add(rock, 1, 0, 0, channels=(0,))
+    looker.tick()
+    for n in range(50):                                 # five a second
+        for rock in rocks:
+            rock.health = n
+        looker.now_ns += 200_000_000 - TICK
+        looker.tick(check=False)
+    assert 0.85 * 50_000 < world.stats("anna")["bytes"] <= 1.15 * 50_000
+    looker.now_ns = 0                                   # a clock that goes back harms nothing
+    looker.tick()
+    for rock in rocks:
+        rock.health = -1
+    looker.tick(120)
+    assert looker.views["anna"][rocks[0].id].health == -1
+
+
+def test_critical_events_are_charged_too(looker):
+    world, heard = looker.world, []
+    rock = Rock()
+    world.add(rock, 0, 0, 0)
+    world.limit("anna", 1_000)
+    looker.tick(60)
+    world.urgent = lambda observer, update: heard.append(update)
+    for n in range(60):
+        world.emit(rock, 0, "hit", "x" * 100)
+        rock.health = n
+        looker.tick(check=False)
+    assert len(heard) == 60 and looker.views["anna"][rock.id].health in (100, 0)        # they had it all
+    looker.tick(60 * 15)
+    assert looker.views["anna"][rock.id].health == 59
+
+
+def test_events_reach_those_in_the_zone_who_were_not_told_of_it_yet():
+    looker = Looker(crossings_per_s=1)
+    world, heard = looker.world, []
+    world.observe("anna", 0, 0, 0)
+    rocks = [Rock() for _ in range(8)]
+    for rock in rocks:
+        world.add(rock, 1, 0, 0, channels=(0, 1))
+    looker.tick()
+    world.urgent = lambda observer, update: heard.append(update.object_id)
+    assert [world.emit(rock, 0, "boom") for rock in rocks] == [1] * 8 and heard == [rock.id for rock in rocks]
+    assert [world.emit(rock, 1, "later") for rock in rocks] == [1] * 8
+    assert sum(message.get("event") == "later" for _, message in looker.tick()) == 8
+
+
+def test_a_property_may_change_the_world_while_it_is_told():
+    looker = Looker()
+    world = looker.world
+
+    class Trap(Rock):
+        spring = False
+
+        @property
+        def mood(self):
+            if self.spring:
+                self.spring = False
+                world.observe(f"{len(self.loot)}", 0, 0, 0)
+                world.unobserve("bob")
+                world.remove(self)
+                raise Unspeakable
+            return "calm"
+
+    class Unspeakable(Exception):
+        def __repr__(self):
+            raise ValueError
+        __str__ = __repr__
+    for key in ("anna", "bob", "carl"):
+        world.observe(key, 0, 0, 0)
+    trap, rock = Trap(), Rock()
+    for each in (trap, rock):
+        world.add(each, 0, 0, 0)
+    looker.tick(4)
+    rock.health, trap.spring = 5, True
+    trap.touch("mood")
+    rock.mood = "told"
+    looker.tick(4)
+    assert trap.id == "" and not world.observes("bob") and world.observes("0")
+    assert {looker.views[key][rock.id].mood for key in ("anna", "carl")} == {"told"}
+    trap.spring = True
+    trap.mood_is = 1
+    with pytest.raises(AttributeError):
+        trap.mood = 4                                   # it has no setter, and the getter does not matter
+
+
+def test_moves_that_are_lost_in_sums_are_seen():
+    looker = Looker()
+    world = looker.world
+    world.observe("anna", 0, 0, 0)
+    runner, edge = Rock(), Rock()
+    world.add(runner, 1e9, 0, 0)
+    id = world.add(edge, math.nextafter(50, 99), 0, 0, channels=(0,))
+    others = [world.add(Rock(), 1e9, n, 0) for n in range(3)]
+    for n in range(60):                                 # the drift of all grows
+        for other in (runner.id, *others):
+            world.move(other, 1e9 + n * 1_000, 0, 0)
+        looker.tick(check=False)
+    assert (id, 0) not in world.seen_by("anna")
+    world.move(id, 50.0, 0, 0)
+    looker.tick()
+    assert (id, 0) in world.seen_by("anna")
+    for far in (1e15, 1e20, 1e25, 1e37):
+        for n in range(30):
+            place = far * (1 + n / 7), -far, far / 3
+            world.observe("far", *place)
+            world.move(id, *place)
+            looker.tick(check=False)
+            assert (id, 0) in world.seen_by("far")
+
+
+def test_churn_leaves_nothing_behind():
+    looker = Looker()
+    world = looker.world
+    world.observe("anna", 0, 0, 0)
+
+    class Slow(hl.Replicated):
+        layers = (hl.Layer(0, 50, 0.001, ("health",)),)
+        health = 1
+    mover = Rock()
+    world.add(mover, 49.9, 0, 0)
+    stones = [Rock() for _ in range(99)]
+    for stone in stones:
+        world.add(stone, 49, 0, 0)
+    looker.tick()
+    survey = sys.getsizeof(world._observers["anna"].who)
+    for n in range(3_000):
+        rock = Slow() if n % 2 else Rock()
+        world.add(rock, 49.9, 0, 0)
+        world.move(mover.id, 49.9 + n % 5 / 1_000, 0, 0)
+        looker.tick(check=False)
+        rock.health = n
+        world.remove(rock)
+    assert len(world._observers["anna"].who) < 2_000 and sys.getsizeof(world._observers["anna"].who) < 20_000 + survey
+    assert len(world._observers["anna"].debts) < 5 and len(world._remade) < 10
+    del rock
+    for n in range(50):
+        kind = type(f"Kind{n}", (hl.Replicated,), {"layers": (hl.Layer(n % 8, 10 * (n + 1), n + 1.5, ("position",)),)})
+        world.remove(world.add(kind(), 0, 0, 0))
+    looker.tick()
+    assert len(world._plans) == 1 and len(world._wheels) == 3 and world._reach == pytest.approx(1_050)
+    looker.tick(2)
+    gc.collect()
+    assert sum(type(each) is Slow for each in gc.get_objects()) < 1_500      # at most until the next survey
+    world._observers["anna"].limit = -math.inf
+    looker.tick(2)
+    gc.collect()
+    assert not [each for each in gc.get_objects() if type(each) is Slow]
+
+
+@pytest.mark.parametrize("hz, ticks", [(60, 65), (18, 20), (900, 1000), (60, 250), (30, 34), (5, 20)])
+def test_no_channel_is_told_more_often_than_it_says(hz, ticks):
+    looker = Looker()
+    looker.world.observe("anna", 0, 0, 0)
+    kind = type("Busy", (hl.Replicated,), {"layers": (hl.Layer(0, 50, hz, ("n",)),), "n": 0})
+    busy = kind()
+    looker.world.add(busy, 0, 0, 0)
+    looker.tick()
+    told = 0
+    for n in range(4 * ticks):
+        busy.n = n + 1
+        looker.now_ns += 1_000_000_000 // ticks - TICK
+        told += len(looker.tick(check=False))
+    assert 0.97 * hz - 1 <= told / 4 <= 1.005 * hz + 0.5
+
+
+def test_many_who_wait_cost_little_while_they_wait():
+    """What stands in the way of a limit is put in order now and then, not every tick."""
+    looker = Looker(crossings_per_s=5)
+    world = looker.world
+    for n in range(10):
+        world.observe(n, 0, 0, 0)
+    for n in range(300):
+        world.add(Rock(), n % 10, 0, 0)
+    looker.tick(check=False)
+    distances = []
+    original = type(world)._make_plan
+
+    def counting(self, observer, now_ns):
+        before = observer.planned_ns
+        original(self, observer, now_ns)
+        distances.append(observer.planned_ns != before)
+    type(world)._make_plan = counting
+    try:
+        looker.tick(60, check=False)
+    finally:
+        type(world)._make_plan = original
+    assert len(distances) == 600 and sum(distances) <= 10 * 6
+    assert sum(world.stats(n)["updates"] for n in range(10)) <= 10 * 7
+
+
+@pytest.mark.parametrize("attempt", [
+    lambda world: world.add(Rock(), decimal.Decimal("nan"), 0, 0), lambda world: world.add(Rock(), 0, 0, 0, channels=7), lambda world: hl.Layer(0, properties=5),
+    lambda world: world.add(Rock(), 0, 0, 0, channels=(True,)), lambda world: hl.World(crossings_per_s="x"), lambda world: world.observe([], 0, 0, 0),
+    lambda world: world.stats([]), lambda world: world.seen_by({}), lambda world: hl.World(1e-300, 1e-300), lambda world: world.emit(Rock(), 0, "x")])
+def test_odd_values_are_the_callers_mistake(attempt):
+    with pytest.raises(hl.UsageError):
+        attempt(hl.World())
+
+
+def test_layers_set_later_are_checked_when_something_is_added():
+    class Late(hl.Replicated):
+        pass
+    Late.layers = [hl.Layer(0)] * 9
+    with pytest.raises(hl.UsageError, match="twice"):
+        hl.World().add(Late(), 0, 0, 0)
 
 
 def test_a_hundred_thousand_teleports_are_one_for_a_tick(looker):
@@ -10403,19 +10686,23 @@ def test_a_client_that_does_not_read_gets_the_newest_and_delays_nobody():
         sock = raw_websocket(app, small=True)
         sock.sendall(masked(0x81, b'{"namespace":"movement","event":"position","data":{"x":0}}'))
         other.move(0, 0)
-        rocks = [Rock() for _ in range(100)]
+        wait_until(lambda: app.world.observers() == 0 and len(app.sessions) == 2)
+        for session in app.sessions.values():
+            if session.form == "":
+                session.connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_096)
+        rocks = [Rock() for _ in range(40)]
 
         def fill():
             for rock in rocks:
-                rock.name = "x" * 2_000
+                rock.name = "x" * 500
                 app.world.add(rock, 1, 0, 0, channels=(0, 3))
         on_loop(app, fill)
-        hear(other, lambda: len(other.world.zones) == 200)
+        hear(other, lambda: len(other.world.zones) == 80)
 
         def change(n):
             for rock in rocks:
                 rock.health = n
-                rock.name = f"{n}" * 1_000
+                rock.name = f"{n}" * 200
             app.world.move(rocks[0].id, n % 40, 0, 0)
 
         numbers = itertools.count(1_000)
@@ -10428,17 +10715,16 @@ def test_a_client_that_does_not_read_gets_the_newest_and_delays_nobody():
         wait_until(is_slow)
         for n in range(60):
             on_loop(app, change, n)
-            with contextlib.suppress(TimeoutError):
-                other.recv(0.01)
+            time.sleep(0.01)
         on_loop(app, app.world.remove, rocks.pop().id)
-        hear(other, lambda: len(other.world) == 99 and {each.health for each in other.world.values()} == {59})
+        hear(other, lambda: len(other.world) == 39 and {each.health for each in other.world.values()} == {59})
         slow = next(each for each in app.sessions.values() if each.backlog)
         stats = on_loop(app, app.world.stats, slow.id)
         assert stats["coalesced"] > 100 and stats["owed"] and not slow.outbox.items
         assert on_loop(app, app.world.stats, next(each.id for each in app.sessions.values() if each is not slow))["coalesced"] < 20
         view, ws = hl.SeenWorld(), hl.WebSocketConnection("client", 1 << 24)
         deadline = time.monotonic() + 5
-        while not (len(view) == 99 and {each.channels[0]["health"] for each in view.values()} == {59}):
+        while not (len(view) == 39 and {each.channels[0]["health"] for each in view.values()} == {59}):
             ws.receive(sock.recv(65536))
             for event in ws.take_events():
                 view.apply(json.loads(event))
@@ -10499,7 +10785,7 @@ def test_what_clients_say_to_objects_reaches_those_who_handle_it():
         assert next(each for each in iter(lambda: client.recv(5), None) if "error" in each)["error"]["code"] == "unknown_object"
         with pytest.raises(hl.StateError, match=re.escape("app.call_soon(app.emit_gorc, ...)")):
             app.emit_gorc(rock, 0, "x")
-        assert told[0] == (["0", "register"], "Rock", None) and told[1:4] == [([f"{n}", "enter"], "Rock", user) for n in (0, 1, 3)]
+        assert told[0] == (["0", "register"], "Rock", None) and [each for each in told if each[2] == user][:3] == [([f"{n}", "enter"], "Rock", user) for n in (0, 1, 3)]
         assert (["0", "chips"], "Rock", None) in told and told[-1][0][1] == "unregister"
         assert sorted(each[0] for each in told if each[0][1] == "exit" and each[2] == user) == [["0", "exit"], ["1", "exit"], ["3", "exit"]]
 
@@ -10581,6 +10867,179 @@ def test_the_seeds_names_of_the_worlds_settings_are_understood(tmp_path):
     config = hl.Config.load(tmp_path / "a.toml", {})
     assert (config.region_min, config.region_max, config.region_split, config.region_merge) == (50, 500, 40, 5)
     assert (config.compress, config.compress_above_bytes) == (False, 256)
+
+
+def test_lags_are_of_what_was_put_off_too():
+    with running(tick_hz=100, replication_wait_ms=0) as app, hl.connect(app.url) as client:
+        rock = Rock()
+        on_loop(app, app.world.add, rock, 0, 0, 0, channels=(0,))
+        client.move(0, 0)
+        hear(client, lambda: len(client.world.zones) == 1)
+        (key,) = app.sessions
+        held = True
+        app._is_ready, ready = lambda observer: not held and ready(observer), app._is_ready
+        on_loop(app, setattr, rock, "health", 5)
+        time.sleep(0.3)
+        held = False
+        hear(client, lambda: client.world[rock.id].health == 5)
+        wait_until(lambda: app.report()["replication"]["lag_p99_ms"].get("0", 0) >= 290)
+        assert on_loop(app, app.world.stats, key)["left_out"] == 1
+
+
+@pytest.mark.parametrize("message", [
+    {"type": "gorc_zone_enter", "object_id": "x", "channel": 0, "position": 5}, {"type": "gorc_zone_enter", "object_id": "x", "channel": 0, "position": "abc", "zone_data": {}},
+    {"type": "gorc_zone_enter", "object_id": "x", "channel": 0, "position": [1, 2, {}], "zone_data": {}},
+    {"type": "gorc_zone_enter", "object_id": "x", "channel": 0, "position": [1, 2, 3], "zone_data": {"position": 5}},
+    {"type": "gorc_zone_enter", "object_id": "x", "channel": 0, "position": [1, 2, 3], "zone_data": 5}, {"type": "gorc_zone_exit", "object_id": "x", "channel": []},
+    {"type": "gorc_zone_enter", "object_id": 5, "channel": 0, "position": [1, 2, 3], "zone_data": {}},
+    ("gorc_event", {"object_id": "seen", "event": "update", "data": b"{bad"}), ("gorc_event", {"object_id": "seen", "event": "update", "data": b"[" * 100_000}),
+    ("gorc_event", {"object_id": "seen", "event": "update", "data": b"\xff\xfe"}), ("gorc_event", {"object_id": "seen", "event": "update", "data": b"1" * 5_000}),
+    ("gorc_event", {"object_id": "seen", "event": "update", "data": b"[1]"}), ("zone_enter", {"object_id": "x", "data": b'{"position":7}'}), ("zone_enter", {"object_id": "x"}),
+    ("zone_enter", {"object_id": "x", "data": zlib.compress(b"1" * 99), "original_size": 5})])
+def test_a_client_ends_a_connection_that_tells_nonsense_of_the_world(message):
+    app, schema = hl.Engine(port=0), hl.builtin_schema()
+
+    @app.on_client("go", "on")
+    def go(event):
+        if isinstance(message, dict):
+            return event.client.send(message)
+        kind, fields = message
+        seen = schema.ZoneEnter(object_id="seen", object_type="Rock", data=b"{}", position=schema.Vec3())
+        cls = {"gorc_event": schema.GorcEvent, "zone_enter": schema.ZoneEnter}[kind]
+        event.client.send(hl._batch_of(type="ZONE_ENTER", zone_enter=seen) + hl._batch_of(type="X", **{kind: cls(**fields)}))
+    with app, hl.connect(app.url, protocol="json" if isinstance(message, dict) else "proto") as client:
+        client.emit("go", "on")
+        while client.recv(5) is not None:
+            pass
+        assert client.closed.code in (1007, 1009)
+
+
+def test_without_ticks_channels_keep_their_rates():
+    with running(tick_hz=0) as app, hl.connect(app.url) as client:
+        rock = Rock()
+        on_loop(app, app.world.add, rock, 0, 0, 0)
+        client.move(0, 0)
+        hear(client, lambda: len(client.world.zones) == 3)
+        for n in range(5):
+            began = time.monotonic()
+            on_loop(app, setattr, rock, "health", n)
+            hear(client, lambda: client.world[rock.id].health == n)
+            assert time.monotonic() - began < 0.2
+        on_loop(app, setattr, rock, "name", "x")
+        hear(client, lambda: client.world[rock.id].name == "x", 0.6)
+        wait_until(lambda: on_loop(app, app.world.wait_s) == math.inf)
+
+
+def test_the_clients_world_is_what_it_was_told_last():
+    class Twice(hl.Replicated):
+        layers = (hl.Layer(0, 50, 60, ("health",)), hl.Layer(3, 400, 5, ("health", "name")))
+        health, name = 1, "a"
+    with running() as app, hl.connect(app.url) as client:
+        rock = Twice()
+        on_loop(app, app.world.add, rock, 0, 0, 0)
+        client.move(100, 0)
+        hear(client, lambda: len(client.world.zones) == 1)
+        client.move(0, 0)
+        hear(client, lambda: len(client.world.zones) == 2)
+        on_loop(app, setattr, rock, "health", 2)
+        hear(client, lambda: client.world[rock.id].channels[0]["health"] == 2)
+        assert client.world[rock.id].health == 2 and client.world[rock.id].get("armour", 7) == 7
+        client.move(100, 0)
+        hear(client, lambda: len(client.world.zones) == 1)
+        assert client.world[rock.id].health == 2
+        client.unsubscribe("gorc")
+        assert not client.world
+        on_loop(app, app.world.remove, rock)
+        client.subscribe("gorc")
+        assert not client.world
+
+
+def test_a_refused_event_of_an_object_is_told_to_nobody():
+    app, heard = hl.Engine(port=0), []
+    rock = Rock()
+    app.world.add(rock, 0, 0, 0)
+    app.on("gorc_instance:Rock:*")(lambda event: heard.append(event.key) or event.key.endswith("last") and app.world.remove(event.object))
+    for arguments in [(rock, 9, "x"), (rock, 0, "enter", {"observer": "forged"}), (rock, 0, "ok", {1, 2}), (rock, [1], "x"), (rock, 0, "b ad:name"), ("nobody", 0, "x")]:
+        with pytest.raises(hl.UsageError):
+            app.emit_gorc(*arguments)
+    assert heard == []
+    assert app.emit_gorc(rock, 0, "last").told == 0 and rock.id == ""
+
+
+def test_handlers_hear_of_those_who_leave_by_going():
+    app, heard = hl.Engine(port=0, max_messages_per_s=0), []
+    app.on("gorc_instance:Rock:*")(lambda event: heard.append((event.key.split(":")[-1], event.data["object_id"], event.data["observer"])))
+    with app:
+        rock = Rock()
+        id = on_loop(app, app.world.add, rock, 0, 0, 0, channels=(0,))
+        for _ in range(2):
+            with hl.connect(app.url) as client:
+                client.move(0, 0)
+                hear(client, lambda: len(client.world.zones) == 1)
+                (key,) = app.sessions
+                if not _:
+                    client.unsubscribe("gorc")
+            wait_until(lambda: heard[-1:] == [("exit", id, key)])
+        assert [name for name, _, _ in heard] == ["register", "enter", "exit", "enter", "exit"]
+
+
+def test_the_world_needs_no_rule_and_is_told_where_it_can_be():
+    with running() as app, hl.connect(app.url) as client, hl.connect(app.url.replace("http", "ws") + "/ws/html") as page:
+        on_loop(app, app.allow, "chat.>", publish=True, subscribe=True)
+        on_loop(app, app.world.add, Rock(), 0, 0, 0)
+        client.move(0, 0)
+        hear(client, lambda: len(client.world.zones) == 3)
+        client.subscribe("gorc")
+        for options in ({"rate": 1}, {"since": 3}):
+            with pytest.raises(hl.UsageError, match="no since and no rate"):
+                client.request("subscribe", "gorc", **options)
+        assert get(app, "/sub/gorc")[0] == 400 and app.refusals["bad_topic"] == 1
+        page.send({"action": "subscribe", "topic": "gorc", "id": 1})
+        assert "/ws/data" in page.recv(5)["error"]["message"]
+        with pytest.raises(hl.StateError, match=re.escape("app.world.limit")):
+            app.world.limit("x", 5)
+        for attempt in (lambda: app.world.tick(1), lambda: app.world.tune(1, 2, 3, 4, 0.5)):
+            with pytest.raises(hl.StateError):
+                attempt()
+    with running() as app, hl.connect(app.url, protocol="proto") as client:
+        client.send_envelope(gorc_event=hl.builtin_schema().GorcEvent(object_id="x", data=zlib.compress(b"1"), original_size=1))
+        assert client.recv(5) is None and client.closed.code == 1007
+
+
+def test_large_properties_and_many_events_hold_up_nothing_else():
+    with running(tick_hz=50) as app, hl.connect(app.url) as client:
+        big, small = Rock(), Rock()
+        for rock in (big, small):
+            on_loop(app, app.world.add, rock, 0, 0, 0)
+        client.move(0, 0)
+        hear(client, lambda: len(client.world.zones) == 6)
+        for n in range(1, 12):
+            on_loop(app, lambda: (setattr(big, "health", f"{n}" * 400_000), setattr(small, "name", n)))
+            client.recv(5)
+        hear(client, lambda: client.world[small.id].name == 11)
+        rocks = [Rock() for _ in range(300)]
+
+        def burst():
+            return [app.emit_gorc(small, 1, "x", "y" * 2_000).told for _ in rocks]
+        assert on_loop(app, burst) == [1] * 300
+        heard = 0
+        while heard < 300:
+            heard += client.recv(5).get("event") == "x"
+        assert on_loop(app, app.world.put_off)["dropped"] == 0
+
+
+def test_the_demos_world_grows_and_shrinks_a_little_at_a_time():
+    app = hl.Engine(port=0)
+    demo = hl.DemoWorld(app, 2, 300)
+    for count in (5_000, 100):
+        event = app.emit_client("demo", "density", {"count": count})
+        assert not event.cancelled
+        before = len(app.world)
+        demo.walk(0.02)
+        assert abs(len(app.world) - before) == 60
+    for _ in range(10):
+        demo.walk(0.02)
+    assert len(app.world) == 100
 
 
 def test_a_client_that_connects_again_sees_the_world_anew():
