@@ -14485,6 +14485,8 @@ class SeenWorld(dict[str, SeenObject]):
     ``zones`` are the (id, channel) it is in, as ``World.seen_by`` has them.
     """
 
+    __slots__ = ()
+
     @property
     def zones(self) -> set[tuple[str, int]]:
         """The (id, channel) of every zone."""
