@@ -6446,7 +6446,7 @@ class World:
         for wheel in list(self._wheels.values()):
             for share in wheel.turn(seconds, load):
                 changed, share.changed = share.changed, 0
-                update = None
+                update, told = None, 0
                 for observer in list(share.viewers):        # a property may do anything
                     if observer.debts:
                         observer.owe(share, changed, share.since_ns, now_ns)
@@ -6455,11 +6455,13 @@ class World:
                         update = Update(share, _EVENT, "update",
                                         None if changed == share.place else share.data(changed),
                                         self._stamp, changed, share.since_ns)
-                        size = update.measure()
+                        update.measure()
                         self.made += 1
-                    share.updates += 1              # unless it is put off, below
-                    share.bytes += size
+                    told += 1
                     observer.inbox.append(update)
+                if update is not None:
+                    share.updates += told               # less those it is put off for, below
+                    share.bytes += told * update.size
 
     def pack(self, updates: list[Update], wide: bool) -> list[Any]:
         """Return *updates* with the positions told on channel 0 as one ZoneMoves, f32 or *wide*."""
