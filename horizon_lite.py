@@ -5543,6 +5543,10 @@ class Replicated:
         if self._replica is not None and name in self._replica.routes:
             self._replica.mark(name)            # the class may have a value of its own
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle by a protocol that makes new ones by ``__new__``."""
+        return super().__reduce_ex__(max(2, protocol))
+
     def __getstate__(self) -> Any:
         """Return what a copy begins with: it is in no world."""
         state = super().__getstate__()
@@ -5643,8 +5647,8 @@ class _Plan:
 class _Share:
     """One layer of one object: who sees it, and what has changed since it was told."""
 
-    __slots__ = ("replica", "layer", "bit", "viewers", "changed", "since_ns", "slots", "slot",
-                 "place", "updates", "bytes", "transitions", "left_out", "dropped")
+    __slots__ = ("replica", "layer", "bit", "viewers", "changed", "since_ns", "wheel", "slots",
+                 "slot", "place", "updates", "bytes", "transitions", "left_out", "dropped")
 
     def __init__(self, replica: _Replica, layer: Layer, wheel: _Wheel, slot: int) -> None:
         self.replica, self.layer = replica, layer
@@ -5652,7 +5656,7 @@ class _Share:
         self.viewers: dict[_Observer, None] = {}
         self.changed = 0                        # of layer.properties, as bits
         self.since_ns = 0                       # when the first of them was changed
-        self.slots, self.slot = wheel.slots, slot
+        self.wheel, self.slots, self.slot = wheel, wheel.slots, slot
         self.place = 0                          # the bit of its position
         if "position" in layer.properties:
             self.place = 1 << layer.properties.index("position")
@@ -5670,22 +5674,25 @@ class _Share:
 
     def count(self, update: Update, times: int = 1) -> None:
         """Count an update that is told, or is not."""
-        self._add("updates", times)
-        self._add("bytes", times * (update.size or update.measure()))
+        self.add("updates", times)
+        self.add("bytes", times * (update.size or update.measure()))
 
     def drop(self, update: Update) -> None:
         """Count an event that is not told after all."""
         self.count(update, -1)
-        self._add("dropped", 1)
+        self.add("dropped", 1)
 
-    def _add(self, name: str, count: int) -> None:
-        setattr(self, name, getattr(self, name) + count)
-        if self.replica.region is None:         # it has gone, and is summed up
-            self.replica.world._past[self.layer.channel, name] += count
+    def add(self, name: str, count: int) -> None:
+        """Add to a counter, and to the channel's."""
+        for each in (self, self.wheel):
+            setattr(each, name, getattr(each, name) + count)
+        if not self.wheel.uses:                 # it is summed up already
+            self.replica.world._past[self.wheel.channel, name] += count
 
     def show(self, observer: _Observer) -> None:
         """Tell an observer from now on."""
         self.viewers[observer] = None
+        self.wheel.subscribers += 1
         if len(self.viewers) == 1:
             self.replica.note_viewers()
 
@@ -5693,6 +5700,7 @@ class _Share:
         """Tell an observer no more."""
         if observer in self.viewers:
             del self.viewers[observer]
+            self.wheel.subscribers -= 1
             if not self.viewers:
                 self.replica.note_viewers()
 
@@ -5931,21 +5939,38 @@ class ObjectEvent(Event):
 _Due = tuple[tuple[float, float], _Share]       # how urgent: importance less age, distance
 
 
+class _Terms:
+    """How much an observer may be told."""
+
+    __slots__ = ("bytes_per_s", "allowance", "crossings", "fed_ns")
+
+    def __init__(self) -> None:
+        self.bytes_per_s: float | None = None       # None: as the world says
+        self.allowance = self.crossings = math.inf  # bytes, crossings that it may be told now
+        self.fed_ns = 0                             # when these were added to
+
+    def spend(self, size: int, rate: float) -> None:
+        """Take bytes; what is told without asking takes a second's at most."""
+        if rate:
+            self.allowance = max(self.allowance - size, -rate)
+
+
 class _Observer:
     """Somebody who sees."""
 
-    __slots__ = ("key", "at", "region", "masks", "inbox", "debts", "plan", "planned_ns", "path",
-                 "limit", "looked", "stirs", "thresholds", "who", "surveyed_tick", "spent",
-                 "bytes_per_s", "allowance", "crossings", "fed_ns", "waits_since_ns", "updates",
-                 "bytes", "transitions", "coalesced", "left_out", "dropped")
+    __slots__ = ("key", "at", "region", "masks", "inbox", "due", "debts", "plan", "planned_ns",
+                 "path", "limit", "looked", "stirs", "thresholds", "who", "surveyed_tick", "spent",
+                 "terms", "waits_since_ns", "updates", "bytes", "transitions", "coalesced",
+                 "left_out", "dropped")
 
-    def __init__(self, key: Any, at: _Position) -> None:
-        self.key, self.at = key, at
+    def __init__(self, key: Any, at: _Position, terms: _Terms) -> None:
+        self.key, self.at, self.terms = key, at, terms
         self.region: _Region | None = None
         self.masks: dict[_Replica, int] = {}        # in which zones it is, exactly
         self.inbox: list[Update] = []               # this tick's
-        # what it is to be told and was not, the oldest first: [properties as bits, when they
-        # were changed, since which tick].  No bits: that it is in the zone now, or no more
+        # what it is to be told and was not, the oldest first.  Zones it has entered or left,
+        # since when; of zones it is in [properties as bits, when changed, since when owed]
+        self.due: dict[_Share, int] = {}
         self.debts: dict[_Share, list[int]] = {}
         # the order to pay them in, crossings and updates, the next one last; and when it was made
         self.plan: tuple[list[_Due], list[_Due]] = ([], [])
@@ -5957,9 +5982,7 @@ class _Observer:
         self.thresholds: list[float] = []
         self.who: list[_Replica] = []               # the object of each threshold
         self.surveyed_tick = self.spent = 0         # when; pairs looked at since, less its cost
-        self.bytes_per_s: float | None = None       # None: as the world says
-        self.allowance = self.crossings = math.inf  # bytes, crossings that it may be told now
-        self.fed_ns = self.waits_since_ns = 0       # when these were added to; what waits came
+        self.waits_since_ns = 0                     # when the first came that waits
         self.updates = self.bytes = self.transitions = 0
         self.coalesced = self.left_out = self.dropped = 0
 
@@ -5971,23 +5994,26 @@ class _Observer:
         else:
             self.debts[share] = [changed, since_ns, now_ns]
             self.left_out += 1
-            share.left_out += 1
+            share.add("left_out", 1)
 
     def stats(self) -> dict[str, Any]:
         """Return its counters."""
         return {"sees": sum([mask.bit_count() for mask in list(self.masks.values())]),
-                "owed": len(self.debts),
+                "owed": len(self.debts) + len(self.due),
                 "coalesced": self.coalesced, **{name: getattr(self, name) for name in _COUNTED}}
 
 
 class _Wheel:
     """Whose turn it is on one channel at one rate: objects are spread over its period."""
 
-    __slots__ = ("hz", "slowest_hz", "uses", "slots", "_clock", "_done")
+    __slots__ = ("channel", "hz", "slowest_hz", "uses", "slots", "subscribers", "updates",
+                 "bytes", "transitions", "left_out", "dropped", "_clock", "_done")
 
     def __init__(self, channel: int, hz: float) -> None:
-        self.hz, self.slowest_hz = hz, min(hz, _CHANNELS[min(channel, 3)][2])
-        self.uses = 0
+        self.channel, self.hz = channel, hz
+        self.slowest_hz = min(hz, _CHANNELS[min(channel, 3)][2])
+        self.uses = self.subscribers = 0            # plans with it, viewers of all its objects
+        self.updates = self.bytes = self.transitions = self.left_out = self.dropped = 0
         self.slots: list[list[_Share]] = [[] for _ in range(_TURN)]
         self._clock = 0.0
         self._done = -_TURN                         # so that the first turn is a whole one
@@ -6033,7 +6059,7 @@ class World:
                  "_replicas", "_observers", "_moved", "_moved_since_ns", "_restless", "_drift",
                  "_stirs",
                  "_reach", "_plans", "_wheels", "_slot", "_last_ns", "_period_ns", "_stamp",
-                 "_remade", "_past", "_gone", "_complained_ns", "_surveys",
+                 "_remade", "_past", "_gone", "_terms", "_complained_ns", "_surveys",
                  "complaints")
 
     def __init__(self, min_region: float = 100.0, max_region: float = 1000.0, split: int = 50,
@@ -6072,8 +6098,9 @@ class World:
         self._period_ns = 0                     # and how long after the one before
         self._stamp = b"0"
         self._remade: dict[tuple[_Share, int | str], Update] = {}   # this tick's, by what they tell
-        self._past: Counter[tuple[int, str]] = Counter()        # counters of objects that have gone
+        self._past: Counter[tuple[int, str]] = Counter()        # counters of wheels that have gone
         self._gone: Counter[str] = Counter()            # and of observers
+        self._terms: dict[Any, _Terms] = {}             # of those who do not observe at the moment
         self._complained_ns = -1 << 62
         self.tune(min_region, max_region, split, merge, hysteresis)
 
@@ -6224,6 +6251,8 @@ class World:
         for share in replica.shares:
             if share.changed and share.viewers:     # its last words
                 self.say(self._event(share, "update", share.data(share.changed), False))
+        if replica.id not in self._replicas:        # a property of its own was quicker
+            return
         for observer in list(replica.seers):
             self._cross(observer, replica, observer.masks[replica], 0)
         del self._replicas[replica.id]
@@ -6236,9 +6265,6 @@ class World:
         self._let_go(replica.plan)
         replica.profile = _NOWHERE              # surveys may know it still
         object.__setattr__(replica.obj, "_replica", None)
-        for share in replica.shares:
-            for name in _COUNTED:
-                self._past[share.layer.channel, name] += getattr(share, name)
         if self.watched and replica.shares:
             self.crossed.append(("unregister", replica, replica.shares[0].layer.channel, None))
 
@@ -6281,20 +6307,25 @@ class World:
         return update
 
     def say(self, update: Update) -> int:
-        """Tell an event to all in its zone, at once if it is critical; return to how many."""
+        """Tell an event to all in its zone who know of it, at once if it is critical.
+
+        Returns: to how many.
+        """
         share = update.share
-        replica = share.replica
-        zone = [each for each in replica.seers if each.masks[replica] & share.bit]
-        for observer in zone:
+        for observer in share.viewers:
             share.count(update)
             if update.critical:
                 observer.updates += 1
                 observer.bytes += update.size
-                observer.allowance -= update.size
+                observer.terms.spend(update.size, self._rate_of(observer))
                 self.urgent(observer.key, update)           # type: ignore[misc]
             else:
                 observer.inbox.append(update)
-        return len(zone)
+        for observer in share.replica.seers:    # those who were not told yet that it is there
+            if share in observer.due:
+                observer.dropped += 1
+                share.add("dropped", 1)
+        return len(share.viewers)
 
     # -- observers --
 
@@ -6310,7 +6341,8 @@ class World:
         if observer in self._observers:
             return self.move_observer(observer, x, y, z)
         at = _must_be_place(x, y, z, f"observer {observer!r}")
-        entry = self._observers[observer] = _Observer(observer, at)
+        entry = _Observer(observer, at, self._terms.pop(observer, _Terms()))
+        self._observers[observer] = entry
         self._audience.add(entry)
 
     def move_observer(self, observer: Any, x: float, y: float, z: float) -> None:
@@ -6338,18 +6370,31 @@ class World:
     def unobserve(self, observer: Any) -> None:
         """Let an observer go, without a word; harmless if it does not observe."""
         self._guard("unobserve")
+        self.blind(observer)
+        self._terms.pop(observer, None)
+
+    def blind(self, observer: Any) -> None:
+        """Do the same, but its limits stay as they are, should it observe again."""
         entry = self._observers.pop(observer, None)
-        if entry is not None:
-            self._gone.update({name: getattr(entry, name) for name in _PUT_OFF})
-            self._audience.remove(entry)
-            for replica, mask in entry.masks.items():
-                del replica.seers[entry]
-                for share in replica.shares:
-                    share.hide(entry)
-                    if mask & share.bit:
-                        share.transitions += 1
-                        if self.watched:
-                            self.crossed.append(("exit", replica, share.layer.channel, observer))
+        if entry is None:
+            return
+        self._terms[observer] = entry.terms
+        self._gone.update({name: getattr(entry, name) for name in _PUT_OFF})
+        self._audience.remove(entry)
+        for each in entry.inbox:
+            each.share.count(each, -1)
+        for replica, mask in entry.masks.items():
+            del replica.seers[entry]
+            for share in replica.shares:
+                share.hide(entry)
+                if mask & share.bit:
+                    share.add("transitions", 1)
+                    if self.watched:
+                        self.crossed.append(("exit", replica, share.layer.channel, observer))
+
+    def place_of(self, observer: Any) -> _Position:
+        """Return where an observer is."""
+        return self._observer(observer).at
 
     def observes(self, observer: Any) -> bool:
         """Whether somebody sees this world."""
@@ -6373,10 +6418,21 @@ class World:
             entry.masks.get(replica, 0) & replica.share(channel).bit)
 
     def limit(self, observer: Any, bytes_per_s: float | None) -> None:
-        """Give one observer a bandwidth of its own; None: the world's, 0: any."""
+        """Give one observer a bandwidth of its own; None: the world's, 0: any.
+
+        It may begin to observe later.
+        """
         self._guard("limit")
-        self._observer(observer).bytes_per_s = None if bytes_per_s is None else _rate(
-            bytes_per_s, "bytes_per_s")
+        rate = None if bytes_per_s is None else _rate(bytes_per_s, "bytes_per_s")
+        if not isinstance(observer, Hashable):
+            raise UsageError(f"{observer!r} can't be an observer: a key is hashable")
+        entry = self._observers.get(observer)
+        terms = entry.terms if entry is not None else self._terms.setdefault(observer, _Terms())
+        terms.bytes_per_s = rate
+
+    def _rate_of(self, observer: _Observer) -> float:
+        own = observer.terms.bytes_per_s
+        return self._bytes_per_s if own is None else own
 
     # -- ticks --
 
@@ -6402,17 +6458,21 @@ class World:
         self._take_turns(self._period_ns / 1e9)
         self._look_around()
         told = [(observer, updates) for observer in list(self._observers.values())
-                if (observer.inbox or observer.debts)
-                and (updates := self._tell(observer, now_ns, ready))]
+                if (observer.inbox or observer.due or observer.debts)
+                and observer.region is not None         # gone by a property of somebody told before
+                and (updates := self._tell(observer, now_ns, ready))
+                and observer.region is not None]
         self.quiet = not self._replicas and not any(
-            [each.debts for each in self._observers.values()])
+            [each.due for each in self._observers.values()])
         return told
 
     def wait_s(self) -> float:
         """Return in how many seconds somebody may have to be told something: 1/60, or infinite."""
-        busy = any([each.debts or each.inbox for each in self._observers.values()]) or any(
-            [any(each.slots) for each in self._wheels.values()])
-        return 1 / 60 if busy or self._moved or self._restless else math.inf
+        busy = self._moved or self._restless or self.crossed or any([
+            each.debts or each.due or each.inbox or each.limit < 0
+            or each.looked != each.stirs + self._stirs for each in self._observers.values()])
+        turns = any([any(each.slots) for each in self._wheels.values()])
+        return 1 / 60 if busy or turns else math.inf
 
     def _note_moves(self) -> None:
         """Add to the drift what objects have moved; who moved far is looked at by itself."""
@@ -6462,6 +6522,8 @@ class World:
                 if update is not None:
                     share.updates += told               # less those it is put off for, below
                     share.bytes += told * update.size
+                    wheel.updates += told
+                    wheel.bytes += told * update.size
 
     def pack(self, updates: list[Update], wide: bool) -> list[Any]:
         """Return *updates* with the positions told on channel 0 as one ZoneMoves, f32 or *wide*."""
@@ -6588,6 +6650,7 @@ class World:
             if (old ^ new) & share.bit:
                 inside = bool(new & share.bit)
                 share.transitions += 1
+                share.wheel.transitions += 1
                 observer.transitions += 1
                 self._owe_crossing(observer, share, inside)
                 if self.watched:
@@ -6596,21 +6659,17 @@ class World:
 
     def _owe_crossing(self, observer: _Observer, share: _Share, inside: bool) -> None:
         """Note that an observer is to be told that it is in a zone, or no more."""
-        debt = observer.debts.get(share)
-        if debt is None:
-            observer.debts[share] = [0, 0, self._last_ns or 0]
-        if not inside:
-            share.hide(observer)
-            if debt is not None and debt[0]:
-                debt[0] = 0                     # what has changed there is told no more
-            elif debt is not None:
-                del observer.debts[share]       # gone before it was told of having come
-        elif debt is not None:                  # back before it was told of having left
+        if observer.due.pop(share, None) is None:
+            observer.due[share] = self._last_ns or 0
+        elif inside:                            # back before it was told of having left
             share.show(observer)
             if share.whole:
-                debt[0] = share.whole
-            else:
-                del observer.debts[share]
+                observer.owe(share, share.whole, 0, self._last_ns or 0)
+        elif not observer.due:                  # it was not told of having come, and has gone
+            observer.plan[0].clear()
+        if not inside:
+            share.hide(observer)
+            observer.debts.pop(share, None)     # what has changed there is told no more
 
     # -- who is told what --
 
@@ -6618,7 +6677,7 @@ class World:
               ready: Callable[[Any], bool] | None) -> list[Update]:
         """Return what an observer is told now; keep in mind what it is not."""
         inbox, observer.inbox = observer.inbox, []
-        if observer.debts and inbox:
+        if observer.due and inbox:
             inbox = self._still(observer, inbox)
         if ready is not None and not ready(observer.key):
             self._drop(observer, self._put_off(observer, inbox, now_ns))
@@ -6627,8 +6686,8 @@ class World:
             observer.inbox = inbox
             return []
         observer.waits_since_ns = 0
-        rate = self._bytes_per_s if observer.bytes_per_s is None else observer.bytes_per_s
-        if rate or observer.debts:
+        rate = self._rate_of(observer)
+        if rate or observer.due or observer.debts:
             inbox = self._pay(observer, inbox, rate, now_ns)
         observer.updates += len(inbox)
         observer.bytes += sum([each.size for each in inbox])
@@ -6647,7 +6706,7 @@ class World:
 
     def _waits(self, observer: _Observer, inbox: list[Update], now_ns: int) -> bool:
         """Whether a batch is not full, has nothing urgent, and can wait for the next tick."""
-        if not 0 < self._period_ns < self.wait_ns or observer.debts or (
+        if not 0 < self._period_ns < self.wait_ns or observer.due or observer.debts or (
                 len(inbox) >= self.batch) or (
                 not all([each.share.layer.priority for each in inbox])):
             return False
@@ -6661,7 +6720,8 @@ class World:
             if each.changed:
                 each.share.count(each, -1)
                 observer.owe(each.share, each.changed, each.since_ns, now_ns)
-                self._remade.setdefault((each.share, each.changed), each)
+                if each.stamp is self._stamp:   # it is this tick's, and tells the newest
+                    self._remade.setdefault((each.share, each.changed), each)
             else:
                 events.append(each)
         return events
@@ -6674,93 +6734,99 @@ class World:
     def _pay(self, observer: _Observer, inbox: list[Update], rate: float,
              now_ns: int) -> list[Update]:
         """Return what an observer is told of its inbox and its debts, within its limits."""
-        bound = self._allowed(observer, rate, now_ns)
-        told = inbox
+        bound, terms = self._allowed(observer, rate, now_ns), observer.terms
+        told, size = inbox, 0
         if rate:
             told = self._put_off(observer, inbox, now_ns)
-            if observer.allowance <= 0:
+            if terms.allowance <= 0:
                 self._drop(observer, told)
                 told = []
-        size = sum([each.size for each in told]) if rate else 0
-        free = not rate and observer.crossings == math.inf and len(observer.debts) <= _AT_ONCE
-        if free:
-            exits = [share for share, debt in observer.debts.items() if not debt[0]
-                     and not observer.masks.get(share.replica, 0) & share.bit]
-            told = told + [self._settle(observer, share, now_ns)
-                           for share in dict.fromkeys([*exits, *observer.debts])]
+            size = sum([each.size for each in told])
+        if not rate and terms.crossings == math.inf and (
+                len(observer.due) + len(observer.debts) <= _AT_ONCE):
+            masks = observer.masks
+            exits = [share for share in observer.due
+                     if not masks.get(share.replica, 0) & share.bit]
+            order = iter(dict.fromkeys([*exits, *observer.due, *observer.debts]))
         else:
             self._make_plan(observer, now_ns)
-            paid = self._choose(observer, bound - size, now_ns)
-            size += sum([each.size for each in paid])
-            told = told + paid
-        observer.allowance -= size
+            order = self._by_plan(observer)
+        for share in order if size < bound else ():
+            if (update := self._settle(observer, share, now_ns)) is not None:
+                told.append(update)
+                size += update.size
+                if size >= bound:
+                    break
+        terms.spend(size, rate)
         return told
 
     def _allowed(self, observer: _Observer, rate: float, now_ns: int) -> float:
         """Return how many bytes an observer may be told now; add to what it may be."""
-        seconds = max(0, now_ns - (observer.fed_ns or now_ns)) / 1e9
-        observer.fed_ns = now_ns
-        crossings, saved_s = self._crossings_per_s, max(_SAVED_S, 1.5 * self._period_ns / 1e9)
-        observer.crossings = min(observer.crossings + crossings * seconds,
-                                 max(1.0, crossings * saved_s)) if crossings else math.inf
+        terms = observer.terms
+        seconds = max(0, now_ns - (terms.fed_ns or now_ns)) / 1e9
+        terms.fed_ns = now_ns
+        crossings = self._crossings_per_s
+        saved_s = max(_SAVED_S, min(1.5 * self._period_ns / 1e9, 1.0))
+        terms.crossings = min(terms.crossings + crossings * seconds,
+                              max(1.0, crossings * saved_s)) if crossings else math.inf
         if not rate:
-            observer.allowance = math.inf
+            terms.allowance = math.inf
             return self.max_bytes
-        observer.allowance = min(observer.allowance + rate * seconds, rate * saved_s)
+        terms.allowance = min(terms.allowance + rate * seconds, rate * saved_s)
         # few and large writes rather than many small ones
-        return observer.allowance if observer.allowance >= rate * _SAVED_S / 2 else 0
+        return min(terms.allowance, self.max_bytes) if (
+            terms.allowance >= rate * _SAVED_S / 2) else 0
 
     def _make_plan(self, observer: _Observer, now_ns: int) -> None:
         """Put what an observer is owed in order: importance, and age in seconds; then distance.
 
         Ten times a second at most, and the more there is, the more seldom.
         """
-        debts, at = observer.debts, observer.at
-        if any(observer.plan) and now_ns - observer.planned_ns < max(
-                _PLAN_NS, len(debts) * _PLAN_NS // 500):
+        count, at = len(observer.due) + len(observer.debts), observer.at
+        if any(observer.plan) and now_ns < observer.planned_ns:
             return
-        observer.planned_ns, observer.plan = now_ns, ([], [])
-        for share, (changed, _, since_ns) in debts.items():
-            urgency = share.layer.priority - (now_ns - since_ns) // 1_000_000_000
-            observer.plan[changed > 0].append(
-                ((urgency, math.dist(at, share.replica.at)), share))
-        for each in observer.plan:
-            each.sort(key=_first, reverse=True)
+        self._surveys += 1                      # so that not all come in the same tick
+        observer.planned_ns = now_ns + int((0.5 + self._surveys * 0.618034 % 1.0) * max(
+            _PLAN_NS, count * _PLAN_NS // 100))
+        for plan, waiting in zip(observer.plan, (observer.due.items(), [
+                (share, debt[2]) for share, debt in observer.debts.items()])):
+            plan[:] = [((share.layer.priority - (now_ns - since_ns) // 1_000_000_000,
+                         math.dist(at, share.replica.at)), share) for share, since_ns in waiting]
+            plan.sort(key=_first, reverse=True)
 
-    def _choose(self, observer: _Observer, bound: float, now_ns: int) -> list[Update]:
-        """Return what an observer is told of its debts by plan, *bound* bytes or a bit more."""
-        told: list[Update] = []
-        crossings, updates = observer.plan
-        while bound > 0:
-            crossing = crossings if observer.crossings >= 1 else None
-            if crossing and (not updates or crossing[-1][0] <= updates[-1][0]):
-                share = crossing.pop()[1]
-            elif updates:
-                share = updates.pop()[1]
-            else:
-                break
-            debt = observer.debts.get(share)
-            if debt is not None and (debt[0] or observer.crossings >= 1):
-                told.append(self._settle(observer, share, now_ns))
-                bound -= told[-1].size
-        return told
+    def _by_plan(self, observer: _Observer) -> Iterator[_Share]:
+        """Yield what is to be paid next, zones only as far as the limit of crossings allows."""
+        zones, updates = observer.plan
+        while updates or zones and observer.terms.crossings >= 1:
+            crosses = zones and observer.terms.crossings >= 1 and (
+                not updates or zones[-1][0] <= updates[-1][0])
+            yield (zones if crosses else updates).pop()[1]
 
-    def _settle(self, observer: _Observer, share: _Share, now_ns: int) -> Update:
+    def _settle(self, observer: _Observer, share: _Share, now_ns: int) -> Update | None:
         """Return what pays a debt: what has changed, or that a zone was entered or left."""
-        changed, since_ns, owed_ns = observer.debts.pop(share)
-        if changed:
-            kind = _EVENT
-            self.lags[share.layer.channel, since_ns] += since_ns > 0
-            if owed_ns == now_ns:               # it did not have to wait
-                share.left_out -= 1
-                observer.left_out -= 1
-        else:
-            observer.crossings -= 1
+        kind, changed, terms = _EVENT, 0, observer.terms
+        if share in observer.due:
+            if terms.crossings < 1:
+                return None
+            terms.crossings -= 1
+            del observer.due[share]
             kind = _EXIT
             if observer.masks.get(share.replica, 0) & share.bit:
                 kind, changed = _ENTER, share.whole
                 share.show(observer)
+        elif (debt := observer.debts.pop(share, None)) is not None:
+            changed, since_ns, owed_ns = debt
+            if since_ns:
+                self.lags[share.layer.channel, since_ns] += 1
+            if owed_ns == now_ns:               # it did not have to wait
+                share.add("left_out", -1)
+                observer.left_out -= 1
+        else:
+            return None                         # since the plan was made it has come to nothing
         update = self._make(share, changed, kind)
+        if observer.region is None:             # a property ended it
+            share.hide(observer)
+            return None
         share.count(update)
         return update
 
@@ -6801,11 +6867,16 @@ class World:
         plan.uses -= 1
         if not plan.uses:
             del self._plans[plan.layers]
-            self._reach = max([each.profile.reach for each in self._plans.values()], default=0.0)
+            reach = max([each.profile.reach for each in self._plans.values()], default=0.0)
+            if reach < self._reach:
+                self._reach = reach
+                self._survey_anew()             # those there are were made with the old one
             for key in plan.rates:
                 self._wheels[key].uses -= 1
                 if not self._wheels[key].uses:
-                    del self._wheels[key]
+                    wheel = self._wheels.pop(key)
+                    for name in _COUNTED:
+                        self._past[wheel.channel, name] += getattr(wheel, name)
 
     def _next_slot(self) -> int:
         self._slot = (self._slot + 37) % _TURN          # neighbours are far from each other
@@ -6834,15 +6905,15 @@ class World:
     def report(self, top: int = 10) -> dict[str, Any]:
         """Return counters by channel, and those of the busiest objects and observers.
 
-        Cost: a microsecond per object.
+        Cost: a microsecond or two per object.
         """
         channels: dict[int, Counter[str]] = {}
-        for (channel, name), count in self._past.items():
+        for (channel, name), count in list(self._past.items()):
             channels.setdefault(channel, Counter())[name] += count
+        for wheel in list(self._wheels.values()):
+            channels.setdefault(wheel.channel, Counter()).update(
+                {name: getattr(wheel, name) for name in ("subscribers", *_COUNTED)})
         replicas, observers = list(self._replicas.values()), list(self._observers.values())
-        for replica in replicas:
-            for share in replica.shares:
-                channels.setdefault(share.layer.channel, Counter()).update(share.stats())
         busiest = heapq.nlargest(top, observers, operator.attrgetter("bytes"))
         told = heapq.nlargest(top, replicas,
                               lambda each: sum([share.bytes for share in each.shares]))
@@ -6874,10 +6945,9 @@ class World:
                     radius, inside = share.layer.radius, bool(mask & share.bit)
                     assert inside or distance > radius
                     assert not inside or distance <= radius * (1 + self.hysteresis)
-                    debt, told = observer.debts.get(share), observer in share.viewers
-                    assert inside or not told
-                    assert told or not inside or debt is not None and not debt[0]
-                    assert debt is None or bool(debt[0]) == told
+                    told, due = observer in share.viewers, share in observer.due
+                    assert not told if due else told == inside
+                    assert share not in observer.debts or told
             assert observer.masks.keys() <= {*self._replicas.values()}
         assert all(plan.uses for plan in self._plans.values())
 
@@ -10896,6 +10966,8 @@ class Config:
             raise ConfigError(f"port = {self.port} must be 0 to 65535")
         if self.tick_hz and not 0.001 <= self.tick_hz <= 10_000:
             raise ConfigError(f"tick_hz = {self.tick_hz} must be 0, or 0.001 to 10000")
+        if self.replication_wait_ms > 1000:
+            raise ConfigError(f"replication_wait_ms = {self.replication_wait_ms} must be 0 to 1000")
         for name, known in (("profile", _PRESETS), ("log_level", _LOG_LEVELS)):
             if getattr(self, name) not in known:
                 raise ConfigError(
@@ -11587,7 +11659,9 @@ _MAX_ASKED = 64                     # events of one session that wait for plugin
 _ASKED_KINDS = {"chat": "CHAT", "command": "COMMAND"}       # of clients' namespaces
 _TOPICS_A_MESSAGE = 2_000           # a subscription that looks through so many counts as one more
 _REPLAYED_A_MESSAGE = 100           # or gets so many messages from before
-_MAX_TOLD = 1 << 18                 # bytes that a client is told of the world in one tick
+_MAX_TOLD = 1 << 16                 # bytes of zones that a client enters in one tick
+_FAR_JUMP = 100.0                   # metres; who goes so far in a tick pays for what it crosses
+_CROSSED_A_MESSAGE = 100            # zones
 _ZONES = "gorc"                     # the topic that stands for it in subscriptions
 _MAX_VIEWS = 1_000                  # fragments of one view of a pattern
 
@@ -12358,6 +12432,7 @@ class Engine:
     _ticker: Ticker | None = None
     _thread_id: int | None = None
     _thread: threading.Thread | None = None
+    _stepping = False                       # inside a pass
     _repeat_told_ns = -1 << 62              # when it was said that a repetition failed
     _begun: Any = None                      # the Future of the plugins' start
 
@@ -12407,7 +12482,6 @@ class Engine:
         self._repeats: list[tuple[Ticker, Callable[[], object]]] = []
         self._routes: list[_Endpoint] = []              # newest first
         self._gc = GCWatch()
-        self._stepping = False                          # inside a pass
         self._done = threading.Event()                  # everything is given back
         self._state = "making"                          # "new", "open", "stopping", "stopped"
         self._signals = self._stop_at_ns = self._last_words_ns = self._port = 0
@@ -12415,6 +12489,7 @@ class Engine:
         self._tick_ns: deque[int] = deque(maxlen=500)
         self._lags: dict[str, deque[float]] = {}        # the newest, by channel, and "critical"
         self._critical_ns: list[int] = []               # when critical events were emitted
+        self._jumps: dict[Session, int] = {}            # who went far, the zones crossed before
         self._rates: dict[str, float] = {}
         self._rate_marks = (0, 0, 0, self._started_ns)
         self._emit_tick = self.bus.emitter("core:server_tick")
@@ -13360,10 +13435,17 @@ class Engine:
             session.box().add(tuple(items), sum([each.size for each in items]))
             self._waiting[session] = None       # to be sent at once: bounded by what is told
         self.metrics.observe("horizon_replication_seconds", (self.loop.clock() - now_ns) / 1e9)
+        self._charge_jumps()
         crossed, self.world.crossed = self.world.crossed, []
+        heard: dict[tuple[str, int, str], bool] = {}
         for name, replica, channel, who in crossed:
-            self._fire_instance(replica.obj, channel, name, {
-                "object_id": replica.id, "observer": who}, self.sessions.get(who))
+            kind = replica.obj.type_name
+            if (hears := heard.get((kind, channel, name))) is None:
+                hears = self.bus.handles(f"gorc_instance:{kind}:{channel}:{name}")
+                heard[kind, channel, name] = hears
+            if hears:
+                self._fire_instance(replica.obj, channel, name, {
+                    "object_id": replica.id, "observer": who}, self.sessions.get(who))
 
     def _is_ready(self, observer: Any) -> bool:
         """Whether an observer has read what it was sent."""
@@ -13396,8 +13478,24 @@ class Engine:
         """Let clients see the world from where their players are."""
         for player, at in moved.items():
             session = self.sessions.get(self.movement.texts[player].decode())
-            if session is not None and session.zones is not None:
-                self.world.observe(session.id, *at)
+            if session is None or session.zones is None:
+                continue
+            if self.world.observes(session.id) and (
+                    math.dist(self.world.place_of(session.id), at) > _FAR_JUMP):
+                self._jumps[session] = self.world.stats(session.id)["transitions"]
+            self.world.observe(session.id, *at)
+
+    def _charge_jumps(self) -> None:
+        """Count a jump through many zones as several messages: it costs the others' time."""
+        jumps, self._jumps = self._jumps, {}
+        for session, before in jumps.items():
+            if self.world.observes(session.id):
+                crossed = self.world.stats(session.id)["transitions"] - before
+                try:
+                    session.connection.charge(crossed // _CROSSED_A_MESSAGE)
+                except PeerError as error:
+                    self.server.refused[error.label] += 1
+                    session.close(error.close_code, "too many jumps through too many zones")
 
     # -- outboxes --
 
@@ -14188,7 +14286,7 @@ class Engine:
 
     def _leave_zones(self, session: Session) -> None:
         session.zones = None
-        self.world.unobserve(session.id)
+        self.world.blind(session.id)
 
     def _unsubscribe(self, session: Session, topic: str, _message: dict[str, Any]) -> None:
         mine = session.subscriptions or {}
@@ -15470,8 +15568,8 @@ class DemoWorld:
     def on_slow(self, event: Event) -> None:
         """Give a client little bandwidth, or all it wants."""
         on = event.data.get("on") if isinstance(event.data, dict) else None
-        if type(on) is not bool or not self._app.world.observes(event.client.id):
-            return event.cancel('say {"on": true or false}, and where you are before')
+        if type(on) is not bool:
+            return event.cancel('say {"on": true or false}')
         self._app.world.limit(event.client.id, _SLOW_BYTES_PER_S if on else None)
         (self._slow.add if on else self._slow.discard)(event.client.id)
 

@@ -3543,7 +3543,7 @@ def test_beginners_are_told_what_to_change():
                           (lambda: setattr(world, "bytes_per_s", -5), "bytes_per_s"), (lambda: setattr(world, "crossings_per_s", "x"), "crossings_per_s"),
                           (lambda: world.add(type("Odd", (hl.Replicated,), {"layers": (hl.Layer(0, properties=("touch",)),)})(), 0, 0, 0), "'touch'"),
                           (lambda: hl.Engine(port=0).on_gorc(Rock, 2, "x"), "no channel 2"), (lambda: hl.Engine(port=0).on_gorc("Rock", 9, "x"), "no channel 9"),
-                          (lambda: hl.Engine(port=0).on_gorc(int, 0, "x"), "int has no channel 0"), (lambda: world.limit("anna", 5), "movement:position")]:
+                          (lambda: hl.Engine(port=0).on_gorc(int, 0, "x"), "int has no channel 0"), (lambda: world.seen_by("anna"), "movement:position")]:
         with pytest.raises(hl.UsageError, match=word):
             attempt()
     hl.Engine(port=0).on_gorc(Rock, "*", "x")(print)
@@ -4026,7 +4026,7 @@ def test_critical_events_are_charged_too(looker):
     assert looker.views["anna"][rock.id].health == 59
 
 
-def test_events_reach_those_in_the_zone_who_were_not_told_of_it_yet():
+def test_nobody_hears_of_an_event_before_the_thing():
     looker = Looker(crossings_per_s=1)
     world, heard = looker.world, []
     world.observe("anna", 0, 0, 0)
@@ -4035,9 +4035,13 @@ def test_events_reach_those_in_the_zone_who_were_not_told_of_it_yet():
         world.add(rock, 1, 0, 0, channels=(0, 1))
     looker.tick()
     world.urgent = lambda observer, update: heard.append(update.object_id)
-    assert [world.emit(rock, 0, "boom") for rock in rocks] == [1] * 8 and heard == [rock.id for rock in rocks]
-    assert [world.emit(rock, 1, "later") for rock in rocks] == [1] * 8
-    assert sum(message.get("event") == "later" for _, message in looker.tick()) == 8
+    known = [rock.id for rock in rocks if (rock.id, 0) in looker.views["anna"].zones]
+    assert len(known) == 1 and sum(world.emit(rock, 0, "boom") for rock in rocks) == 1 and heard == known
+    assert world.stats("anna")["dropped"] == 7 == world.report()["channels"]["0"]["dropped"]
+    unknown = next(rock for rock in rocks if rock.id not in known)
+    last, unknown.health = unknown.id, 0                # nor its last words
+    world.remove(last)
+    assert not [message for _, message in looker.tick(60) if message["object_id"] == last]
 
 
 def test_a_property_may_change_the_world_while_it_is_told():
@@ -4157,6 +4161,162 @@ def test_no_channel_is_told_more_often_than_it_says(hz, ticks):
         looker.now_ns += 1_000_000_000 // ticks - TICK
         told += len(looker.tick(check=False))
     assert 0.97 * hz - 1 <= told / 4 <= 1.005 * hz + 0.5
+
+
+def test_what_waited_in_a_batch_is_told_as_it_is_by_then():
+    class Pebble(Rock):
+        layers = (hl.Layer(1, 50, 60, ("health",)),)
+    for rate, held in ((1e6, ""), (0, "p")):
+        looker = Looker()
+        world = looker.world
+        world.batch, world.wait_ns, world.bytes_per_s = 32, 100_000_000, rate
+        pebble = Pebble()
+        world.add(pebble, 0, 0, 0)
+        for key in ("o", "p"):
+            world.observe(key, 0, 0, 0)
+        looker.tick(20)
+        pebble.health = 2
+        looker.tick(ready=lambda key: key != held)
+        pebble.health = 3
+        looker.tick(ready=lambda key: key != "o" or not held)
+        looker.tick(60)
+        assert {key: view[pebble.id].health for key, view in looker.views.items()} == {"o": 3, "p": 3}
+
+
+def test_a_zone_is_seen_when_larger_ones_have_gone():
+    for region in (16, 100, 1000):
+        looker = Looker(16, region)
+        world = looker.world
+        wide = type("Wide", (hl.Replicated,), {"layers": (hl.Layer(3, 1000),)})()
+        world.add(wide, 0, 500, 0)
+        world.observe("o", 0, 0, 0)
+        for n in range(27):
+            world.move_observer("o", n * 5, 0, 0)
+            looker.tick()
+        world.remove(wide)
+        id = world.add(Rock(), 27 * 5 + 120, 0, 0, channels=(0,))
+        for n in range(27, 43):
+            world.move_observer("o", n * 5, 0, 0)
+            looker.tick()
+        assert world.seen_by("o") == {(id, 0)}
+
+
+def test_a_limit_of_crossings_delays_no_updates():
+    looker = Looker(crossings_per_s=5)
+    world = looker.world
+    world.observe("anna", 0, 0, 0)
+    rock = Rock()
+    world.add(rock, 0, 0, 0, channels=(0,))
+    looker.tick(2)
+    for n in range(300):
+        world.add(Rock(), n % 7, 0, 0)
+    told = 0
+    for n in range(60):
+        rock.health = n
+        told += sum(message.get("event") == "update" for _, message in looker.tick(check=False))
+    assert told >= 58
+    looker.now_ns += 60_000_000_000                     # after a pause it is a second's, not a minute's
+    assert len(looker.tick(check=False)) <= 6
+
+
+def test_limits_stay_with_who_goes_and_comes():
+    looker = Looker(crossings_per_s=5)
+    world = looker.world
+    world.limit("anna", 2_000)                          # before she observes
+    for n in range(50):
+        world.add(Rock(), n, 0, 0, channels=(0,))
+    told = 0
+    for _ in range(120):
+        world.observe("anna", 0, 0, 0)
+        told += len(looker.tick(check=False))
+        world.blind("anna")
+    assert told <= 12 and world._terms["anna"].bytes_per_s == 2_000
+    world.unobserve("anna")
+    assert not world._terms
+
+
+def test_a_second_is_the_most_that_critical_events_cost_the_rest(looker):
+    world = looker.world
+    rock = Rock()
+    world.add(rock, 0, 0, 0)
+    world.limit("anna", 5_000)
+    looker.tick(60)
+    world.urgent = lambda observer, update: None
+    for n in range(300):
+        world.emit(rock, 0, "boom", "y" * 500)
+    rock.mood = "later"
+    looker.tick(90)
+    assert looker.views["anna"][rock.id].mood == "later"
+
+
+def test_lags_are_of_changes_that_have_a_time(looker):
+    world = looker.world
+    rock = Rock()
+    world.add(rock, 0, 0, 0)
+    looker.tick(5)
+    rock.position = 99, 0, 0
+    looker.tick(ready=lambda key: False)
+    rock.position = 0, 0, 0
+    world.gather(looker.now_ns)                         # and a tick at the same time
+    assert all(key is None or key[1] for key in world.lags)
+    assert world.stats("anna")["left_out"] >= 0 and world.stats(rock)["0"]["left_out"] >= 0
+
+
+def test_a_world_without_ticks_knows_when_it_has_to_be_looked_at():
+    looker = Looker()
+    world = looker.world
+    assert world.wait_s() == math.inf
+    world.add(Rock(), 0, 0, 0)
+    looker.tick(3)
+    assert world.wait_s() == math.inf
+    for change in (lambda: world.observe("o", 0, 0, 0), lambda: world.move_observer("o", 5, 0, 0), lambda: world.add(Rock(), 0, 0, 0),
+                   lambda: world.move(next(iter(world)), 1, 0, 0), lambda: setattr(next(iter(world)), "health", 5)):
+        change()
+        assert world.wait_s() < 0.1
+        looker.tick(20)
+        assert world.wait_s() == math.inf
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_every_pickle_protocol_makes_an_object_outside(protocol):
+    rock = pickle.loads(pickle.dumps(Rock(), protocol))
+    assert "no world" in repr(rock) and hl.World().add(rock, 0, 0, 0)
+
+
+def test_getters_that_end_others_end_nothing_else():
+    looker = Looker()
+    world = looker.world
+
+    class Bomb(Rock):
+        fuse = None
+
+        @property
+        def mood(self):
+            fuse, self.fuse = self.fuse, None
+            if fuse:
+                fuse()
+            return "calm"
+    bomb, victim, rock = Bomb(), Rock(), Rock()
+    for key in ("anna", "bob"):
+        world.observe(key, 0, 0, 0)
+    for each in (bomb, victim, rock):
+        world.add(each, 0, 0, 0)
+    bomb.fuse = lambda: world.remove(victim)            # while all are told that it is there
+    looker.tick()
+    assert len(world) == 2
+    looker.tick(5)
+    assert all(looker.views[key].zones == world.seen_by(key) for key in ("anna", "bob"))
+    bomb.touch("mood")
+    bomb.fuse = lambda: world.remove(bomb)
+    world.remove(bomb)                                  # in its own last words
+    looker.tick(5)
+    assert len(world) == 1 and all(looker.views[key].zones == world.seen_by(key) for key in ("anna", "bob"))
+    late = Bomb()
+    late.fuse = lambda: world.unobserve("bob")
+    world.add(late, 0, 0, 0)
+    looker.tick(5)
+    assert world.observers() == 1 and world.stats(late)["1"]["subscribers"] == 1
+    assert [each.wheel.subscribers for each in world._find(rock).shares] == [2, 2, 2]
 
 
 def test_many_who_wait_cost_little_while_they_wait():
@@ -10856,8 +11016,8 @@ def test_the_settings_of_the_world_are_checked_and_used():
     rock.position = 51, 0, 0
     app.world.tick(3)
     assert app.world.seen_by("npc") == set()
-    for settings in ({"region_min": 2_000}, {"region_merge": 60}, {"hysteresis": 2}, {"region_max": 0}):
-        with pytest.raises(hl.ConfigError, match="region"):
+    for settings in ({"region_min": 2_000}, {"region_merge": 60}, {"hysteresis": 2}, {"region_max": 0}, {"replication_wait_ms": 60_000}):
+        with pytest.raises(hl.ConfigError, match="region|replication"):
             hl.Engine(**settings)
 
 
@@ -11026,6 +11186,64 @@ def test_large_properties_and_many_events_hold_up_nothing_else():
         while heard < 300:
             heard += client.recv(5).get("event") == "x"
         assert on_loop(app, app.world.put_off)["dropped"] == 0
+
+
+def test_who_jumps_through_many_zones_pays_for_it_as_for_messages():
+    with running(max_messages_per_s=120, burst=240) as app, hl.connect(app.url) as rude, hl.connect(app.url) as calm:
+        def fill():
+            for n in range(1_500):
+                app.world.add(Rock(), 5_000 * (n % 2), n % 40, 0)
+        on_loop(app, fill)
+        calm.move(200, 0)
+        hear(calm, lambda: len(calm.world.zones) == 750)        # on channel 3
+        with contextlib.suppress(OSError, hl.StateError):
+            for n in range(100):
+                rude.move(5_000 * (n % 2), 0)
+                time.sleep(0.02)
+        while rude.recv(5) is not None:
+            pass
+        assert rude.closed.code in (1006, 1008) and app.server.refused["rate"] == 1     # 1006: it spoke on
+        calm.move(5_000, 0)                                     # once is free
+        hear(calm, lambda: len(calm.world.zones) == 750 * 3)
+        on_loop(app, app.world._check)
+
+
+def test_limits_can_not_be_shaken_off():
+    with running() as app, hl.connect(app.url) as client:
+        for _ in range(50):
+            on_loop(app, app.world.add, Rock(), 0, 0, 0)
+        (key,) = app.sessions
+        on_loop(app, app.world.limit, key, 2_000)               # before it is anywhere
+        client.move(0, 0)
+        began, enters = time.monotonic(), 0
+        while time.monotonic() - began < 1:
+            client.unsubscribe("gorc")
+            client.subscribe("gorc")
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    enters += client.recv(0.03).get("type") == "gorc_zone_enter"
+        assert enters < 30
+    assert not app.world._terms
+
+
+def test_the_report_of_a_large_world_is_cheap():
+    world = hl.World()
+    for n in range(3_000):
+        world.add(Rock(), n, 0, 0)
+    world.observe("anna", 0, 0, 0)
+    world.tick(1)
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+    sys.setprofile(count)
+    try:
+        report = world.report()
+    finally:
+        sys.setprofile(None)
+    assert calls < 4 * 3_000 and report["channels"]["3"]["subscribers"] == world.stats("anna")["sees"] - sum(
+        report["channels"][each]["subscribers"] for each in "01")
 
 
 def test_the_demos_world_grows_and_shrinks_a_little_at_a_time():
@@ -11663,7 +11881,7 @@ def test_the_page_shows_what_you_see_of_the_world(chromium):
                 rude.emit("demo", "density", data)
                 assert rude.recv(5)["error"]["code"] == "cancelled"
         with hl.connect(url) as rude:
-            rude.emit("demo", "slow", {"on": True})     # it is nowhere yet
+            rude.emit("demo", "slow", {"on": 1})
             assert rude.recv(5)["error"]["code"] == "cancelled"
         assert tab.errors == []
     with program("serve", "--port", "0") as (_, url):
