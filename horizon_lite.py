@@ -6737,7 +6737,7 @@ class World:
         bound, terms = self._allowed(observer, rate, now_ns), observer.terms
         told, size = inbox, 0
         if rate:
-            told = self._put_off(observer, inbox, now_ns)
+            told = self._put_off(observer, inbox, now_ns)       # its events
             if terms.allowance <= 0:
                 self._drop(observer, told)
                 told = []
@@ -6782,17 +6782,18 @@ class World:
 
         Ten times a second at most, and the more there is, the more seldom.
         """
-        count, at = len(observer.due) + len(observer.debts), observer.at
-        if any(observer.plan) and now_ns < observer.planned_ns:
-            return
-        self._surveys += 1                      # so that not all come in the same tick
-        observer.planned_ns = now_ns + int((0.5 + self._surveys * 0.618034 % 1.0) * max(
-            _PLAN_NS, count * _PLAN_NS // 100))
+        at, count = observer.at, len(observer.due) + len(observer.debts)
+        if late := now_ns >= observer.planned_ns:
+            self._surveys += 1                  # so that not all come in the same tick
+            observer.planned_ns = now_ns + int((0.5 + self._surveys * 0.618034 % 1.0) * max(
+                _PLAN_NS, count * _PLAN_NS // 100))
         for plan, waiting in zip(observer.plan, (observer.due.items(), [
                 (share, debt[2]) for share, debt in observer.debts.items()])):
-            plan[:] = [((share.layer.priority - (now_ns - since_ns) // 1_000_000_000,
-                         math.dist(at, share.replica.at)), share) for share, since_ns in waiting]
-            plan.sort(key=_first, reverse=True)
+            if late or not plan:
+                plan[:] = [((share.layer.priority - (now_ns - since_ns) // 1_000_000_000,
+                             math.dist(at, share.replica.at)), share)
+                           for share, since_ns in waiting]
+                plan.sort(key=_first, reverse=True)
 
     def _by_plan(self, observer: _Observer) -> Iterator[_Share]:
         """Yield what is to be paid next, zones only as far as the limit of crossings allows."""

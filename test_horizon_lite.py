@@ -4123,7 +4123,7 @@ def test_churn_leaves_nothing_behind():
         world.add(stone, 49, 0, 0)
     looker.tick()
     survey = sys.getsizeof(world._observers["anna"].who)
-    for n in range(3_000):
+    for n in range(1_500):
         rock = Slow() if n % 2 else Rock()
         world.add(rock, 49.9, 0, 0)
         world.move(mover.id, 49.9 + n % 5 / 1_000, 0, 0)
@@ -11191,20 +11191,20 @@ def test_large_properties_and_many_events_hold_up_nothing_else():
 def test_who_jumps_through_many_zones_pays_for_it_as_for_messages():
     with running(max_messages_per_s=120, burst=240) as app, hl.connect(app.url) as rude, hl.connect(app.url) as calm:
         def fill():
-            for n in range(1_500):
+            for n in range(800):
                 app.world.add(Rock(), 5_000 * (n % 2), n % 40, 0)
         on_loop(app, fill)
         calm.move(200, 0)
-        hear(calm, lambda: len(calm.world.zones) == 750)        # on channel 3
+        hear(calm, lambda: len(calm.world.zones) == 400)        # on channel 3
         with contextlib.suppress(OSError, hl.StateError):
             for n in range(100):
                 rude.move(5_000 * (n % 2), 0)
-                time.sleep(0.02)
+                time.sleep(0.01)
         while rude.recv(5) is not None:
             pass
         assert rude.closed.code in (1006, 1008) and app.server.refused["rate"] == 1     # 1006: it spoke on
         calm.move(5_000, 0)                                     # once is free
-        hear(calm, lambda: len(calm.world.zones) == 750 * 3)
+        hear(calm, lambda: len(calm.world.zones) == 400 * 3)
         on_loop(app, app.world._check)
 
 
@@ -11216,13 +11216,13 @@ def test_limits_can_not_be_shaken_off():
         on_loop(app, app.world.limit, key, 2_000)               # before it is anywhere
         client.move(0, 0)
         began, enters = time.monotonic(), 0
-        while time.monotonic() - began < 1:
+        while time.monotonic() - began < 0.5:
             client.unsubscribe("gorc")
             client.subscribe("gorc")
             with contextlib.suppress(TimeoutError):
                 while True:
                     enters += client.recv(0.03).get("type") == "gorc_zone_enter"
-        assert enters < 30
+        assert 0 < enters < 25
     assert not app.world._terms
 
 
