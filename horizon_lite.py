@@ -5720,7 +5720,7 @@ class _Replica:
     """An object in a world."""
 
     __slots__ = ("id", "uuid", "obj", "world", "at", "region", "plan", "profile", "shares",
-                 "routes", "moving", "seers", "_head", "_place")
+                 "routes", "moving", "marked", "seers", "_head", "_place")
 
     def __init__(self, world: World, obj: Replicated, at: _Position,
                  layers: tuple[Layer, ...]) -> None:
@@ -5734,6 +5734,7 @@ class _Replica:
         self.shares = tuple([_Share(self, layer, world._wheels[rate], slot)
                              for layer, rate in zip(layers, plan.rates)])
         self.moving: tuple[tuple[_Share, int], ...] = ()    # where its position is told, to some
+        self.marked = False                     # there it is known that it has moved
         self.seers: dict[_Observer, None] = {}  # who has it in a zone
         self._head = b""
         self._place: tuple[Any, bytes] = (None, b"")
@@ -5753,6 +5754,7 @@ class _Replica:
         """Note which channels with its position have viewers."""
         self.moving = tuple([(self.shares[number], bit) for number, bit in
                              self.routes.get("position", ()) if self.shares[number].viewers])
+        self.marked = False
 
     def share(self, channel: Any) -> _Share:
         """Return what is told on *channel*."""
@@ -6480,20 +6482,24 @@ class World:
         moved, self._moved = self._moved, {}
         since_ns, restless = self._moved_since_ns, self._restless
         steps = list(map(math.dist, moved.values(), [each.at for each in moved]))
-        real, far = sorted(filter(None, steps)), 0.0
+        real, far = [step for step in steps if step], 0.0
         if len(real) * 32 > len(self._replicas):        # else each costs less than all observers
-            far = 4 * real[len(real) * 3 // 4]
-        near = bisect.bisect_right(real, far)
-        if near < len(real):
+            sample = sorted(real[::len(real) // 500 + 1])
+            far = 4 * sample[len(sample) * 3 // 4]
+        drift = max(real, default=0.0)
+        if drift > far:
             restless.update([(replica, None) for replica, step in zip(moved, steps) if step > far])
+            drift = max([step for step in real if step <= far], default=0.0)
         for replica in moved:
-            for share, bit in replica.moving:
-                if not share.changed:
-                    share.slots[share.slot].append(share)
-                    share.since_ns = since_ns
-                share.changed |= bit
-        self._drift += real[near - 1] if near else 0.0
-        self._stirs += near > 0
+            if not replica.marked:
+                replica.marked = True
+                for share, bit in replica.moving:
+                    if not share.changed:
+                        share.slots[share.slot].append(share)
+                        share.since_ns = since_ns
+                    share.changed |= bit
+        self._drift += drift
+        self._stirs += drift > 0
         if self._drift > 1e5:                   # sums lose their last digits
             self._drift = 0.0
             self._survey_anew()
@@ -6505,7 +6511,7 @@ class World:
         now_ns = self._last_ns or 0
         for wheel in list(self._wheels.values()):
             for share in wheel.turn(seconds, load):
-                changed, share.changed = share.changed, 0
+                changed, share.changed, share.replica.marked = share.changed, 0, False
                 update, told = None, 0
                 for observer in list(share.viewers):        # a property may do anything
                     if observer.debts:
