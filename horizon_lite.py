@@ -6020,11 +6020,16 @@ class _Wheel:
         self._clock = 0.0
         self._done = -_TURN                         # so that the first turn is a whole one
 
-    def turn(self, seconds: float, load: float) -> list[_Share]:
-        """Return who has something to tell and may, after so many seconds."""
-        self._clock += seconds * _TURN * max(self.slowest_hz, self.hz * (1 - 0.5 * load))
+    def turn(self, seconds: float, load: float, usual_s: float) -> list[_Share]:
+        """Return who has something to tell and may, after so many seconds.
+
+        *usual_s* are those of most ticks: what has its turn about once a tick has it with each,
+        however uneven they are.
+        """
+        rate = max(self.slowest_hz, self.hz * (1 - 0.5 * load))
+        self._clock += seconds * _TURN * rate
         due = int(self._clock) - self._done
-        if due > _TURN * 15 // 16:                  # about once a tick: ticks are not that even
+        if due > _TURN or rate * usual_s > 15 / 16:
             due, self._done = _TURN, int(self._clock) - _TURN
         turn = []
         for number in range(self._done, self._done + due):
@@ -6060,7 +6065,8 @@ class World:
                  "_audience",
                  "_replicas", "_observers", "_moved", "_moved_since_ns", "_restless", "_drift",
                  "_stirs",
-                 "_reach", "_plans", "_wheels", "_slot", "_last_ns", "_period_ns", "_stamp",
+                 "_reach", "_plans", "_wheels", "_slot", "_last_ns", "_period_ns", "_usual_s",
+                 "_stamp",
                  "_remade", "_past", "_gone", "_terms", "_complained_ns", "_surveys",
                  "complaints")
 
@@ -6098,6 +6104,7 @@ class World:
         self._slot = self._surveys = 0
         self._last_ns: int | None = None        # when the last tick was
         self._period_ns = 0                     # and how long after the one before
+        self._usual_s = 0.0                     # that, on average
         self._stamp = b"0"
         self._remade: dict[tuple[_Share, int | str], Update] = {}   # this tick's, by what they tell
         self._past: Counter[tuple[int, str]] = Counter()        # counters of wheels that have gone
@@ -6453,6 +6460,7 @@ class World:
         last_ns = now_ns if self._last_ns is None else self._last_ns
         self._last_ns, self._period_ns = now_ns, max(0, now_ns - last_ns)
         self.ticks += 1
+        self._usual_s += (self._period_ns / 1e9 - self._usual_s) * (0.05 if self._usual_s else 1)
         self._stamp = b"%.3f" % time.time()
         self._remade.clear()
         self.lags.clear()
@@ -6510,7 +6518,7 @@ class World:
         load = min(max(self.load, 0.0), 1.0) if self.adaptive else 0.0
         now_ns = self._last_ns or 0
         for wheel in list(self._wheels.values()):
-            for share in wheel.turn(seconds, load):
+            for share in wheel.turn(seconds, load, self._usual_s):
                 changed, share.changed, share.replica.marked = share.changed, 0, False
                 update, told = None, 0
                 for observer in list(share.viewers):        # a property may do anything
