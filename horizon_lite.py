@@ -6460,7 +6460,8 @@ class World:
         last_ns = now_ns if self._last_ns is None else self._last_ns
         self._last_ns, self._period_ns = now_ns, max(0, now_ns - last_ns)
         self.ticks += 1
-        self._usual_s += (self._period_ns / 1e9 - self._usual_s) * (0.05 if self._usual_s else 1)
+        self._usual_s += (self._period_ns / 1e9 - self._usual_s) * max(
+            0.01, 1 / max(1, self.ticks - 1))
         self._stamp = b"%.3f" % time.time()
         self._remade.clear()
         self.lags.clear()
