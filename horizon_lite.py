@@ -5618,11 +5618,6 @@ class _Profile(NamedTuple):
                        for zone in ({each: each.radius for each in layers}, ends))
         return cls(tuple(edges), enter, stay, max(ends.values(), default=0.0))
 
-    def slack(self, distance: float) -> float:
-        """Return how far it is to the nearest edge."""
-        where = bisect.bisect_left(self.edges, distance)
-        return min(distance - self.edges[where - 1], self.edges[where] - distance)
-
 
 _NOWHERE = _Profile.of((), 0.0)
 
@@ -6061,14 +6056,11 @@ class World:
 
     __slots__ = ("hysteresis", "_crossings_per_s", "_bytes_per_s", "adaptive", "load", "batch",
                  "wait_ns", "max_bytes", "compress_above_bytes", "clock", "guard", "urgent",
-                 "watched", "crossed", "lags", "made", "quiet", "warnings", "ticks", "_space",
-                 "_audience",
-                 "_replicas", "_observers", "_moved", "_moved_since_ns", "_restless", "_drift",
-                 "_stirs",
-                 "_reach", "_plans", "_wheels", "_slot", "_last_ns", "_period_ns", "_usual_s",
-                 "_stamp",
-                 "_remade", "_past", "_gone", "_terms", "_complained_ns", "_surveys",
-                 "complaints")
+                 "watched", "crossed", "lags", "made", "quiet", "warnings", "ticks", "complaints",
+                 "_space", "_audience", "_replicas", "_observers", "_moved", "_moved_since_ns",
+                 "_restless", "_drift", "_stirs", "_reach", "_plans", "_wheels", "_slot",
+                 "_last_ns", "_period_ns", "_usual_s", "_stamp", "_remade", "_past", "_gone",
+                 "_terms", "_complained_ns", "_surveys")
 
     def __init__(self, min_region: float = 100.0, max_region: float = 1000.0, split: int = 50,
                  merge: int = 10, hysteresis: float = 0.05,
@@ -6321,7 +6313,8 @@ class World:
         Returns: to how many.
         """
         share = update.share
-        for observer in share.viewers:
+        viewers = list(share.viewers)           # one who is too slow for it may be sent away
+        for observer in viewers:
             share.count(update)
             if update.critical:
                 observer.updates += 1
@@ -6334,7 +6327,7 @@ class World:
             if share in observer.due:
                 observer.dropped += 1
                 share.add("dropped", 1)
-        return len(share.viewers)
+        return len(viewers)
 
     # -- observers --
 

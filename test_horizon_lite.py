@@ -11222,6 +11222,28 @@ def test_who_jumps_through_many_zones_pays_for_it_as_for_messages():
         on_loop(app, app.world._check)
 
 
+def test_who_is_too_slow_for_critical_events_is_sent_away_and_the_others_hear_them():
+    with running(outbox_messages=20) as app, hl.connect(app.url) as other:
+        socks = [raw_websocket(app, small=True) for _ in range(3)]
+        for sock in socks:
+            sock.sendall(masked(0x81, b'{"namespace":"movement","event":"position","data":{"x":0}}'))
+        rock = Rock()
+        on_loop(app, app.world.add, rock, 0, 0, 0, channels=(0,))
+        other.move(0, 0)
+        hear(other, lambda: len(other.world) == 1)
+        wait_until(lambda: on_loop(app, app.world.stats, rock)["0"]["subscribers"] == 4)
+        for session in app.sessions.values():
+            if session.form == "":
+                session.connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_096)
+        told, n = 4, 0
+        while told > 1:
+            told, n = on_loop(app, app.emit_gorc, rock, 0, "hit", "x" * 20_000).told, n + 1
+            assert n < 500 and next(each for each in iter(lambda: other.recv(5), None) if each.get("event") == "hit")
+        assert app.server.refused["slow"] == 3 and app.bus.errors == 0
+        for sock in socks:
+            sock.close()
+
+
 def test_limits_can_not_be_shaken_off():
     with running() as app, hl.connect(app.url) as client:
         for _ in range(50):
