@@ -5954,7 +5954,7 @@ class Expression:
             result = self._run(*said, at_ms, self._memory)
             if type(result) is float and result - result != 0.0:
                 raise FloatingPointError(f"the result is {result}")
-            return result
+            return _use(result, [_MAX_STEPS])
         except Exception as error:
             name = next((each for each in self._order if each not in values), "")
             why = f"{name} is missing" if name else _why(error)
@@ -6001,7 +6001,7 @@ class _Template:
     def _filled(self, *values: Any) -> str:
         parts = self._parts[:]
         for n, value in enumerate(values):
-            text = str(value) if isinstance(value, int | str) else ""
+            text = str(value) if type(value) in (int, str) else ""
             if not self._field.fullmatch(text):
                 raise _Stop(f"{{{self.names[n]}}} of {self.text} can't be {_shown(repr(value))}",
                             "bad_field")
@@ -6204,7 +6204,7 @@ def _completed(said: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _row_text(names: Iterable[str]) -> str:
-    return "".join(f"v_{name}, " for name in names)
+    return " ".join(f"v_{name}," for name in names)
 
 
 def _parsed(payload: Any) -> Any:
@@ -6325,6 +6325,7 @@ class Stream:
         name, version = (model.get("name"), model.get("version")) if isinstance(
             model, Mapping) else (None, None)
         sources, mapping = config.get("sources"), config.get("mapping") or {}
+        every_s = config.get("state_every_s", 30.0)
         # upstream's order and texts
         for wrong, text in ((not mode, "mode is required"),
                             (mode != "timeseries", f"unsupported mode: {mode} (only 'timeseries' "
@@ -6334,14 +6335,16 @@ class Stream:
                             (not version, "model version is required"),
                             (not sources, "at least one source mapping is required"),
                             (not isinstance(sources, Mapping), "sources are variable = topic"),
-                            (not isinstance(mapping, Mapping), "mapping is path = expression")):
+                            (not isinstance(mapping, Mapping), "mapping is path = expression"),
+                            (not isinstance(every_s, int | float) or not 0 < every_s < math.inf,
+                             "state_every_s is a number of seconds above 0")):
             if wrong:
                 raise ConfigError(text)
         assert isinstance(sources, Mapping)
         self.config = dict(config)
         self.name = f"_{name}_{version}"
         self.state_file = str(config.get("state_file") or "")
-        self.state_every_s = _as_number(config.get("state_every_s", 30.0))
+        self.state_every_s = every_s
         self._read_sources(sources)
         leaves, base = [*_leaves(mapping)], f"{config['output_topic']}.{self.name}"
         paths = Counter(path for path, _ in leaves)
@@ -6449,7 +6452,7 @@ class Stream:
         else:
             text += f"{common} = rows[()]\n{sets}rows[()] = ({common})\n{remember}{shared}"
             text += "".join(self._rule_text(at, rule, changed, timed) for at, rule in rules
-                            if not rule.needs & {*self._own})
+                            if rule.shared or not (rule.needs or rule.template.names))
             if each := "".join(self._rule_text(at, rule, changed, timed) for at, rule in rules
                                if rule.needs & {*self._own}):
                 text += ("for key, row in [*rows.items()]:\n    if not key: continue\n"
@@ -6538,7 +6541,7 @@ class Stream:
             try:
                 run(key, value, at_ms, metadata, out)
             except _Stop as error:
-                self._refuse(error)
+                self.refuse(error)
         if looked or len(out) == before:
             self._settle(began, len(out) == before)
 
@@ -6550,19 +6553,13 @@ class Stream:
             self._times.append(spent)
             self._observe("horizon_stream_message_seconds", spent / 1e9)
 
-    def accept(self, topic: str, message: Any) -> list[Output]:
+    def accept(self, topic: Any, message: Any,
+               metadata: Mapping[str, Any] | None = None) -> list[Output]:
         """Return what comes of a message that is parsed: {"value", "timestamp_ms"}."""
         self.processed = turn = self.processed + 1
         looked, out = turn % _SAMPLED == 1, list[Output]()
         began = self._clock() if looked else 0
-        try:
-            value, at_ms = _value_of(message)
-            if isinstance(value, dict | list):          # which somebody else may change
-                value = json.loads(_dump_json(value))
-            run, timed, key = self._find(topic)
-            (timed if looked else run)(key, value, at_ms, {}, out)
-        except _Stop as error:
-            self._refuse(error)
+        self._accept(topic, message, metadata, out, parsed=True)
         if looked or not out:
             self._settle(began, not out)
         return out
@@ -6576,7 +6573,8 @@ class Stream:
         """How many it has given."""
         return sum(self._made)
 
-    def _accept(self, topic: Any, payload: Any, metadata: Any, out: list[Output]) -> None:
+    def _accept(self, topic: Any, payload: Any, metadata: Any, out: list[Output],
+                parsed: bool = False) -> None:
         """Map any message, or say why not."""
         try:
             if metadata is not None and not isinstance(metadata, Mapping):
@@ -6585,15 +6583,18 @@ class Stream:
             topic = metadata.get("umh_topic") if topic is None else topic
             if not isinstance(topic, str) or not topic:
                 raise _Stop("a message without a topic", "no_topic")
-            value, at_ms = _value_of(_parsed(payload))
+            value, at_ms = _value_of(payload if parsed else _parsed(payload))
+            if parsed and isinstance(value, dict | list):   # which somebody else may change
+                value = json.loads(_dump_json(value))
             found = self._find(topic)
             if found is None:
                 raise _Stop(f"{_shown(topic)} is no source", "unknown_topic")
             found[self.processed % _SAMPLED == 1](found[2], value, at_ms, metadata, out)
         except _Stop as error:
-            self._refuse(error)
+            self.refuse(error)
 
-    def _refuse(self, error: _Stop) -> None:
+    def refuse(self, error: _Stop) -> None:
+        """Count and tell that a message can't be mapped."""
         self._count(error.reason)
         self._tell("", f"a message can't be mapped: {error}")
 
@@ -6632,7 +6633,7 @@ class Stream:
                     if (key or not self._wildcards) and row[n] is not _MISSING}
             found[name] = each if self._wildcards else each.get("", _MISSING)
         return {name: json.loads(_dump_json(found[name])) for name in self.patterns
-                if found[name] is not _MISSING}
+                if found[name] is not _MISSING and (found[name] != {} or not self._wildcards)}
 
     def stats(self) -> dict[str, Any]:
         """Return what was counted, and how long a message takes, in microseconds."""
@@ -6685,8 +6686,11 @@ class Stream:
                     0, len(self._wildcards)) or not key and () not in self._rows:
                 continue
             names = self._own if key or not self._wildcards else self._shared
-            rows[key] = tuple([_admit(each["values"][name]) if name in known & {*each["values"]}
-                               else _MISSING for name in names])
+            said = {name: each["values"].get(name, _MISSING) for name in known}
+            if None in said.values():
+                raise ValueError("a value of null")
+            rows[key] = tuple([_MISSING if (value := said.get(name, _MISSING)) is _MISSING
+                               else _admit(value) for name in names])
             memories[key] = memory = [_MISSING] * sum(len(rule.cells) for rule in self.rules)
             for path, said, value in each["cells"]:
                 if (path, said) in places:
@@ -6768,7 +6772,7 @@ class Streams:
     """
 
     __slots__ = ("topics", "observe", "errored", "dropped", "made", "failed", "counts", "_streams",
-                 "_mapped", "_told", "_saved")
+                 "_functions", "_told", "_saved")
 
     def __init__(self, topics: Topics,
                  observe: Callable[[str, float], object] = lambda name, value: None) -> None:
@@ -6779,7 +6783,7 @@ class Streams:
         self.failed: Counter[str] = Counter()
         self.counts = Counter(processed=0, hits=0, misses=0, unsaved=0)
         self._streams: dict[Stream, list[Subscription]] = {}
-        self._mapped: dict[_FunctionMap, None] = {}
+        self._functions: dict[_FunctionMap, None] = {}
         self._told: dict[_FunctionMap, int] = {}
         self._saved: dict[Stream, int] = {}         # when
 
@@ -6840,11 +6844,11 @@ class Streams:
         self._must_not_loop(mapped.template, [mapped.pattern])
         subscription = self.topics.subscribe(
             mapped.pattern.topics, functools.partial(self._call, mapped))
-        self._mapped[mapped] = None
+        self._functions[mapped] = None
 
         def remove() -> None:
             subscription.remove()
-            if self._mapped.pop(mapped, self) is None:
+            if self._functions.pop(mapped, self) is None:
                 self.made[mapped.name] += mapped.made
                 self.failed[mapped.name] += mapped.failed
 
@@ -6889,24 +6893,39 @@ class Streams:
 
     # -- what outlives a stop --
 
+    def due(self) -> list[tuple[str, Any]]:
+        """Return the files that states are to be written to now, and these."""
+        now, found = self.topics.clock(), []
+        for stream in self:
+            if stream.state_file and now - self._saved.setdefault(stream, now) >= (
+                    stream.state_every_s * 1e9):
+                self._saved[stream] = now
+                found.append((stream.state_file, stream.snapshot()))
+        return found
+
     def save(self, stream: Stream) -> None:
         """Write a stream's state, if it has a file for it."""
         if stream.state_file:
             try:
                 stream.save()
             except (OSError, ValueError) as error:
-                self.counts["unsaved"] += 1
-                _log.error("stream %s: %s can't be written: %s", stream.name, stream.state_file,
-                           error)
+                self.unsaved(stream.state_file, error)
+
+    def unsaved(self, path: str, error: Exception) -> None:
+        """Count and tell that a state could not be written."""
+        self.counts["unsaved"] += 1
+        _log.error("the state of a stream can't be written to %s: %s", path, error)
 
     # -- what is counted, of all --
 
     def total(self, what: str) -> Any:
         """Return a number of all streams; of errored, dropped, made and failed, by what."""
+        if what == "mappings":
+            return len(self._functions) + sum(len(each.rules) for each in self)
         mine = getattr(self, what, None)
         total: Any = self.counts[what] if mine is None else mine.copy()
         if what in ("made", "failed"):
-            for each in [*self._mapped]:
+            for each in [*self._functions]:
                 total[each.name] += getattr(each, what)
         for stream in self:
             stats = stream.stats()
@@ -12872,6 +12891,8 @@ class Config:
     hysteresis: float = _setting(0.05, "a zone is left beyond radius * (1 + this)")
     replication_batch: int = _setting(32, "updates for one client that leave without waiting")
     replication_wait_ms: float = _setting(16.0, "how long fewer wait; no longer than a slow tick")
+    streams: tuple[str, ...] = _setting(
+        (), "TOML files of mappings; a [stream] in the settings' own file counts, too")
     batch_size: int = _setting(20, "events of a handler with batch=True")
     batch_wait_ms: float = _setting(5.0, "how long the first of them waits")
     presence_debounce_s: float = _setting(5.0, "time to come back before one has left")
@@ -12983,12 +13004,17 @@ def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{os.fspath(path)}: {error}") from None
     values: dict[str, Any] = {}
+    mapping = tables[0].get("stream")
+    if own := isinstance(mapping, dict) and "sources" in mapping:
+        del tables[0]["stream"]
     while tables:
         for name, value in tables.pop().items():
             if isinstance(value, dict):
                 tables.append(value)
                 continue
             _merge(values, name, value, os.fspath(path))
+    if own:
+        values["streams"] = (*_config_value("streams", values.get("streams", ())), os.fspath(path))
     return values
 
 
@@ -14259,6 +14285,18 @@ _WATCHED = (                        # name, by which label, where in the engine 
     ("horizon_replication_observers", "world.observers", "Who sees some of it."),
     ("horizon_replication_put_off_total by reason", "world.put_off", "Updates not told at once."),
     ("horizon_replication_faults_total", "world.complaints", "Properties that can't be told."),
+    ("horizon_stream_mappings", "_streams.total mappings", "Mappings loaded."),
+    ("horizon_stream_matches", "_streams.total matches", "Matches of wildcards that have a state."),
+    ("horizon_stream_messages_total", "_streams.total processed", "Messages to map."),
+    ("horizon_stream_errors_total by reason", "_streams.total errored",
+     "Messages, and mappings of one, that failed."),
+    ("horizon_stream_dropped_total by reason", "_streams.total dropped",
+     "Messages that nothing came of."),
+    ("horizon_stream_outputs_total by mapping", "_streams.total made", "What mappings gave."),
+    ("horizon_stream_failures_total by mapping", "_streams.total failed", "What they could not."),
+    ("horizon_stream_cache_hits_total", "_streams.total hits", "Topics found in a cache."),
+    ("horizon_stream_cache_misses_total", "_streams.total misses", "Topics looked up or made."),
+    ("horizon_stream_unsaved_total", "_streams.total unsaved", "States that no file took."),
     ("horizon_topics_errors_total", "topics.errors", "Subscribers' calls that raised."),
     ("horizon_topics_published_total", "topics.published", "Publications."),
     ("horizon_topics_delivered_total", "topics.delivered", "Publications times sinks."),
@@ -14292,6 +14330,7 @@ _WATCHED = (                        # name, by which label, where in the engine 
     ("horizon_refused_total by reason", "server.refused", "Peers' faults and our limits."),
     ("horizon_requests_refused_total by code", "refusals", "Requests answered with an error."))
 _LAGS_S = (.0005, .001, .002, .004, .008, .016, .032, .064, .25, 1.0)  # seed 002: 1 ms, 16 ms
+_MAPPED_S = (1e-6, 2e-6, 5e-6, 1e-5, 1.5e-5, 2.5e-5, 5e-5, 1e-4, 1e-3, 1e-2)     # seed 003
 _TIMED = (                          # name, help, buckets
     ("event_processing_duration", "Seconds per emitted event; sampled.", BUCKETS_S),
     ("horizon_tick_seconds", "Time a tick takes.", BUCKETS_S),
@@ -14301,6 +14340,8 @@ _TIMED = (                          # name, help, buckets
     ("horizon_replication_lag_seconds", "From a change to the socket, by channel.", _LAGS_S),
     ("horizon_critical_event_seconds", "From emit_gorc on a critical layer to the socket.",
      _LAGS_S),
+    ("horizon_stream_message_seconds", "Time to map a message; sampled.", _MAPPED_S),
+    ("horizon_stream_expression_seconds", "Time of one expression; sampled.", _MAPPED_S),
     ("horizon_plugins_marshal_seconds", "Time to encode a tick for all plugins.", BUCKETS_S),
     ("horizon_plugins_ask_seconds", "From a question to its verdict.", BUCKETS_S),
     ("horizon_plugins_batch_events", "Events per batch to plugins.",
@@ -14329,6 +14370,43 @@ def _page() -> Response:
         "Referrer-Policy": "no-referrer"}, content_type="text/html; charset=utf-8")
 
 
+class StreamDoor:
+    """What ``app.stream`` is: the mappings of expressions, from topics to topics (seed 003)."""
+
+    __slots__ = ("_app",)
+
+    def __init__(self, app: Engine) -> None:
+        self._app = app
+
+    def __iter__(self) -> Iterator[Stream]:
+        return iter(self._app._streams)
+
+    def load(self, config: Mapping[str, Any] | str | os.PathLike[str]) -> Stream:
+        """Map topics to topics from now on, as a ``Stream`` of *config* does; return it.
+
+        Of a file that is loaded again the new mapping goes on with the state of the old one.
+
+        Raises:
+            ConfigError, ExpressionError: what is wrong with it; nothing has changed then.
+        """
+        stream: Stream = self._app._register(self._app._streams.load, config)
+        return stream
+
+    def unload(self, stream: Stream) -> None:
+        """End a mapping; its state is saved if it has a file."""
+        self._app._there(self._app._streams.unload, stream)
+
+    def reload(self) -> None:
+        """Read all files of mappings anew, as SIGHUP does; of a wrong one all stays as it was."""
+        self._app._there(self._app._streams.reload)
+
+    def process(self, topic: str | None, payload: bytes | str,
+                metadata: Mapping[str, Any] | None = None) -> list[Output]:
+        """Return what the mappings give for a message, in process; nothing is published."""
+        self._app._on_loop("stream.process", "app.stream.process, ...")
+        return self._app._streams.process(topic, payload, metadata)
+
+
 class Engine:
     """A real-time server: events, topics, movement, one port, one loop.
 
@@ -14354,6 +14432,7 @@ class Engine:
     _stepping = False                       # inside a pass
     _repeat_told_ns = -1 << 62              # when it was said that a repetition failed
     _begun: Any = None                      # the Future of the plugins' start
+    _saving: threading.Thread | None = None     # writes states of streams
 
     def __init__(self, config: Config | None = None, **settings: Any) -> None:
         if config is not None and (settings or not isinstance(config, Config)):
@@ -14366,6 +14445,7 @@ class Engine:
         self.presence = Presence()
         self.fragments = FragmentCache(on_render=functools.partial(
             self.metrics.observe, "horizon_fragment_render_seconds"))
+        self._streams = Streams(self.topics, self.metrics.observe)
         self.movement, self.world = Movement(), World()
         self.sessions: dict[str, Session] = {}
         self.loop = Loop()
@@ -14551,6 +14631,25 @@ class Engine:
         if name in (_PRESENCE_TOPIC, _CHANGES_TOPIC, Moves.topic):
             raise UsageError(f"{name} is the engine's own; it tells newcomers how things are")
         self._register(self.topics.topic, name, history, ttl, replay)
+
+    def map(self, pattern: str, to: str) -> Callable[[_F], _F]:
+        """Decorate a function that maps messages of *pattern* to what is published on *to*.
+
+        It gets the payload, and by name, if it asks, topic, value, timestamp_ms, and the
+        wildcards that *pattern* names: ``plant.{site}.temp``. What it returns is published, None
+        is not. A place in *to*, ``alerts.{site}``, is a field of the result or of the payload, or
+        else a wildcard: that of its name, or the next one without. For expressions there is
+        ``stream.load``.
+
+        Raises:
+            UsageError: the topics are malformed, or would feed each other.
+        """
+        return self._decorator(lambda fn: self._streams.map(pattern, to, _plain_function(fn)))
+
+    @property
+    def stream(self) -> StreamDoor:
+        """The mappings of topics to topics: load, unload, reload, process."""
+        return StreamDoor(self)
 
     def html(self, topic: str) -> Callable[[_F], _F]:
         """Decorate a function that renders *topic* for the clients of ``/ws/html``.
@@ -14997,6 +15096,8 @@ class Engine:
         try:
             self._listen()
             self._open_plugins()
+            for path in self.config.streams:
+                self._streams.load(path)
             addresses = self.server.addresses
             self._port = next((port for _, port in addresses if port), 0)
             self._local = all(is_loopback(address) for address, _ in addresses)
@@ -15094,8 +15195,8 @@ class Engine:
     def _run_until_signal(self, ready: Callable[[], object]) -> None:
         """Serve; *ready* is called when the port is open and a signal would end it gracefully."""
         signals: dict[int, Any] = dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._signalled)
-        if self.config.tls_cert and hasattr(signal, "SIGHUP"):
-            signals[signal.SIGHUP] = lambda *_: self.loop.call_soon(self._reload)
+        if hasattr(signal, "SIGHUP"):
+            signals[signal.SIGHUP] = self._hung_up
         main = threading.current_thread() is threading.main_thread()
         before = {each: signal.signal(each, do) for each, do in signals.items()} if main else {}
         try:
@@ -15119,12 +15220,21 @@ class Engine:
             os._exit(128 + number)          # asked twice: now
         self.loop.call_soon(self._begin_stop, self.config.grace_s)     # not in mid-handler
 
+    def _hung_up(self, number: int, frame: Any) -> None:
+        """Read files anew; without any, the terminal is gone, and so are we."""
+        if self.config.tls_cert or any(each.path for each in self._streams):
+            self.loop.call_soon(self._reload)
+        else:
+            self._signalled(number, frame)
+
     def _reload(self) -> None:
-        try:
-            self.reload_tls()
-            _log.info("certificate and key are read anew")
-        except ConfigError as error:
-            _log.error("the old certificate stays: %s", error)
+        self._streams.reload()
+        if self.config.tls_cert:
+            try:
+                self.reload_tls()
+                _log.info("certificate and key are read anew")
+            except ConfigError as error:
+                _log.error("the old certificate stays: %s", error)
 
     def _pin(self) -> None:
         """Keep this thread on the processors that were asked for."""
@@ -15211,6 +15321,10 @@ class Engine:
         self.host.begin_stop(self._farewell)
         self.loop.flush()
         self.plugins.stop()
+        if self._saving is not None:
+            self._saving.join()
+        for stream in self._streams:
+            self._streams.save(stream)
         self._state = "stopped"
         self.host.stop()
         self.server.stop_accepting()
@@ -16293,8 +16407,9 @@ class Engine:
     def _add_metrics(self) -> None:
         """Name what is counted elsewhere; the README's table lists these."""
         def read(path: str) -> Any:
+            path, *arguments = path.split()
             value = operator.attrgetter(path)(self)
-            return value() if callable(value) else value
+            return value(*arguments) if callable(value) else value
 
         for name, path, text in _WATCHED:
             name, _, label = name.partition(" by ")
@@ -16330,6 +16445,7 @@ class Engine:
             self.metrics.observe("horizon_gc_pause_seconds", pause / 1e9)
         self.topics.sweep()
         self.presence.sweep()
+        self._save_streams()
         self._check_alerts()
         server, now = self.server, self.loop.clock()
         marks = (server.messages_received, sum(self.events_sent.values()), server.bytes_sent, now)
@@ -16340,6 +16456,21 @@ class Engine:
         self._rate_marks = marks
         if self.topics.matching("system.stats"):
             self.publish("system.stats", self._live_figures())
+
+    def _save_streams(self) -> None:
+        """Have states written that are due, away from the loop: a disk may be slow."""
+        if (self._saving is None or not self._saving.is_alive()) and (due := self._streams.due()):
+            self._saving = threading.Thread(target=self._write_states, args=(due,), daemon=True,
+                                            name="horizon_lite state")
+            self._saving.start()
+
+    def _write_states(self, due: list[tuple[str, Any]]) -> None:
+        for path, state in due:
+            try:
+                _write_state(path, state)
+            except (OSError, ValueError) as error:
+                with contextlib.suppress(StateError):
+                    self.call_soon(self._streams.unsaved, path, error)
 
     def _look_at_files(self) -> None:
         self.loop.call_later(_LOOK_S, self._look_at_files)
@@ -16401,6 +16532,8 @@ class Engine:
             "refused": dict(server.refused), "requests_refused": dict(self.refusals),
             "handler_errors": self.bus.errors,
             "replication": {**self.world.report(), "lag_p99_ms": self._lag_p99_ms()},
+            "stream": {name: self._streams.total(name) for name in (
+                "mappings", "processed", "errored", "dropped", "made", "failed")},
             "plugins": self.plugins.report(), "programs": self.host.report()}
 
     def _check(self) -> None:
@@ -18087,6 +18220,343 @@ def _load(args: argparse.Namespace) -> int:
     return 1 if result["lost"] else 0
 
 
+# -- mapping lines --
+
+_CHUNK = 1 << 16                    # bytes of input that are mapped together, if they are there
+_MAX_AHEAD = 4                      # chunks that may wait for one worker
+
+
+class _ExpressionLines:
+    """Maps lines of JSON to values of an expression, whose variables are their fields."""
+
+    __slots__ = ("expression", "lines", "failed", "_told_s")
+    every_s, file = math.inf, ""
+
+    def __init__(self, text: str) -> None:
+        self.expression = Expression(text)
+        self.lines = 0
+        self.failed: Counter[str] = Counter()
+        self._told_s = -math.inf
+
+    def feed(self, lines: Iterable[bytes]) -> bytes:
+        """Return the lines that come of these."""
+        out = []
+        for line in lines:
+            self.lines += 1
+            try:
+                value = _parsed(line)
+                fields = value if isinstance(value, dict) else {"value": value}
+                result = self.expression(**{"this": value, **fields})
+                out.append(b"null\n" if result is None else _value_text(result).encode() + b"\n")
+            except Exception as error:
+                self._fail(error)
+        return b"".join(out)
+
+    def _fail(self, error: Exception) -> None:
+        if (reason := _reason_of(error)) == "waiting":
+            return
+        self.failed[reason] += 1
+        if time.monotonic() - self._told_s >= 1:
+            self._told_s = time.monotonic()
+            _log.warning("line %d: %s", self.lines, _why(error))
+
+    def save(self) -> None:
+        """Keep nothing."""
+
+
+class _StreamLines:
+    """Maps lines {"topic", "payload", "metadata"?} by a stream, to such lines."""
+
+    __slots__ = ("stream", "lines", "file", "every_s")
+
+    def __init__(self, config: Mapping[str, Any] | str) -> None:
+        self.stream = Stream(config)
+        self.lines = 0
+        self.file, self.every_s = self.stream.state_file, self.stream.state_every_s
+
+    @property
+    def failed(self) -> Counter[str]:
+        """Lines, and mappings of one, that failed, by reason."""
+        return self.stream.errored
+
+    def feed(self, lines: Iterable[bytes]) -> bytes:
+        """Return the lines that come of these."""
+        out = []
+        for line in lines:
+            self.lines += 1
+            for output in self._map(line):
+                told = output.metadata.keys() != {"umh_topic"}
+                more = b',"metadata":%b' % _json_bytes(output.metadata) if told else b""
+                out.append(b'{"topic":%b,"payload":%b%b}\n' % (
+                    _topic_json(output.topic), output.payload, more))
+        return b"".join(out)
+
+    def _map(self, line: bytes) -> list[Output]:
+        try:
+            topic, payload, metadata = _addressed(_parsed(line))
+        except _Stop as error:
+            self.stream.processed += 1
+            self.stream.refuse(error)
+            return []
+        act = self.stream.process if isinstance(payload, str) else self.stream.accept
+        return act(topic, payload, metadata)
+
+    def save(self) -> None:
+        """Write the state, if it has a file."""
+        if self.file:
+            self.stream.save()
+
+
+def _addressed(said: Any) -> tuple[Any, Any, Any]:
+    """Return a line's topic, payload and metadata; the payload may be the line itself."""
+    if not isinstance(said, dict):
+        raise _Stop(f'a line is {{"topic", "payload"}}, not {_kind_of(said)}', "not_object")
+    payload = said["payload"] if "payload" in said else said
+    return said.get("topic"), payload, said.get("metadata")
+
+
+@functools.cache
+def _lines_of_worker(path: str) -> _StreamLines:
+    return _StreamLines(path)
+
+
+def _feed_worker(path: str, lines: list[bytes]) -> tuple[bytes, int, Counter[str]]:
+    """Map lines in a worker's process; return also what it has counted so far."""
+    mapper = _lines_of_worker(path)
+    return mapper.feed(lines), mapper.lines, mapper.failed
+
+
+def _worker_state(path: str) -> Any:
+    return _lines_of_worker(path).stream.snapshot()
+
+
+class _WorkerLines:
+    """Maps lines in several processes; those of one match in one of them, in their order."""
+
+    __slots__ = ("file", "every_s", "_path", "_stream", "_pools", "_waiting", "_counts", "_write")
+
+    def __init__(self, path: str, count: int, write: Callable[[bytes], object]) -> None:
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor
+        config = _read_stream(path)
+        self._stream = Stream({**config, "state_file": ""})
+        if self._stream._shared:
+            raise UsageError(
+                f"--workers: {', '.join(self._stream._shared)} has no wildcard and belongs to all "
+                "matches; only mappings whose sources have the same wildcards can be divided")
+        self.file, self.every_s = str(config.get("state_file") or ""), self._stream.state_every_s
+        self._path, self._write = path, write
+        self._pools = [ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn"), signal.signal,
+            (signal.SIGINT, signal.SIG_IGN)) for _ in range(count)]
+        self._waiting: list[deque[Future[Any]]] = [deque() for _ in range(count)]
+        self._counts: list[tuple[int, Counter[str]]] = [(0, Counter())] * count
+
+    @property
+    def lines(self) -> int:
+        """How many are mapped."""
+        return sum(lines for lines, _ in self._counts)
+
+    @property
+    def failed(self) -> Counter[str]:
+        """Lines, and mappings of one, that failed, by reason."""
+        return sum((failed for _, failed in self._counts), Counter())
+
+    def _owner(self, key: Sequence[str]) -> int:
+        return zlib.crc32(".".join(key).encode()) % len(self._pools)
+
+    def _worker_of(self, line: bytes) -> int:
+        try:
+            topic, _, metadata = _addressed(_parsed(line))
+            topic = (metadata or {}).get("umh_topic") if topic is None else topic
+            return self._owner(self._stream._find(topic)[2])
+        except Exception:           # whoever gets it says what is wrong
+            return 0
+
+    def feed(self, lines: Iterable[bytes]) -> bytes:
+        """Hand lines to their workers; what comes of them is written as it comes."""
+        shares: list[list[bytes]] = [[] for _ in self._pools]
+        for line in lines:
+            shares[self._worker_of(line)].append(line)
+        for n, share in enumerate(shares):
+            if share:
+                while len(self._waiting[n]) >= _MAX_AHEAD:
+                    self._waiting[n].popleft().result()
+                future: Future[Any] = self._pools[n].submit(_feed_worker, self._path, share)
+                self._waiting[n].append(future)
+                future.add_done_callback(functools.partial(self._done, n))
+        return b""
+
+    def _done(self, n: int, future: Future[Any]) -> None:
+        if not (future.cancelled() or future.exception()):
+            data, *counts = future.result()
+            self._counts[n] = counts[0], counts[1]
+            self._write(data)
+
+    def save(self) -> None:
+        """Wait for what is under way, and write the state of all, if it has a file."""
+        for waiting in self._waiting:
+            while waiting:
+                waiting.popleft().result()
+        if self.file:
+            states = [pool.submit(_worker_state, self._path).result() for pool in self._pools]
+            _write_state(self.file, {**states[0], "matches": [
+                each for n, state in enumerate(states) for each in state["matches"]
+                if self._owner(each["match"]) == n]})
+
+    def close(self) -> None:
+        """End the workers."""
+        for pool in self._pools:
+            pool.shutdown(cancel_futures=True)
+
+
+def _read_lines() -> Iterator[list[bytes]]:
+    """Yield lines of stdin, as many as are there; of one that is too long only a part."""
+    rest = b""
+    while data := os.read(0, _CHUNK):
+        *lines, rest = (rest + data).split(b"\n")
+        rest = rest[:_MAX_PAYLOAD + 1]
+        if lines:
+            yield [line for line in lines if line.strip()]
+    if rest.strip():
+        yield [rest]
+
+
+def _map(args: argparse.Namespace) -> int:
+    """Map lines of JSON from stdin to lines on stdout."""
+    if (args.expression is None) == (args.config is None):
+        raise UsageError("say -e EXPRESSION, for lines of fields, or --config FILE, for messages")
+    if args.check:
+        return _check_mapping(args)
+    if args.workers > 1 and args.config is None:
+        raise UsageError("--workers divides the matches of a --config FILE")
+    out = sys.stdout.buffer
+
+    def write(data: bytes) -> None:
+        out.write(data)
+        out.flush()
+
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    mapper: Any = (_ExpressionLines(args.expression) if args.config is None else
+                   _StreamLines(args.config) if args.workers < 2 else
+                   _WorkerLines(args.config, args.workers, write))
+    began = saved = shown = time.monotonic()
+    written, tty = 0, sys.stderr.isatty()
+    try:
+        for lines in _read_lines():
+            data = mapper.feed(lines)
+            written += len(data)
+            write(data)
+            now = time.monotonic()
+            if now - saved >= mapper.every_s and mapper.file:
+                saved = now
+                mapper.save()
+            if tty and now - shown >= 0.5:
+                shown = now
+                print(f"\r\033[K{_progress(mapper, now - began)}", end="", file=sys.stderr)
+    finally:
+        mapper.save()
+        if args.workers > 1:
+            mapper.close()
+        if tty or mapper.failed:
+            print(f"{chr(13) + chr(27) + '[K' if tty else ''}"
+                  f"{_progress(mapper, time.monotonic() - began)}", file=sys.stderr)
+    return 1 if mapper.failed.total() >= mapper.lines > 0 == written else 0
+
+
+def _progress(mapper: Any, seconds: float) -> str:
+    failed = mapper.failed
+    faults = ", ".join(f"{reason} {count}" for reason, count in failed.most_common())
+    return (f"{mapper.lines:,} lines, {mapper.lines / max(seconds, 0.001):,.0f}/s"
+            + (f"; {failed.total():,} failed: {faults}" if failed else ""))
+
+
+# -- tests of a mapping --
+
+_TEST_KEYS = {"name": "name", "input": "input", "inputs": "input", "messages": "input",
+              "output": "output", "outputs": "output", "expect": "output", "expected": "output"}
+
+
+def _check_mapping(args: argparse.Namespace) -> int:
+    """Run the [[test]] blocks of a mapping's file; tell what is otherwise than expected."""
+    if args.config is None:
+        Expression(args.expression)
+        return 0
+    config = _read_stream(args.config)
+    tests = config.pop("test", [])
+    if not isinstance(tests, list) or not all(isinstance(each, dict) for each in tests):
+        raise ConfigError(f"{args.config}: write a test as [[test]]")
+    config.pop("state_file", None)
+    Stream(config)
+    wrong = 0
+    for n, test in enumerate(tests, 1):
+        for key in test:
+            if key not in _TEST_KEYS:
+                raise ConfigError(f"{args.config}: a test has no {key!r}"
+                                  f"{_did_you_mean(key, _TEST_KEYS)}")
+        said = {_TEST_KEYS[key]: value for key, value in test.items()}
+        name = said.get("name", f"test {n}")
+        faults = _differences(Stream(config), _as_list(said.get("input")),
+                              _as_list(said.get("output")))
+        wrong += bool(faults)
+        print(f"{'FAIL' if faults else 'ok  '}  {name}", *faults, sep="\n      ")
+    print(f"{args.config}: {len(tests) - wrong} of {len(tests)} tests passed" if tests else
+          f"{args.config}: right; it has no [[test]]")
+    return 1 if wrong else 0
+
+
+def _as_list(said: Any) -> list[Any]:
+    return said if isinstance(said, list) else [] if said is None else [said]
+
+
+def _differences(stream: Stream, messages: list[Any], expected: list[Any]) -> list[str]:
+    """Return how the outputs for some messages differ from what is expected of them."""
+    got: list[Output] = []
+    for each in messages:
+        topic, payload, metadata = _addressed(each)
+        act = stream.process if isinstance(payload, str) else stream.accept
+        got += act(topic, payload, metadata)
+    faults = []
+    for n in range(max(len(got), len(expected))):
+        if n >= len(expected):
+            faults.append(f"output {n + 1} is not expected: {_line_of(got[n])}")
+        elif n >= len(got):
+            faults.append(f"output {n + 1} is missing: {json.dumps(expected[n])}")
+        elif not _is_like(_addressed_again(expected[n]), json.loads(_line_of(got[n]))):
+            faults.append(f"output {n + 1} is      {_line_of(got[n])}\n      expected was  "
+                          f"{json.dumps(expected[n])}")
+    return faults + [f"failed: {reason} {count}" for reason, count in stream.errored.items()
+                     if faults]
+
+
+def _line_of(output: Output) -> str:
+    return _dump_json({"topic": output.topic, "payload": json.loads(output.payload),
+                       "metadata": output.metadata})
+
+
+def _addressed_again(said: Any) -> Any:
+    """Return what is expected of an output as that is written: with a payload."""
+    if not isinstance(said, dict) or "payload" in said:
+        return said | {"payload": json.loads(said["payload"])} if isinstance(
+            said, dict) and isinstance(said["payload"], str) else said
+    outside = {key: said[key] for key in ("topic", "metadata") if key in said}
+    return outside | {"payload": {key: said[key] for key in said if key not in outside}}
+
+
+def _is_like(wanted: Any, got: Any, top: int = 2) -> bool:
+    """Whether *got* has what is wanted: numbers nearly, and in a message at least these keys."""
+    if isinstance(wanted, dict) and isinstance(got, dict):
+        return (top > 0 or wanted.keys() == got.keys()) and all(
+            key in got and _is_like(each, got[key], top - 1) for key, each in wanted.items())
+    if isinstance(wanted, list) and isinstance(got, list):
+        return len(wanted) == len(got) and all(
+            _is_like(one, other, 0) for one, other in zip(wanted, got))
+    if isinstance(wanted, bool) or isinstance(got, bool) or not (
+            isinstance(wanted, int | float) and isinstance(got, int | float)):
+        return type(wanted) is type(got) and wanted == got
+    return math.isclose(wanted, got, rel_tol=1e-9, abs_tol=1e-12)
+
+
 # -- the arguments --
 
 def _number(kind: Callable[[str], Any], least: float, most: float, default: float, text: str,
@@ -18139,6 +18609,16 @@ _COMMANDS: dict[str, tuple[Any, str, str, str, dict[str, dict[str, Any]]]] = {
         "--hz": _number(float, 0.1, 1000, 50.0, "moves per second each; or lines by all"),
         "--for": _number(float, 0.1, 86_400, 10.0, "how long", "SECONDS") | {"dest": "seconds"},
         "--json": {"action": "store_true", "help": "print one JSON object"}}),
+    "map": (_map, "map lines of JSON by an expression, or messages by a file of mappings",
+            "(-e EXPRESSION | --config FILE) [--check] [--workers N]",
+            "-e 'temp * 9/5 + 32' < data.ndjson", {
+        "-e --expression": {"metavar": "EXPRESSION", "help": "of the fields of each line; value is "
+                            "a line that is no object, this is the line itself"},
+        "--config": {"metavar": "FILE", "help": 'TOML with sources and mapping; lines are {"topic",'
+                     ' "payload"}, as a server sends them'},
+        "--check": {"action": "store_true",
+                    "help": "run the [[test]] blocks of the file; 1 if one fails"},
+        "--workers": _number(int, 1, 64, 1, "processes; the lines of one match stay in order")}),
     "config": (_print_config, "print all settings, as TOML; --show says where each comes from",
                "[--show] [settings]", "--show --config horizon.toml --profile dev", {
         "--show": {"action": "store_true", "help": "say where each value comes from"}}),
