@@ -5398,17 +5398,18 @@ _HABITS: tuple[tuple[str, str], ...] = (
     (r"\bfalse\b", "False"), (r"\b(null|undefined)\b", "None"), (r"\bparseInt\(", "int("),
     (r"\b(parseFloat|Number)\(", "float("), (r"\bString\(", "str("),
     (r"\b(\w+)\.toFixed\(", r"round(\1, "), (r"\btypeof\s+", ""), (r"\.toUpperCase\(", ".upper("),
-    (r"\.toLowerCase\(", ".lower("), (r"\.trim\(", ".strip("), (r"\b(\w+)\.toString\(\)", r"str(\1)"),
+    (r"\.toLowerCase\(", ".lower("), (r"\.trim\(", ".strip("),
+    (r"\b(\w+)\.toString\(\)", r"str(\1)"),
     (r"\b(\w+)\.length\b", r"len(\1)"), (r"\b(\w+)\.includes\((.+?)\)", r"\2 in \1"),
-    (r"(?<=[\w\]])\.([A-Za-z]\w*)\b(?!\()", r'["\1"]'))
+    (r"(?<=[\w\]])\.([A-Za-z]\w*)\b(?!\()", r"['\1']"))
 _OTHER_WORDS = {"true": "True", "false": "False", "null": "None", "undefined": "None"}
 
 
 def _pythonic(text: str) -> str:
     """Return the hint for an expression that can't be read: itself, in Python, if it is JavaScript.
 
-    >>> _pythonic("a && b === 3 ? 'x' : `${c} C`")
-    "; in Python: 'x' if a and b == 3 else f\\"{c} C\\""
+    >>> _pythonic("a && b === 3 ? 'x' : Math.max(a, b.c)")
+    "; in Python: 'x' if a and b == 3 else max(a, b['c'])"
     """
     meant = text
     for habit, python in _HABITS:
@@ -5463,7 +5464,9 @@ class _Writer(ast.NodeVisitor):
         except ExpressionError as error:
             why = str(error)
         except SyntaxError as error:
-            why = f"{error.msg} (at character {error.offset})"
+            at = error.offset or 0
+            where = f"at character {at}" if 0 < at <= len(text.strip()) else "at its end"
+            why = f"{error.msg} ({where})"
         except (ValueError, MemoryError, RecursionError) as error:      # NUL, too deep
             why = f"can't be read: {error}"
         if hint and "\n" not in why:
@@ -5636,8 +5639,8 @@ class _Writer(ast.NodeVisitor):
                          if isinstance(part, ast.Constant)]
                 spec = "".join(map(str, known))
                 if len(known) < len(each.format_spec.values) or not _FORMAT_SPEC.fullmatch(spec):
-                    raise ExpressionError(f"format {_shown(ast.unparse(each))}: write a width below "
-                                          "1000 and .digits below 100, like {x:8.1f}")
+                    raise ExpressionError(f"format {_shown(ast.unparse(each))}: write a width "
+                                          "below 1000, and .digits below 100, like {x:8.1f}")
             if each.conversion not in (-1, 115):
                 raise ExpressionError("!r and !a can't be used in an expression")
             texts.append(f"text_of({self.write(each.value).text}, {spec!r}, left)")
@@ -5754,7 +5757,8 @@ class _Writer(ast.NodeVisitor):
         self.temps = inner.temps
         self.names |= inner.names
         if wanted and not inner.names:
-            raise ExpressionError(f"{name}() follows a variable; {ast.unparse(node.args[0])} has none")
+            raise ExpressionError(f"{name}() follows a variable, and there is none in "
+                                  f"{_shown(ast.unparse(node.args[0]))}")
         self.moving = self.moving or inner.moving or not wanted
         said = ast.unparse(node) + (f".{look}" if look else "")
         self.cells.append(_Cell(name, said, code, frozenset(inner.names), argument, look))
@@ -6642,7 +6646,7 @@ class Stream:
         filled = [rule.template.fill.cache_info() for rule in self.rules]
         return {
             "processed": self.processed, "outputs": self.outputs, "errored": dict(self.errored),
-            "dropped": dict(self.dropped), "matches": len(self._rows) - bool(self._shared),
+            "dropped": dict(self.dropped), "matches": len(self._rows) - (() in self._rows),
             "mappings": {rule.path: {"static": rule.is_static, "outputs": self._made[n],
                                      "failed": self._failed[n], "waited": self._waits[n]}
                          for n, rule in enumerate(self.rules)},
@@ -6909,9 +6913,9 @@ class Streams:
             try:
                 stream.save()
             except (OSError, ValueError) as error:
-                self.unsaved(stream.state_file, error)
+                self.tell_unsaved(stream.state_file, error)
 
-    def unsaved(self, path: str, error: Exception) -> None:
+    def tell_unsaved(self, path: str, error: Exception) -> None:
         """Count and tell that a state could not be written."""
         self.counts["unsaved"] += 1
         _log.error("the state of a stream can't be written to %s: %s", path, error)
@@ -6935,7 +6939,7 @@ class Streams:
             elif isinstance(total, Counter):
                 total.update(stats[what])
             else:
-                total += stats[what] if what in stats else stats["cache"][what]
+                total += stats.get(what, stats["cache"].get(what, 0))
         return total
 
 
@@ -16470,7 +16474,7 @@ class Engine:
                 _write_state(path, state)
             except (OSError, ValueError) as error:
                 with contextlib.suppress(StateError):
-                    self.call_soon(self._streams.unsaved, path, error)
+                    self.call_soon(self._streams.tell_unsaved, path, error)
 
     def _look_at_files(self) -> None:
         self.loop.call_later(_LOOK_S, self._look_at_files)
