@@ -8,7 +8,8 @@
 Every row is a cost, so less is better, and every row checks its own answer before it is
 timed.  A ratio is the peer's cost divided by ours.  Peers that are not installed are
 skipped and said so:  pip install prometheus_client pyee blinker psygnal websockets aiohttp
-picows protobuf grpcio-tools betterproto2 msgspec msgpack pycapnp scipy.  Servers run in processes of their own, clients here; CPU time
+picows protobuf grpcio-tools betterproto2 msgspec msgpack pycapnp scipy simpleeval asteval
+bytewax.  Servers run in processes of their own, clients here; CPU time
 is the server's, read from /proc.
 """
 
@@ -745,6 +746,294 @@ def _():
         return hl.html("<ul>{lines}</ul>", lines=[hl.html("<li>{n}</li>", n=n) for n in range(10)])
     assert cache.get("lines", render) == render().encode()
     return compare(**{"horizon_lite": functools.partial(cache.get, "lines", render), "rendering": render})
+
+
+# =============================================================================
+# 9  STREAM - upstream's benchmark: three sources, JSON in, JSON bytes out
+# =============================================================================
+
+PLANT = "umh.v1.corpA.plant-A.aawd"
+PUMP = {"model": {"name": "pump", "version": "v1"}, "output_topic": PLANT,
+        "sources": {"press": f"{PLANT}._raw.press", "tF": f"{PLANT}._raw.tempF", "r": f"{PLANT}._raw.run"},
+        "mapping": {"pressure": "press+4.00001", "temperature": "(tF-69)*5/9", "motor": {"rpm": "press/4"},
+                    "serialNumber": "'SN-P42-008'"}}
+PRESSURE = (f"{PLANT}._raw.press", b'{"value":23.5,"timestamp_ms":1609459200000}',
+            {"umh_topic": f"{PLANT}._raw.press", "source": "opcua"})
+# what a message of press runs: topic, expression, the same by hand
+PRESSED = [(f"{PLANT}._pump_v1.serialNumber", "'SN-P42-008'", lambda press: "SN-P42-008"),
+           (f"{PLANT}._pump_v1.pressure", "press+4.00001", lambda press: press + 4.00001),
+           (f"{PLANT}._pump_v1.motor.rpm", "press/4", lambda press: press / 4)]
+
+
+def without(*paths):
+    return {**PUMP, "mapping": {path: said for path, said in PUMP["mapping"].items() if path not in paths}}
+
+
+def plain_function(evaluate):
+    """A function as people write it, with *evaluate(n, value)* for its expressions."""
+    topics = [topic for topic, _, _ in PRESSED]
+
+    def process(topic, payload, metadata):
+        message = json.loads(payload)
+        value, at_ms = message["value"], message["timestamp_ms"]
+        return [(to, json.dumps({"value": evaluate(n, value), "timestamp_ms": at_ms}, separators=(",", ":")).encode(),
+                 {**metadata, "umh_topic": to}) for n, to in enumerate(topics)]
+    return process
+
+
+def tuned_function():
+    """The limit: one function for one topic, written by hand with all that is known of it, and no checks."""
+    serial, pressure, rpm = [topic for topic, _, _ in PRESSED]
+    state, scan = {}, json.JSONDecoder().raw_decode
+
+    def process(topic, payload, metadata):
+        message, _ = scan(payload.decode())
+        press = state["press"] = message["value"]
+        tail = f',"timestamp_ms":{message["timestamp_ms"]}}}'
+        return [(serial, f'{{"value":"SN-P42-008"{tail}'.encode(), {**metadata, "umh_topic": serial}),
+                (pressure, f'{{"value":{press + 4.00001!r}{tail}'.encode(), {**metadata, "umh_topic": pressure}),
+                (rpm, f'{{"value":{press / 4!r}{tail}'.encode(), {**metadata, "umh_topic": rpm})]
+    return process
+
+
+def evaluators():
+    """How others evaluate expressions: name, function of the expression's number and press."""
+    texts, functions = [text for _, text, _ in PRESSED], [by_hand for _, _, by_hand in PRESSED]
+    yield "plain function", lambda n, press: functions[n](press)
+    if simpleeval := peer("simpleeval"):
+        calculator = simpleeval.SimpleEval()
+        parsed = [calculator.parse(text) for text in texts]
+
+        def simple(n, press):
+            calculator.names = {"press": press}
+            return calculator.eval(texts[n], previously_parsed=parsed[n])
+        yield "simpleeval", simple
+    if asteval := peer("asteval"):
+        interpreter = asteval.Interpreter(minimal=True)
+        trees = [interpreter.parse(text) for text in texts]
+
+        def walked(n, press):
+            interpreter.symtable["press"] = press
+            return interpreter.run(trees[n])
+        yield "asteval", walked
+
+
+def bytewax_us(process, expected):
+    """Return what a message costs when a dataflow of bytewax runs *process*."""
+    from bytewax import operators
+    from bytewax.dataflow import Dataflow
+    from bytewax.testing import TestingSink, TestingSource, run_main
+    times = []
+    for _ in range(3):
+        out, flow = [], Dataflow("pump")
+        stream = operators.input("in", flow, TestingSource([PRESSURE] * 20_000, batch_size=1000))
+        stream = operators.flat_map("map", stream, lambda message: process(*message))
+        operators.output("out", stream, TestingSink(out))
+        began = time.perf_counter()
+        run_main(flow)
+        times.append((time.perf_counter() - began) / 20_000 * 1e6)
+        assert out[:3] == expected and len(out) == 60_000
+    return min(times)
+
+
+def in_us(result):
+    return {who: ns / 1000 for who, ns in result.items()}
+
+
+@bench("9.stream.static_dynamic", "us")
+def _():
+    """A message with a static and two dynamic mappings to it: 10 us are 100,000 messages/s on one core."""
+    stream, message = hl.Stream(PUMP), PRESSURE
+    calls = {"horizon_lite": lambda: stream.process(*message)}
+    others = {"tuned by hand": tuned_function(), **{name: plain_function(each) for name, each in evaluators()}}
+    expected = others["plain function"](*message)
+    assert all([tuple(each) for each in call(*message)] == expected for call in others.values())
+    assert [tuple(each) for each in stream.process(*message)] == expected
+    calls |= {name: functools.partial(call, *message) for name, call in others.items()}
+    result = in_us(compare(**calls))
+    if peer("bytewax"):
+        result["bytewax"] = bytewax_us(others["plain function"], expected)
+    return result
+
+
+@bench("9.stream.static_only", "us")
+def _():
+    stream = hl.Stream(without("pressure", "temperature", "motor"))
+    assert [json.loads(each.payload)["value"] for each in stream.process(*PRESSURE)] == ["SN-P42-008"]
+    return in_us(compare(horizon_lite=lambda: stream.process(*PRESSURE)))
+
+
+@bench("9.stream.dynamic_only", "us")
+def _():
+    stream = hl.Stream(without("serialNumber"))
+    assert [json.loads(each.payload)["value"] for each in stream.process(*PRESSURE)] == [27.50001, 5.875]
+    return in_us(compare(horizon_lite=lambda: stream.process(*PRESSURE)))
+
+
+@bench("9.stream.wildcard", "us")
+def _():
+    """The same with a state for each of 1,000 sites, and its name in the output's topic."""
+    stream = hl.Stream({**PUMP, "output_topic": "plant.{site}", "sources": {
+        "press": "raw.{site}.press", "tF": "raw.{site}.tempF"}})
+    messages = [(f"raw.s{n}.press", PRESSURE[1], {}) for n in range(1000)]
+    out = stream.process_batch(messages)
+    assert len(out) == 3000 and out[3].topic == "plant.s1._pump_v1.serialNumber" and stream.stats()["matches"] == 1000
+    return {"horizon_lite": best_ns(lambda: stream.process_batch(messages), 1000) / 1000}
+
+
+@bench("9.stream.expression", "ns")
+def _():
+    """One simple expression on its own, with its argument by name."""
+    text, given = "temp * 9/5 + 32", 21.5
+    expression = hl.Expression(text)
+    calls = {"horizon_lite": lambda: expression(temp=given), "a lambda": functools.partial(lambda temp: temp * 9/5 + 32, temp=given)}
+    if simpleeval := peer("simpleeval"):
+        calculator = simpleeval.SimpleEval()
+        parsed = calculator.parse(text)
+
+        def simple():
+            calculator.names = {"temp": given}
+            return calculator.eval(text, previously_parsed=parsed)
+        calls["simpleeval"] = simple
+    if asteval := peer("asteval"):
+        interpreter = asteval.Interpreter(minimal=True)
+        tree = interpreter.parse(text)
+
+        def walked():
+            interpreter.symtable["temp"] = given
+            return interpreter.run(tree)
+        calls["asteval"] = walked
+    assert {call() for call in calls.values()} == {given * 9/5 + 32}
+    return compare(**calls)
+
+
+@bench("9.stream.batch", "us/message")
+def _():
+    """process_batch with a thousand messages of the three sources; beside it process for each."""
+    stream = hl.Stream(PUMP)
+    batch = [(topic, sample, {"umh_topic": topic}) for topic, sample in (
+        (topic, b'{"value":%d.5,"timestamp_ms":%d}' % (n, n + 1)) for n, topic in zip(range(1000), [*PUMP["sources"].values()] * 334))]
+    assert stream.process_batch(batch) == [each for message in batch for each in stream.process(*message)]
+    times = {"horizon_lite": best_ns(lambda: stream.process_batch(batch), 1000) / 1000,
+             "process": best_ns(lambda: [stream.process(*each) for each in batch], 1000) / 1000}
+    return times
+
+
+@functools.cache
+def ten_seconds():
+    """Messages of ten seconds, each timed: how many a second, their percentiles, and what is left of them."""
+    stream, clock, messages = hl.Stream(PUMP), time.perf_counter_ns, [
+        (PRESSURE[0], ('{"value":%r,"timestamp_ms":%d}' % (n / 7, n + 1)).encode(), PRESSURE[2]) for n in range(1000)]
+    for _ in range(70):
+        stream.process_batch(messages)
+    times, process = [0] * 200_000, stream.process
+    gc.collect()
+    blocks, cpu, began, count = sys.getallocatedblocks(), time.process_time(), clock(), 0
+    while clock() - began < 10e9:
+        for message in messages:
+            process(*message)
+        count += 1000
+    cpu = time.process_time() - cpu
+    gc.collect()
+    grown = sys.getallocatedblocks() - blocks
+    for n in range(len(times)):
+        message = messages[n % 1000]
+        start = clock()
+        process(*message)
+        times[n] = clock() - start
+    times.sort()
+    assert stream.outputs == 3 * stream.processed and not stream.errored and grown < 100
+    print(f"    {count / 10:,.0f} messages/s for 10 s, P50 {times[100_000] / 1e3:.2f} us, P95 {times[190_000] / 1e3:.2f} us, "
+          f"P99 {times[198_000] / 1e3:.2f} us, blocks grown by {grown}", file=sys.stderr)
+    return {"cpu_us": cpu / count * 1e6, "p95_us": times[190_000] / 1e3}
+
+
+@bench("9.stream.sustained", "us CPU")
+def _():
+    """Ten seconds of messages that differ; what is left of them must be nothing."""
+    return {"horizon_lite": ten_seconds()["cpu_us"]}
+
+
+@bench("9.stream.p95", "us")
+def _():
+    """The 95th percentile of 200,000 messages, each timed by itself."""
+    return {"horizon_lite": ten_seconds()["p95_us"]}
+
+
+@bench("9.stream.blocks", "blocks/message")
+def _():
+    """Blocks of memory that a message leaves with whoever keeps its outputs."""
+    def made(process):
+        kept = [None] * 5000
+        process(*PRESSURE)
+        gc.collect()
+        gc.disable()
+        before = sys.getallocatedblocks()
+        for n in range(5000):
+            kept[n] = process(*PRESSURE)
+        count = sys.getallocatedblocks() - before
+        gc.enable()
+        return count / 5000
+    result = {"horizon_lite": made(hl.Stream(PUMP).process), "plain function": made(plain_function(lambda n, press: PRESSED[n][2](press)))}
+    assert result["horizon_lite"] < 20
+    return result
+
+
+@bench("9.stream.bytes", "bytes/message")
+def _():
+    """The most memory that one message takes while it is mapped, its outputs included."""
+    import tracemalloc
+
+    def peak(process):
+        process(*PRESSURE)
+        tracemalloc.start()
+        try:
+            process(*PRESSURE)
+            tracemalloc.reset_peak()
+            before, _ = tracemalloc.get_traced_memory()
+            out = process(*PRESSURE)
+            return tracemalloc.get_traced_memory()[1] - before
+        finally:
+            tracemalloc.stop()
+            assert len(out) == 3
+    return {"horizon_lite": peak(hl.Stream(PUMP).process), "plain function": peak(plain_function(lambda n, press: PRESSED[n][2](press)))}
+
+
+@bench("9.stream.pools", "ns")
+def _():
+    """A message's metadata: copied with the new topic, or in a dict of a pool, cleared and filled."""
+    told, pool = PRESSURE[2], hl.Pool(dict, reset=dict.clear)
+
+    def pooled(look=len):
+        metadata = pool.acquire()
+        metadata.update(told)
+        metadata["umh_topic"] = "t"
+        seen = look(metadata)
+        pool.release(metadata)
+        return seen
+
+    def kept(metadata={}):                  # a pool of one, for nothing
+        metadata.clear()
+        metadata.update(told)
+        metadata["umh_topic"] = "t"
+        return metadata
+    assert {**told, "umh_topic": "t"} == pooled(dict) == kept()
+    return compare(**{"horizon_lite": lambda: {**told, "umh_topic": "t"}, "Pool": pooled, "one that is kept": kept})
+
+
+@bench("9.stream.contexts", "ns")
+def _():
+    """An expression's variables: the arguments of a function, or names of a pooled dict for eval."""
+    code, function, pool = compile("press+4.00001", "", "eval"), eval("lambda press: press+4.00001"), hl.Pool(dict, reset=dict.clear)
+
+    def pooled():
+        context = pool.acquire()
+        context["press"] = 23.5
+        result = eval(code, context)
+        pool.release(context)
+        return result
+    assert function(23.5) == pooled()
+    return compare(**{"horizon_lite": lambda: function(23.5), "Pool": pooled, "new dict": lambda: eval(code, {"press": 23.5})})
 
 
 # =============================================================================

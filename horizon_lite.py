@@ -5947,8 +5947,8 @@ class Expression:
             ExpressionError: a variable is missing, or no value of JSON; the value can't be
                 computed, is not finite, or takes too many steps.
         """
-        at_ms = values.get("timestamp_ms")
-        if self._memory and type(at_ms) is not int:
+        at_ms: Any = 0
+        if self._memory and type(at_ms := values.get("timestamp_ms")) is not int:
             at_ms = int(self._wall() * 1000)
         try:
             said = [values[name] for name in self._order]
@@ -5956,9 +5956,11 @@ class Expression:
                 if type(value) is not float or value - value != 0.0:
                     _admit(value)
             result = self._run(*said, at_ms, self._memory)
-            if type(result) is float and result - result != 0.0:
+            if type(result) is not float:
+                return _use(result, [_MAX_STEPS])
+            if result - result != 0.0:
                 raise FloatingPointError(f"the result is {result}")
-            return _use(result, [_MAX_STEPS])
+            return result
         except Exception as error:
             name = next((each for each in self._order if each not in values), "")
             why = f"{name} is missing" if name else _why(error)
@@ -6018,25 +6020,25 @@ class _Template:
         return topic
 
     def places(self, wildcards: Sequence[str]) -> list[tuple[str, int]]:
-        """Return the names, and where in a match they are if no field has them, or -1.
+        """Return the names, or "" for wildcards of that name, and where in a match they are.
 
-        It is the wildcard of that name; or, of wildcards without names, the one in its order.
+        For what no field has, it is the next one of the wildcards without a name, or -1.
         """
         plain = iter([n for n, each in enumerate(wildcards) if each.isdigit()])
-        return [(name, wildcards.index(name) if name in wildcards else next(plain, -1))
+        return [("", wildcards.index(name)) if name in wildcards else (name, next(plain, -1))
                 for name in self.names]
 
     def topic(self, places: Sequence[tuple[str, int]], key: Sequence[str], *fields: Any) -> str:
-        """Return the topic, filled from the first of *fields* that has a name, or the match."""
+        """Return the topic, filled from the match, and the first of *fields* that has a name."""
         values = []
         for name, at in places:
-            for each in fields:
-                if isinstance(each, Mapping) and name in each:
+            for each in fields if name else ():
+                if type(each) is dict and name in each:
                     values.append(each[name])
                     break
             else:
                 if not 0 <= at < len(key):
-                    raise _Stop(f"there is no {name} for {self.text}", "no_field")
+                    raise _Stop(f"there is no {name or 'match'} for {self.text}", "no_field")
                 values.append(key[at])
         return self.fill(*values)
 
@@ -6141,7 +6143,7 @@ class _Rule:
         self.fn: Callable[..., Any] | None = None
         self.static: Any = _MISSING             # its JSON, or why there is none
         self.first = 0                          # of its cells in a match's memory
-        self.shared = False                     # it depends on nothing of a match
+        self.shared = False                     # it belongs to no match
         try:
             self.template = _Template(topic)
             if callable(said):
@@ -6358,7 +6360,8 @@ class Stream:
         first = 0
         for rule in self.rules:
             rule.first, first = first, first + len(rule.cells)
-            rule.shared = bool(rule.needs) and not rule.needs & {*self._own}
+            rule.shared = bool(rule.needs) and not (
+                rule.needs & {*self._own} or rule.template.names)
             rule.evaluate()
 
     def _read_sources(self, sources: Mapping[Any, Any]) -> None:
@@ -6393,7 +6396,8 @@ class Stream:
             "Output": Output, "value_text": _value_text, "clock": self._clock, "spent": self._spent}
         for n, rule in enumerate(self.rules):
             names |= {f"t_{n}": rule.template.text, f"static_{n}": rule.static,
-                      f"function_{n}": rule.fn, f"topic_{n}": functools.partial(
+                      f"function_{n}": rule.fn, f"fill_{n}": rule.template.fill,
+                      f"topic_{n}": functools.partial(
                           rule.template.topic, rule.template.places(self._wildcards))}
         self.__source__ = "\n\n".join(
             self._source_text(n, topic, variables, timed="")
@@ -6458,7 +6462,7 @@ class Stream:
             text += "".join(self._rule_text(at, rule, changed, timed) for at, rule in rules
                             if rule.shared or not (rule.needs or rule.template.names))
             if each := "".join(self._rule_text(at, rule, changed, timed) for at, rule in rules
-                               if rule.needs & {*self._own}):
+                               if rule.needs and not rule.shared):
                 text += ("for key, row in [*rows.items()]:\n    if not key: continue\n"
                          + _indent(f"{mine} = row\n{remember}{each}", 1))
         return (f"def {timed}source_{n}(key, value, timestamp_ms, metadata, out):"
@@ -6468,7 +6472,10 @@ class Stream:
         """Return the text that runs one mapping; a failure is its own."""
         place, topic = "", f"t_{n}"
         if rule.template.names:
-            place, topic = f"topic = topic_{n}(key, {{}}, metadata)\n", "topic"
+            places = rule.template.places(self._wildcards)
+            place, topic = (f"topic = topic_{n}(key, {{}}, metadata)\n", "topic") if any(
+                name for name, _ in places) else (
+                f"topic = fill_{n}({', '.join(f'key[{at}]' for _, at in places)})\n", "topic")
         put = (f"out.append(new(Output, ({topic}, text.encode(), "
                f"{{**metadata, 'umh_topic': {topic}}})))\nmade[{n}] += 1\n")
         if isinstance(rule.static, Exception):
@@ -14641,8 +14648,8 @@ class Engine:
 
         It gets the payload, and by name, if it asks, topic, value, timestamp_ms, and the
         wildcards that *pattern* names: ``plant.{site}.temp``. What it returns is published, None
-        is not. A place in *to*, ``alerts.{site}``, is a field of the result or of the payload, or
-        else a wildcard: that of its name, or the next one without. For expressions there is
+        is not. A place in *to*, ``alerts.{site}``, is the wildcard of that name, or a field of the
+        result or of the payload, or the next wildcard without a name. For expressions there is
         ``stream.load``.
 
         Raises:

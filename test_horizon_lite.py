@@ -3621,8 +3621,10 @@ def test_a_state_belongs_to_a_match_and_sources_without_wildcards_to_all():
     assert go("limits.1.of.b", 3) == [("out.b._m_v1.s", "S"), ("out.b._m_v1.n", 1)]     # another match
     assert go("limits.1.of.a", 3) == [("out.a._m_v1.s", "S"), ("out.a._m_v1.hot", True), ("out.a._m_v1.n", 2)]
     assert go("plant.c.2.t", 7) == [("out.c._m_v1.s", "S"), ("out.c._m_v1.n", 1)]
-    assert go("k", 10) == [("out.a._m_v1.scaled", 50), ("out.c._m_v1.scaled", 70)]          # of every match that has t
-    assert stream.dropped == {"no_field": 1}                # k2 is of no site
+    # for every match that has t; and k2 for every site, as its topic says
+    assert sorted(go("k", 10)) == [(f"out.{site}._m_v1.{path}", value) for site, path, value in (
+        ("a", "k2", 20), ("a", "scaled", 50), ("b", "k2", 20), ("c", "k2", 20), ("c", "scaled", 70))]
+    assert not stream.dropped and not stream.errored
     assert stream.state() == {"t": {"a.1": 5, "c.2": 7}, "limit": {"a.1": 3, "b.1": 3}, "k": 10}
     assert stream.process("plant.a.t", sample(1)) == [] and stream.dropped["unknown_topic"] == 1
     assert stream.stats()["matches"] == 3
