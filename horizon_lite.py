@@ -77,6 +77,7 @@ import struct
 import sys
 import threading
 import time
+import warnings
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import (Callable, Collection, Container, Hashable, Iterable, Iterator, Mapping,
@@ -1367,7 +1368,9 @@ def _compile(source: str, label: str, names: dict[str, Any]) -> dict[str, Any]:
             filename = f"<horizon_lite {label} {hash(source):x}>"   # another class of that name
         linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
     namespace = dict(names)
-    exec(compile(source, filename, "exec"), namespace)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")         # nobody wrote these lines
+        exec(compile(source, filename, "exec"), namespace)
     return namespace
 
 
@@ -5046,10 +5049,18 @@ class Markup:
 _MAX_EXPRESSION = 4_096             # characters
 _MAX_NESTING = 64                   # of an expression, and of a value
 _MAX_STEPS = 100_000                # of one evaluation: items gone through, or 64 characters
-_MAX_BITS = 1 << 14                 # of a whole number that is computed
+_MAX_HINTED = 500                   # characters of what is put into Python, if it is JavaScript
+_MAX_FOLDED = 1_000                 # characters of a text that is computed beforehand
+_MAX_BITS = 1 << 11                 # of a whole number that is computed
 _MAX_INT_BITS = 1_024               # of one that comes in
 _MAX_ITEMS = 10_000                 # of a value that comes in, at all depths
 _MAX_WINDOW = 10_000                # samples of a window; then the oldest go
+_MAX_LATE = 10                      # samples older than a window; then it begins anew
+_MAX_SAMPLES = 1_000_000            # of all windows of a stream; then they don't grow
+_MAX_HELD = 32 << 20                # bytes of JSON of texts, lists and objects in a state
+_MAX_AT_MS = 1 << 63
+_IDLE_NS = 60_000_000_000           # for how long a match is kept, when there are too many
+_SMALL = 256                        # bytes of a value that are not worth counting
 _MAX_MATCHES = 10_000               # of one stream's wildcards
 _MISSING = object()
 _FLAT = frozenset({int, float, bool, type(None)})
@@ -5089,8 +5100,13 @@ def _weight(value: object, most: int) -> int:
         elif isinstance(each, list | tuple | dict):
             total += len(each) + 1
             inner = [*each, *each.values()] if isinstance(each, dict) else each
-            if not _FLAT.issuperset(map(type, inner)):
+            kinds = {*map(type, inner)}
+            if not kinds <= _FLAT:
                 todo += inner
+            elif int in kinds:
+                total += sum([one.bit_length() for one in inner if type(one) is int]) >> 8
+        elif isinstance(each, int):
+            total += each.bit_length() >> 8
     return total
 
 
@@ -5101,11 +5117,17 @@ def _use(value: Any, left: list[int]) -> Any:
     return value
 
 
-def _take(value: Any, left: list[int]) -> Any:
-    """Return *value*, which is about to be looped over."""
+def _take(value: Any, left: list[int], steps: int) -> Any:
+    """Return *value*, which is about to be looped over; each turn takes some steps."""
     if not isinstance(value, list | tuple | dict | str):
         raise TypeError(f"can't loop over {_kind_of(value)}")
-    _charge(left, len(value) + 1)
+    _charge(left, (len(value) + 1) * steps)
+    return value
+
+
+def _key(value: Any) -> str:
+    if type(value) is not str:
+        raise TypeError(f"a key of an object is a text, not {_kind_of(value)}")
     return value
 
 
@@ -5152,7 +5174,7 @@ def _shifted(a: Any, b: Any) -> Any:
 
 def _of_bits(value: Any) -> Any:
     if not isinstance(value, int):
-        raise TypeError(f"bits are of whole numbers, not of {_kind_of(value)}")
+        raise TypeError(f"bits are of whole numbers, not of {_kind_of(value)}; a power is **")
     return value
 
 
@@ -5198,13 +5220,17 @@ def _text_method(name: str) -> Callable[..., Any]:
     return call
 
 
-def _members(name: str) -> Callable[..., Any]:
+def _object_method(name: str) -> Callable[..., Any]:
     act = getattr(dict, name)
-    return lambda left, value: _use([*act(value)], left)
 
+    def call(left: list[int], value: Any, *args: Any) -> Any:
+        if type(value) is not dict:
+            raise TypeError(f".{name}() is for objects, not for {_kind_of(value)}")
+        if args:
+            return act(value, _use(args[0], left), *args[1:])
+        return _use([*act(value)], left)
 
-def _got(left: list[int], value: Any, key: Any, default: Any = None) -> Any:
-    return dict.get(value, key, default)
+    return call
 
 
 class _Function(NamedTuple):
@@ -5243,19 +5269,62 @@ _TEXT_METHODS = {name: (_text_method(name), int(arity[0]), int(arity[1])) for na
         "endswith:11 removeprefix:11 removesuffix:11 replace:23 join:11 find:13 rfind:13 count:13 "
         "zfill:11 ljust:12 rjust:12 center:12 isdigit:00 isdecimal:00 isnumeric:00 isalpha:00 "
         "isalnum:00 isspace:00 isupper:00 islower:00").split())}
-_CALLS = _TEXT_METHODS | {"get": (_got, 1, 2), "keys": (_members("keys"), 0, 0),
-                            "values": (_members("values"), 0, 0),
-                            "items": (_members("items"), 0, 0)}
+_CALLS = _TEXT_METHODS | {name: (_object_method(name), least, most) for name, least, most in (
+    ("get", 1, 2), ("keys", 0, 0), ("values", 0, 0), ("items", 0, 0))}
 _KNOWN_NAMES = {*_FUNCTIONS, *_MATH, "math", "pi"}
 _EXPRESSION_NAMES: dict[str, Any] = {
     "missing": _MISSING, "use": _use, "take": _take, "plus": _plus, "times": _times,
     "modulo": _modulo, "power": _power, "shifted": _shifted, "whole": _of_bits, "text_of": _text_of,
-    "joined": _joined,
+    "joined": _joined, "text_key": _key,
     **{f"call_{name}": each.act for name, each in (_FUNCTIONS | _MATH).items()},
     **{f"method_{name}": each[0] for name, each in _CALLS.items()}}
 
 
-# -- what expressions remember --
+# -- what comes in, and what expressions remember --
+
+def _check_text(text: str) -> None:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise _Stop("half a surrogate pair is no text", "bad_value") from None
+
+
+def _admit(value: Any) -> Any:
+    """Return a value from outside.
+
+    Raises:
+        _Stop: it is none of JSON's, or larger or deeper than allowed.
+    """
+    level, items = [[value]], 0
+    for _ in range(_MAX_NESTING):
+        inner: list[Any] = []
+        for each in level:
+            items += len(each)
+            if items > _MAX_ITEMS:
+                raise _Stop(f"a value of more than {_MAX_ITEMS} items", "too_big")
+            if isinstance(each, dict):
+                if not all(isinstance(key, str) for key in each):
+                    raise _Stop("an object's keys are texts", "bad_value")
+                _check_text("".join(each))
+                each = [*each.values()]
+            for one in each:
+                kind = type(one)
+                if kind is dict or kind is list:
+                    inner.append(one)
+                elif kind is int and one.bit_length() > _MAX_INT_BITS:
+                    raise _Stop(f"a whole number of more than {_MAX_INT_BITS} bits", "too_big")
+                elif kind is float and not math.isfinite(one):
+                    raise _Stop(f"a value of {one}", "not_finite")
+                elif kind is str:
+                    _check_text(one)
+                elif kind not in _FLAT:
+                    raise _Stop(f"{_kind_of(one)} is no value of JSON", "bad_value")
+        if not inner:
+            return value
+        level = inner
+    raise _Stop(f"a value nested deeper than {_MAX_NESTING} levels", "too_deep")
+
 
 def _as_number(value: Any) -> Any:
     if not isinstance(value, int | float):
@@ -5266,52 +5335,72 @@ def _as_number(value: Any) -> Any:
 class _Window:
     """The samples of the last so many milliseconds of a variable, by their own timestamps."""
 
-    __slots__ = ("times", "values")
+    __slots__ = ("times", "values", "late", "total")
 
-    def __init__(self) -> None:
+    def __init__(self, total: list[int]) -> None:
+        self.late = 0                   # samples in succession that came a whole span late
         self.times: list[int] = []
         self.values: list[float] = []
+        self.total = total              # samples of all windows: one number
 
     def add(self, value: float, at_ms: int, span_ms: float) -> None:
-        """Add a sample; late ones in their place. Who is a whole span late had his clock set."""
-        times, values = self.times, self.values
-        if times and at_ms <= times[-1] - span_ms:
+        """Add a sample; late ones in their place, and too late ones not.
+
+        When many are too late it is the newest that is wrong, and the window begins anew.
+        """
+        times, values, before = self.times, self.values, len(self.times)
+        _admit(_as_number(value))
+        self.late = self.late + 1 if times and at_ms <= times[-1] - span_ms else 0
+        if 0 < self.late < _MAX_LATE:
+            return
+        if self.late:
             times.clear()
             values.clear()
         at = bisect.bisect_right(times, at_ms)
         times.insert(at, at_ms)
-        values.insert(at, _as_number(value))
-        old = max(bisect.bisect_right(times, times[-1] - span_ms), len(times) - _MAX_WINDOW)
+        values.insert(at, value)
+        most = _MAX_WINDOW if self.total[0] < _MAX_SAMPLES else max(before, 1)
+        old = max(bisect.bisect_right(times, times[-1] - span_ms), len(times) - most)
         if old > 0:
             del times[:old], values[:old]
+        self.total[0] += len(times) - before
 
 
-def _step_window(window: Any, value: Any, at_ms: int, span_s: float) -> _Window:
-    window = _Window() if window is _MISSING else window
+def _step_window(total: list[int], window: Any, value: Any, at_ms: int, span_s: float) -> _Window:
+    window = _Window(total) if window is _MISSING else window
     window.add(value, at_ms, span_s * 1000)
     return window       # type: ignore[no-any-return]
 
 
+def _step_prev(pair: Any, value: Any, _at_ms: int, _: float) -> Any:
+    if type(value) is not float or value - value != 0.0:
+        _admit(value)
+    return (_MISSING, value) if pair is _MISSING else (pair[1], value)
+
+
 def _step_ewma(average: Any, value: Any, _at_ms: int, alpha: float) -> Any:
-    value = _as_number(value)
-    result = value if average is _MISSING else average + alpha * (value - average)
-    if not math.isfinite(result):           # it would stay so for ever
-        raise FloatingPointError("ewma() is too large")
-    return result
+    value = float(_as_number(value))
+    if not math.isfinite(value):                # it would stay so for ever
+        raise FloatingPointError(f"ewma() of {value}")
+    if average is _MISSING:
+        return value
+    change = alpha * (value - average)
+    return average + change if math.isfinite(change) else (1 - alpha) * average + alpha * value
 
 
-def _load_prev(saved: Any) -> Any:
-    (before, now), = [(_MISSING, *saved)[-2:]]
+def _load_prev(saved: Any, _: list[int]) -> Any:
+    before, now = (_MISSING, *map(_admit, saved))[-2:]
     return before, now
 
 
-def _load_window(saved: Any) -> _Window:
-    window = _Window()
+def _load_window(saved: Any, total: list[int]) -> _Window:
+    window = _Window(total)
     for at_ms, value in saved[-_MAX_WINDOW:]:
         window.times.append(_of_bits(at_ms))
-        window.values.append(_as_number(value))
+        window.values.append(_admit(_as_number(value)))
     if window.times != sorted(window.times):
         raise ValueError("samples out of order")
+    total[0] += len(saved)
     return window
 
 
@@ -5327,17 +5416,17 @@ class _CellKind(NamedTuple):
 
     step: Callable[..., Any]
     dump: Callable[[Any], Any]      # to JSON, and back
-    load: Callable[[Any], Any]
+    load: Callable[[Any, list[int]], Any]
     bits: int | None
 
 
 _CELLS = {
-    "prev": _CellKind(lambda pair, value, _at, _: (
-        (_MISSING, value) if pair is _MISSING else (pair[1], value)),
-        lambda pair: [each for each in pair if each is not _MISSING], _load_prev, None),
-    "ewma": _CellKind(_step_ewma, lambda average: average, _as_number, 0),
+    "prev": _CellKind(_step_prev, lambda pair: [each for each in pair if each is not _MISSING],
+                      _load_prev, None),
+    "ewma": _CellKind(_step_ewma, lambda average: average,
+                      lambda saved, _: float(_admit(_as_number(saved))), 0),
     "count": _CellKind(lambda count, _value, _at, _: 1 if count is _MISSING else count + 1,
-                       lambda count: count, _of_bits, 64),
+                       lambda count: count, lambda saved, _: _of_bits(saved), 64),
     "window": _CellKind(_step_window, lambda window: [*zip(window.times, window.values)],
                         _load_window, _MAX_BITS)}
 _EXPRESSION_NAMES |= {f"step_{name}": each.step for name, each in _CELLS.items()} | {
@@ -5353,17 +5442,23 @@ class _Cell(NamedTuple):
     needs: frozenset[str]           # variables: it is told when one of them has changed
     argument: float
     look: str                       # of a window
+    after: frozenset[int]           # cells whose value it is told
+    default: str                    # of prev(), as text
 
     def step(self, state: str) -> str:
         """Return the text that makes the next state of *state*."""
-        return f"step_{self.kind}({state}, {self.code}, timestamp_ms, {self.argument!r})"
+        samples = "samples, " if self.kind == "window" else ""
+        return f"step_{self.kind}({samples}{state}, {self.code}, timestamp_ms, {self.argument!r})"
 
     def peek(self, state: str) -> str:
         """Return the text of its value."""
         if self.kind == "count":
             return state
         look = {"prev": f"{state}[0]", "window": f"look_{self.look}({state})"}.get(self.kind, state)
-        return look if look == state else f"missing if {state} is missing else {look}"
+        text = look if look == state else f"missing if {state} is missing else {look}"
+        if not self.default:
+            return text
+        return f"{self.default} if ({text}) is missing else {look}"
 
 
 # -- expressions --
@@ -5385,23 +5480,24 @@ _OPERATORS: dict[type, str] = {
     ast.Gt: ">", ast.GtE: ">=", ast.In: "in", ast.NotIn: "not in", ast.Is: "is",
     ast.IsNot: "is not"}
 _NOT_HERE = {
-    ast.Lambda: "functions", ast.NamedExpr: ":=", ast.Starred: "*", ast.Set: "sets, but [a, b],",
-    ast.SetComp: "sets, but [... for ...],", ast.Await: "await", ast.Yield: "yield"}
+    ast.Lambda: "functions", ast.NamedExpr: ":=", ast.Starred: "*",
+    ast.Set: "sets (a list is [a, b], a variable stands without braces)", ast.SetComp: "sets",
+    ast.Await: "await", ast.Yield: "yield"}
 # what people write who come from JavaScript, and what they mean; tried in this order
 _HABITS: tuple[tuple[str, str], ...] = (
     (r";\s*$", ""), (r"===", "=="), (r"!==", "!="), (r"&&", " and "), (r"\|\|", " or "),
-    (r"\?\?", " or "), (r"!(?!=)", " not "), (r"`([^`]*)`", r'f"\1"'),
-    (r'''(?<!f)(["'])([^"']*\$\{[^"']*)\1''', r"f\1\2\1"), (r"\$\{", "{"),
-    (r"^(.+?)\?(.+):(.+)$", r"\2 if \1 else \3"), (r"\bMath\.abs\b", "abs"),
-    (r"\bMath\.(?=PI\b)", ""), (r"\bPI\b", "pi"), (r"\bMath\.pow\((.+?),(.+?)\)", r"(\1) ** (\2)"),
-    (r"\bMath\.", ""), (r"\bDate\.now\(\)", "now() * 1000"), (r"\btrue\b", "True"),
+    (r"\b(\w+)\s*\?\?\s*(\w+)", r"(\2 if \1 is None else \1)"), (r"!\s*(\w+)", r"(not \1)"),
+    (r"^([^?:]+)\?([^?:]+):([^?:]+)$", r"\2 if \1 else \3"), (r"\bMath\.PI\b", "pi"),
+    (r"\bMath\.pow\(([^(),]+),([^(),]+)\)", r"((\1) ** (\2))"),
+    (r"\bMath\.", ""), (r"\bDate\.now\(\)", "(now() * 1000)"), (r"\btrue\b", "True"),
     (r"\bfalse\b", "False"), (r"\b(null|undefined)\b", "None"), (r"\bparseInt\(", "int("),
-    (r"\b(parseFloat|Number)\(", "float("), (r"\bString\(", "str("),
-    (r"\b(\w+)\.toFixed\(", r"round(\1, "), (r"\btypeof\s+", ""), (r"\.toUpperCase\(", ".upper("),
-    (r"\.toLowerCase\(", ".lower("), (r"\.trim\(", ".strip("),
-    (r"\b(\w+)\.toString\(\)", r"str(\1)"),
-    (r"\b(\w+)\.length\b", r"len(\1)"), (r"\b(\w+)\.includes\((.+?)\)", r"\2 in \1"),
-    (r"(?<=[\w\]])\.([A-Za-z]\w*)\b(?!\()", r"['\1']"))
+    (r"\b(parseFloat|Number)\(", "float("), (r"\bString\(", "str("), (r"\bisNaN\(", "isnan("),
+    (r"\b(\w+)\.toFixed\((\d)\)", r'f"{\1:.\2f}"'), (r"\.toUpperCase\(", ".upper("),
+    (r"\.toLowerCase\(", ".lower("), (r"\.trim\(", ".strip("), (r"\.startsWith\(", ".startswith("),
+    (r"\.endsWith\(", ".endswith("), (r"\b(\w+)\.toString\(\)", r"str(\1)"),
+    (r"([\w\[\]]+)\.length\b", r"len(\1)"), (r"\b(\w+)\.includes\((\w+)\)", r"(\2 in \1)"),
+    (r"(?<=[\w\]])\??\.([A-Za-z]\w*)\b(?!\()", r"['\1']"))
+_CLOSING = {"[": "]", "{": "}", "(": ")"}
 _OTHER_WORDS = {"true": "True", "false": "False", "null": "None", "undefined": "None"}
 
 
@@ -5411,9 +5507,23 @@ def _pythonic(text: str) -> str:
     >>> _pythonic("a && b === 3 ? 'x' : Math.max(a, b.c)")
     "; in Python: 'x' if a and b == 3 else max(a, b['c'])"
     """
-    meant = text
+    if len(text) > _MAX_HINTED:
+        return ""
+    literals: list[str] = []
+
+    def put_aside(literal: re.Match[str]) -> str:
+        said = literal[0]
+        if said[0] == "`" or "${" in said:
+            said = f'f"{said[1:-1]}"'.replace("${", "{")
+        literals.append(said)
+        return f"s__{len(literals) - 1}__"
+
+    meant = re.sub(r"""f?(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|`[^`"{}]*(?:\$\{[^`"{}]*\}[^`"{}]*)*`)""",
+                   put_aside, text)
     for habit, python in _HABITS:
         meant = re.sub(habit, python, meant, flags=re.DOTALL)
+    for n, each in enumerate(literals):
+        meant = meant.replace(f"s__{n}__", each)
     meant = re.sub(r"\s+", " ", meant).strip()
     try:
         _Writer(None).write_whole(meant, hint=False)
@@ -5432,16 +5542,21 @@ def _is_variable(name: object) -> bool:
 class _Writer(ast.NodeVisitor):
     """Writes the Python text of one expression, and notes what it needs."""
 
-    __slots__ = ("variables", "names", "cells", "moving", "looped", "scopes", "temps")
+    __slots__ = ("variables", "given", "used", "names", "cells", "moving", "looped", "scopes",
+                 "temps", "after")
 
-    def __init__(self, variables: Collection[str] | None) -> None:
+    def __init__(self, variables: Collection[str] | None,
+                 given: Mapping[str, _Code] | None = None) -> None:
         self.variables = variables              # None: any
+        self.given = given or {}                # what else has a name
+        self.used: set[str] = set()             # of these
         self.names: dict[str, None] = {}        # of variables it depends on
         self.cells: list[_Cell] = []
         self.moving = False                     # it has another value every time
         self.looped = 0                         # inside of so many loops
         self.scopes: list[set[str]] = []        # names that loops bind
         self.temps = 0
+        self.after: set[int] = set()            # cells whose values it has
 
     def write_whole(self, text: str, hint: bool = True) -> str:
         """Return the Python text of the expression *text*.
@@ -5456,9 +5571,11 @@ class _Writer(ast.NodeVisitor):
             raise ExpressionError(f"the expression has {len(text)} characters; "
                                   f"{_MAX_EXPRESSION} are allowed")
         try:
-            tree = ast.parse(text.strip(), "<expression>", "eval").body
-            _check_nesting(tree)
-            return self.write(_Folder(self.variables).visit(tree)).text
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tree = ast.parse(text.strip(), "<expression>", "eval").body
+            _check_tree(tree)
+            return self.write(_Folder({*(self.variables or ()), *self.given}).visit(tree)).text
         except _Stop as error:
             raise _Stop(f"{_shown(text)}: {error}", error.reason) from None
         except ExpressionError as error:
@@ -5498,13 +5615,10 @@ class _Writer(ast.NodeVisitor):
             raise ExpressionError("a number is too large")
         if type(value) is int:
             _check_bits(value.bit_length())
-        elif isinstance(value, str) and re.search(r"\$\{\s*\w", value):
-            raise ExpressionError("${} is JavaScript's; Python fills in {} where an f is before "
-                                  "the quotes")
         elif type(value) not in (bool, float, str, type(None)):
             raise ExpressionError(f"{_shown(repr(value))} is no value of JSON")
         if not isinstance(value, int | float):
-            return _Code(repr(value), atom=value is None)
+            return _Code(repr(value), atom=True)
         bits = max(value.bit_length(), 1) if isinstance(value, int) else 0
         return _Code(repr(value) if value >= 0 else f"({value!r})", True, bits, True)
 
@@ -5512,18 +5626,24 @@ class _Writer(ast.NodeVisitor):
         name = node.id
         if any(name in scope for scope in self.scopes):
             return _Code(f"c_{name}", atom=True)
-        if name == "pi" and (self.variables is None or name not in self.variables):
+        any_name = self.variables is None and name != "pi" and name not in _OTHER_WORDS
+        if any_name or name in (self.variables or ()):
+            if not _is_variable(name):
+                raise ExpressionError(f"{name!r} can't be used in an expression")
+            self.names[name] = None
+            return _Code(f"v_{name}", bits=_MAX_INT_BITS, atom=True)
+        if name == "pi":
             return _Code(repr(math.pi), True, 0, True)
-        if self.variables is not None and name not in self.variables:
-            hint = _did_you_mean(name, [*self.variables, *_FUNCTIONS, *_MATH])
-            raise ExpressionError(f"there is no variable {name!r}"
-                                  + (hint or f"; sources are {', '.join(self.variables)}"))
+        if name in self.given:
+            self.used.add(name)
+            return self.given[name]
         if name in _OTHER_WORDS:
             raise ExpressionError(f"{name} is written {_OTHER_WORDS[name]}")
-        if not _is_variable(name):
-            raise ExpressionError(f"{name!r} can't be used in an expression")
-        self.names[name] = None
-        return _Code(f"v_{name}", bits=_MAX_INT_BITS, atom=True)
+        if name in _FUNCTIONS | _MATH:
+            raise ExpressionError(f"{name} is a function; write {name}(...)")
+        known = [*(self.variables or ()), *self.given]
+        raise ExpressionError(f"there is no variable {name!r}" + (
+            _did_you_mean(name, [*known, *_FUNCTIONS, *_MATH]) or f"; there are {', '.join(known)}"))
 
     def visit_BinOp(self, node: ast.BinOp) -> _Code:
         a, b, sign = self.write(node.left), self.write(node.right), _OPERATORS.get(type(node.op))
@@ -5601,17 +5721,18 @@ class _Writer(ast.NodeVisitor):
         return _Code(f"({text})", True, 1)
 
     def _operand(self, part: _Code) -> str:
-        return self._used(part) if self.looped else part.text
+        # what came in is small enough, what is computed may share its parts a thousand times
+        return part.text if part.atom and not self.looped else self._used(part)
 
     def visit_Subscript(self, node: ast.Subscript) -> _Code:
         value = self.write(node.value)
         if value.number or isinstance(node.value, ast.Constant) and node.value.value is None:
-            raise ExpressionError(f"{ast.unparse(node.value)} is a number; it has no [...]")
+            raise ExpressionError(f"{_shown(ast.unparse(node.value))} has no [...]")
         if isinstance(node.slice, ast.Slice):
             ends = (node.slice.lower, node.slice.upper, node.slice.step)
             at = ":".join("" if each is None else self.write(each).text for each in ends)
             return _Code(f"use({value.text}[{at}], left)")
-        return _Code(f"{value.text}[{self.write(node.slice).text}]")
+        return _Code(f"{value.text}[{self._operand(self.write(node.slice))}]")
 
     def visit_List(self, node: ast.List) -> _Code:
         return _Code(f"[{', '.join(self.write(each).text for each in node.elts)}]")
@@ -5622,8 +5743,8 @@ class _Writer(ast.NodeVisitor):
     def visit_Dict(self, node: ast.Dict) -> _Code:
         if None in node.keys:
             raise ExpressionError("** can't be used in an expression")
-        pairs = (f"{self.write(key).text}: {self.write(value).text}"    # type: ignore[arg-type]
-                 for key, value in zip(node.keys, node.values))
+        pairs = (f"text_key({self.write(key).text}): {self.write(value).text}"
+                 for key, value in zip(node.keys, node.values) if key is not None)
         return _Code(f"{{{', '.join(pairs)}}}")
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> _Code:
@@ -5642,8 +5763,10 @@ class _Writer(ast.NodeVisitor):
                     raise ExpressionError(f"format {_shown(ast.unparse(each))}: write a width "
                                           "below 1000, and .digits below 100, like {x:8.1f}")
             if each.conversion not in (-1, 115):
-                raise ExpressionError("!r and !a can't be used in an expression")
-            texts.append(f"text_of({self.write(each.value).text}, {spec!r}, left)")
+                raise ExpressionError("!r, !a and = can't be used in an f-string here")
+            value = self.write(each.value).text
+            value = f"text_of({value}, '', left)" if each.conversion == 115 else value
+            texts.append(f"text_of({value}, {spec!r}, left)")
         return _Code(f"joined(({''.join(each + ', ' for each in texts)}), left)")
 
     # -- loops --
@@ -5654,22 +5777,29 @@ class _Writer(ast.NodeVisitor):
     def visit_DictComp(self, node: ast.DictComp) -> _Code:
         return self._loop(node.generators, "{", node.key, node.value)
 
+    def visit_GeneratorExp(self, node: ast.GeneratorExp) -> _Code:
+        raise ExpressionError("a loop stands in [...], or alone in a function like sum(...)")
+
     def _loop(self, generators: list[ast.comprehension], bracket: str, *results: ast.expr) -> _Code:
         self.looped += 1
         depth, text = len(self.scopes), ""
+        steps = 1 + sum(1 for each in (*results, *generators) for _ in ast.walk(each)) // 8
         for each in generators:
             over = self.write(each.iter).text
             targets = each.target.elts if isinstance(each.target, ast.Tuple) else [each.target]
-            if each.is_async or not all(isinstance(name, ast.Name) for name in targets):
-                raise ExpressionError("a loop is: for name in ..., or: for name, other in ...")
             names = [name.id for name in targets if isinstance(name, ast.Name)]
+            if each.is_async or not names or len(names) < len(targets):
+                raise ExpressionError("a loop is: for name in ..., or: for name, other in ...")
             self.scopes.append(set(names))
-            text += f" for {', '.join('c_' + name for name in names)} in take({over}, left)"
+            target = "".join(f"c_{name}, " for name in names) if isinstance(
+                each.target, ast.Tuple) else f"c_{names[0]}"
+            text += f" for {target} in take({over}, left, {steps})"
             text += "".join(f" if {self.write(test).text}" for test in each.ifs)
-        result = ": ".join(self.write(each).text for each in results)
+        result = [self.write(each).text for each in results]
         del self.scopes[depth:]
         self.looped -= 1
-        return _Code(f"{bracket}{result}{text}{']' if bracket == '[' else '}'}")
+        said = f"text_key({result[0]}): {result[1]}" if bracket == "{" else result[0]
+        return _Code(f"{bracket}{said}{text}{_CLOSING[bracket]}")
 
     # -- calls --
 
@@ -5713,12 +5843,15 @@ class _Writer(ast.NodeVisitor):
                                   f"{len(node.args)}")
         args = []
         for each in node.args:
-            part = self._loop(each.generators, "[", each.elt) if isinstance(
-                each, ast.GeneratorExp) else self.write(each)
+            if isinstance(each, ast.GeneratorExp):      # of any() and all() the rest is not run
+                bracket = "(" if name in ("any", "all") else "["
+                part = self._loop(each.generators, bracket, each.elt)
+            else:
+                part = self.write(each)
             args.append(self._used(part) if reads else part.text)
-        for word in node.keywords:
-            if word.arg not in keywords:
-                raise ExpressionError(f"{name}() has no argument {word.arg or '**'}")
+        for n, word in enumerate(node.keywords):
+            if word.arg not in keywords[n:]:
+                raise ExpressionError(f"{name}() has no argument {word.arg or '**'}, or not twice")
             args.append(f"{word.arg}={self.write(word.value).text}")
         return args
 
@@ -5740,8 +5873,9 @@ class _Writer(ast.NodeVisitor):
     def _remember(self, node: ast.Call, name: str, look: str) -> _Code:
         """Return a function whose value depends on what was before, or on the time."""
         wanted = {"now": 0, "count": 0, "prev": 1, "ewma": 2, "window": 2}[name]
-        if len(node.args) != wanted or node.keywords:
-            form = {"prev": "prev(x)", "ewma": "ewma(x, 0.1)", "window": "window(x, 60).mean"}
+        if len(node.args) not in (wanted, wanted + (name == "prev")) or node.keywords:
+            form = {"prev": "prev(x), or prev(x, 0) with what it is at first",
+                    "ewma": "ewma(x, 0.1)", "window": "window(x, 60).mean"}
             raise ExpressionError(f"write {form.get(name, name + '()')}")
         if name == "window" and not look:
             raise ExpressionError(f"a window is asked for {', '.join(_LOOKS)}: "
@@ -5751,8 +5885,8 @@ class _Writer(ast.NodeVisitor):
             return _Code("now()", True, 0)
         if self.scopes or self.looped:
             raise ExpressionError(f"{name}() can't stand in a loop")
-        argument, inner = self._cell_argument(name, node), _Writer(self.variables)
-        inner.cells, inner.temps = self.cells, self.temps
+        argument, inner = self._cell_argument(name, node), _Writer(self.variables, self.given)
+        inner.cells, inner.temps, inner.used = self.cells, self.temps, self.used
         code = inner.write(node.args[0]).text if wanted else "None"
         self.temps = inner.temps
         self.names |= inner.names
@@ -5761,15 +5895,23 @@ class _Writer(ast.NodeVisitor):
                                   f"{_shown(ast.unparse(node.args[0]))}")
         self.moving = self.moving or inner.moving or not wanted
         said = ast.unparse(node) + (f".{look}" if look else "")
-        self.cells.append(_Cell(name, said, code, frozenset(inner.names), argument, look))
         bits = _CELLS[name].bits
-        return _Code(f"k_{len(self.cells) - 1}", bits is not None,
-                     _MAX_BITS if bits is None else bits, True)
+        at = next((n for n, each in enumerate(self.cells) if each.said == said), len(self.cells))
+        if at == len(self.cells):
+            default = self.write(node.args[1]).text if name == "prev" and node.args[1:] else ""
+            self.cells.append(_Cell(name, said, code, frozenset(inner.names), argument, look,
+                                    frozenset(inner.after), default))
+        self.after.add(at)
+        return _Code(f"k_{at}", bits is not None, _MAX_BITS if bits is None else bits, True)
 
     def _cell_argument(self, name: str, node: ast.Call) -> float:
         if len(node.args) < 2:
             return 0.0
         said = node.args[1]
+        if name == "prev" and isinstance(said, ast.Constant):
+            return 0.0
+        if name == "prev":
+            raise ExpressionError("what prev(x, ...) is at first must be a constant")
         value = said.value if isinstance(said, ast.Constant) else None
         most = 1.0 if name == "ewma" else 366 * 86_400.0
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= most:
@@ -5782,37 +5924,50 @@ class _Writer(ast.NodeVisitor):
 class _Folder(ast.NodeTransformer):
     """Puts values in the place of what depends on nothing."""
 
-    def __init__(self, variables: Collection[str] | None) -> None:
+    def __init__(self, variables: Collection[str]) -> None:
         self.variables = variables
+        self._left = [_MAX_STEPS]       # of all that is folded
 
     def visit(self, node: ast.AST) -> ast.AST:
         """Return the node, or its value. What is too large always will be: that is raised."""
+        if isinstance(node, ast.ListComp | ast.DictComp | ast.GeneratorExp):
+            return node
         if isinstance(node, ast.BinOp | ast.UnaryOp | ast.Call | ast.Compare | ast.BoolOp
                       | ast.IfExp | ast.Subscript) and all(map(self._is_fixed, ast.walk(node))):
             try:
-                value = _function_of(_Writer(()).write(node).text)(0, [])
+                value = _function_of(_Writer(()).write(node).text, left=self._left)(0, [])
             except _Stop:
                 raise
             except (ExpressionError, ArithmeticError, LookupError, TypeError, ValueError):
                 value = []
-            if type(value) in _FLAT or isinstance(value, str):
+            if type(value) in _FLAT or isinstance(value, str) and len(value) <= _MAX_FOLDED:
                 return ast.Constant(value)
         visited: ast.AST = self.generic_visit(node)
         return visited
 
     def _is_fixed(self, node: ast.AST) -> bool:
-        return not isinstance(node, ast.Name) or (
-            node.id in _KNOWN_NAMES and node.id not in (self.variables or ()))
+        if isinstance(node, ast.Name):
+            return node.id in _KNOWN_NAMES and node.id not in self.variables
+        return not isinstance(node, ast.comprehension)
 
 
-def _function_of(code: str, names: Iterable[str] = (), cells: Sequence[_Cell] = ()) -> Any:
-    """Return the function of an expression: of its variables, the time, and what it remembers."""
+def _function_of(code: str, names: Iterable[str] = (), cells: Sequence[_Cell] = (),
+                 left: list[int] | None = None) -> Any:
+    """Return the function of an expression: of its variables, the time, and what it remembers.
+
+    With *left*, its steps are taken from there.
+    """
     arguments = ", ".join([*(f"v_{name}" for name in names), "timestamp_ms", "memory"])
-    lines = f"left = [{_MAX_STEPS}]\n{_cell_lines(cells, 0, set(names))}"
+    lines = f"left = [{_MAX_STEPS}]\n" if left is None else ""
+    lines += _cell_lines(cells, 0, set(names))
     if cells:
         lines += f"if {_any_missing(map('k_{}'.format, range(len(cells))))}: raise waiting()\n"
     source = f"def expression({arguments}):\n" + _indent(f"{lines}return {code}\n", 1)
-    function = _compile(source, "", _EXPRESSION_NAMES)["expression"]
+    try:
+        function = _compile(
+            source, "", _EXPRESSION_NAMES | {"samples": [0], "left": left})["expression"]
+    except (SyntaxError, RecursionError, MemoryError, UnicodeError) as error:
+        raise ExpressionError(f"it can't be compiled: {error}") from None
     function.source = source
     return function
 
@@ -5829,7 +5984,7 @@ def _cell_lines(cells: Sequence[_Cell], first: int, changed: Container[str],
         state = f"{memory}[{first + n}]"
         if any(name in changed for name in cell.needs) or not cell.needs:
             unsure = [f"v_{name}" for name in sorted(cell.needs) if name not in changed]
-            unsure += re.findall(r"\bk_\d+\b", cell.code)
+            unsure += [f"k_{at}" for at in sorted(cell.after)]
             text += f"if not ({_any_missing(unsure)}):\n    " if unsure else ""
             text += f"{state} = {cell.step(state)}\n"
         text += f"k_{n} = {cell.peek(state)}\n"
@@ -5849,50 +6004,23 @@ def _is_math(node: ast.Attribute) -> bool:
 
 def _shown(text: object) -> str:
     """Return a text as an error shows it."""
-    text = str(text)
-    return text if len(text) <= 80 else text[:77] + "..."
+    said = str(text)
+    said = said if len(said) <= 80 else said[:77] + "..."
+    return said.encode(errors="backslashreplace").decode()
 
 
-def _check_nesting(tree: ast.AST) -> None:
+def _check_tree(tree: ast.AST) -> None:
     level, depth = [tree], 0
     while level:
         depth += 1
         if depth > _MAX_NESTING:
             raise ExpressionError(f"it is nested deeper than {_MAX_NESTING} levels")
-        level = [child for each in level for child in ast.iter_child_nodes(each)]
-
-
-def _admit(value: Any) -> Any:
-    """Return a value from outside.
-
-    Raises:
-        _Stop: it is none of JSON's, or larger or deeper than allowed.
-    """
-    level, items = [[value]], 0
-    for _ in range(_MAX_NESTING):
-        inner: list[Any] = []
         for each in level:
-            items += len(each)
-            if items > _MAX_ITEMS:
-                raise _Stop(f"a value of more than {_MAX_ITEMS} items", "too_big")
-            if isinstance(each, dict):
-                if not all(isinstance(key, str) for key in each):
-                    raise _Stop("an object's keys are texts", "bad_value")
-                each = [*each.values()]
-            for one in each:
-                kind = type(one)
-                if kind is dict or kind is list:
-                    inner.append(one)
-                elif kind is int and one.bit_length() > _MAX_INT_BITS:
-                    raise _Stop(f"a whole number of more than {_MAX_INT_BITS} bits", "too_big")
-                elif kind is float and not math.isfinite(one):
-                    raise _Stop(f"a value of {one}", "not_finite")
-                elif kind not in _FLAT and kind is not str:
-                    raise _Stop(f"{_kind_of(one)} is no value of JSON", "bad_value")
-        if not inner:
-            return value
-        level = inner
-    raise _Stop(f"a value nested deeper than {_MAX_NESTING} levels", "too_deep")
+            if isinstance(each, ast.Constant) and isinstance(each.value, str) and re.search(
+                    r"\$\{\s*\w", each.value):
+                raise ExpressionError("${} is JavaScript's; Python fills in {} where an f is "
+                                      "before the quotes, and for that text write '$' '{'")
+        level = [child for each in level for child in ast.iter_child_nodes(each)]
 
 
 def _waiting() -> _Stop:
@@ -5900,6 +6028,24 @@ def _waiting() -> _Stop:
 
 
 _EXPRESSION_NAMES["waiting"] = _waiting
+
+
+def _value_text(value: Any) -> str:
+    """Return a result as JSON.
+
+    Raises:
+        Exception: it can't be.
+    """
+    kind = type(value)
+    if kind is float and value - value == 0.0 or kind is int:
+        return repr(value)
+    if kind is float:
+        raise FloatingPointError(f"the result is {value}")
+    if kind not in _FLAT:
+        _use(value, [_MAX_STEPS])
+    text = _dump_json(value)
+    _check_text(text)
+    return text
 
 
 class Expression:
@@ -5948,7 +6094,8 @@ class Expression:
                 computed, is not finite, or takes too many steps.
         """
         at_ms: Any = 0
-        if self._memory and type(at_ms := values.get("timestamp_ms")) is not int:
+        if self._memory and (type(at_ms := values.get("timestamp_ms")) is not int
+                             or abs(at_ms) >= _MAX_AT_MS):
             at_ms = int(self._wall() * 1000)
         try:
             said = [values[name] for name in self._order]
@@ -5957,7 +6104,8 @@ class Expression:
                     _admit(value)
             result = self._run(*said, at_ms, self._memory)
             if type(result) is not float:
-                return _use(result, [_MAX_STEPS])
+                _value_text(result)             # it can't be anything but JSON
+                return result
             if result - result != 0.0:
                 raise FloatingPointError(f"the result is {result}")
             return result
@@ -5993,6 +6141,8 @@ class _Template:
     __slots__ = ("text", "names", "fill", "_parts", "_field")
 
     def __init__(self, text: str) -> None:
+        if not isinstance(text, str):
+            raise UsageError(f"a topic is a text, not {_kind_of(text)}")
         self._parts = re.split(r"\{(\w+)\}", text)
         self.text = text
         self.names = self._parts[1::2]
@@ -6002,12 +6152,12 @@ class _Template:
         # what fills a place must not be more than one token, however these are divided
         self._field = re.compile(r"[^\s.*>\x00-\x20\x7f\ud800-\udfff%s]{1,64}"
                                  % ("/" if "/" in text else ""))
-        self.fill = functools.lru_cache(_MAX_CACHED, typed=True)(self._filled)
+        self.fill = functools.lru_cache(_MAX_CACHED)(self._filled)
 
     def _filled(self, *values: Any) -> str:
         parts = self._parts[:]
         for n, value in enumerate(values):
-            text = str(value) if type(value) in (int, str) else ""
+            text = str(value)
             if not self._field.fullmatch(text):
                 raise _Stop(f"{{{self.names[n]}}} of {self.text} can't be {_shown(repr(value))}",
                             "bad_field")
@@ -6034,6 +6184,9 @@ class _Template:
         for name, at in places:
             for each in fields if name else ():
                 if type(each) is dict and name in each:
+                    if type(each[name]) not in (int, str):
+                        raise _Stop(f"{{{name}}} of {self.text} can't be {_kind_of(each[name])}",
+                                    "bad_field")
                     values.append(each[name])
                     break
             else:
@@ -6083,7 +6236,6 @@ _STREAM_KEYS = ("mode", "model", "output_topic", "sources", "mapping", "state_fi
 _MAX_PAYLOAD = 1 << 20
 _SAMPLED = 64                       # of so many messages, one is timed
 _SAFE_INT = 1 << 53                 # below it, arithmetic needs no look
-_MAX_AT_MS = 1 << 63
 _DROPS = {"no_topic", "unknown_topic", "too_many_matches", "no_field", "bad_field"}
 _STATE_FORMAT = "horizon_lite stream state 1"
 _plain_json = json.JSONDecoder(parse_constant=_finite)
@@ -6109,8 +6261,40 @@ def _read_stream(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(f"{os.fspath(path)}: {error}") from None
     inner = said.get("stream")
     if isinstance(inner, dict) and "sources" not in said:
-        said = inner if "test" in inner else inner | {k: said[k] for k in ("test",) if k in said}
+        return {key: said[key] for key in ("test",) if key in said} | inner
     return said
+
+
+# what a [[test]] may say, and each of its messages
+_TEST_KEYS = {"name": "name", "input": "input", "inputs": "input", "messages": "input",
+              "output": "output", "outputs": "output", "expect": "output", "expected": "output"}
+_MESSAGE_KEYS = ("topic", "payload", "value", "timestamp_ms", "metadata")
+
+
+def _tests_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the tests of a mapping: name, input and output, lists of messages."""
+    tests, found = config.get("test", []), []
+    if not isinstance(tests, list) or not all(isinstance(each, dict) for each in tests):
+        raise ConfigError("write a test as [[test]]")
+    for n, test in enumerate(tests, 1):
+        said: dict[str, Any] = {"name": f"test {n}", "input": [], "output": []}
+        for key, value in test.items():
+            where = _TEST_KEYS.get(key, "")
+            if key in _STREAM_KEYS or not where:
+                raise ConfigError(f"test {n} has no {key!r}" + (
+                    "; what is the stream's stands above the first [table]" if key in _STREAM_KEYS
+                    else _did_you_mean(key, _TEST_KEYS)))
+            if sum(_TEST_KEYS.get(each) == where for each in test) > 1:
+                raise ConfigError(f"test {n} has {where} twice")
+            said[where] = value if where == "name" or isinstance(value, list) else [value]
+        for message in said["input"] + said["output"]:
+            wrong = [key for key in message if key not in _MESSAGE_KEYS] if isinstance(
+                message, dict) else [message]
+            if wrong:
+                raise ConfigError(f"test {n} has a message with {wrong[0]!r}; it has "
+                                  f"{', '.join(_MESSAGE_KEYS)}")
+        found.append(said)
+    return found
 
 
 def _leaves(mapping: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -6126,6 +6310,31 @@ def _leaves(mapping: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(value, f"{path}.{key}" if path else key)
 
 
+def _result_text(value: Any) -> str:
+    if value is None:
+        raise _Stop("the result is None", "no_result")
+    return _value_text(value)
+
+
+def _parameters_of(fn: Callable[..., Any]) -> list[tuple[str, bool]]:
+    """Return the parameters that *fn* must be given, and whether they must be named."""
+    import inspect
+    if _is_async(fn):
+        raise UsageError("the function is async; a mapping has its result at once")
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (ValueError, TypeError):
+        raise UsageError(f"what {fn!r} takes can't be read; write a lambda around it") from None
+    return [(each.name, each.kind == each.KEYWORD_ONLY) for each in parameters
+            if each.default is each.empty and each.kind not in (
+                each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+
+
+def _copied(value: Any) -> Any:
+    """Return a value that whoever gets it may change."""
+    return json.loads(_dump_json(value)) if isinstance(value, dict | list) else value
+
+
 def _not_loaded() -> None:
     """Do nothing: in place of what removes a mapping, until it is in an engine."""
 
@@ -6134,42 +6343,66 @@ class _Rule:
     """One mapping of a stream: from its variables to a topic."""
 
     __slots__ = ("path", "said", "needs", "cells", "code", "moving", "fn", "template", "static",
-                 "first", "shared")
+                 "first", "placed", "shared")
 
-    def __init__(self, path: str, said: Any, variables: Collection[str], topic: str) -> None:
+    def __init__(self, path: str, said: Any, variables: Collection[str], topic: str,
+                 wildcards: Sequence[str]) -> None:
         self.path = path
+        if not callable(said) and not isinstance(said, str | int | float | list):
+            raise ConfigError(f"mapping.{path} is an expression, not {_kind_of(said)}")
         self.said = said if isinstance(said, str) or callable(said) else repr(said)
         self.cells: Sequence[_Cell] = ()
         self.fn: Callable[..., Any] | None = None
         self.static: Any = _MISSING             # its JSON, or why there is none
         self.first = 0                          # of its cells in a match's memory
+        self.placed = False                     # its topic names a match
         self.shared = False                     # it belongs to no match
+        given = {"timestamp_ms": _Code("timestamp_ms", True, 64, True), **{
+            name: _Code(f"key[{n}]", atom=True) for n, name in enumerate(wildcards)
+            if not name.isdigit()}}
+        given = {name: each for name, each in given.items() if name not in variables}
         try:
             self.template = _Template(topic)
+            places = self.template.places(wildcards)
+            self._check_places(places, wildcards)
+            writer = _Writer(variables, given)
             if callable(said):
-                self._follow(said, variables)
+                self.code = self._call(said, writer)
             else:
-                writer = _Writer(variables)
                 self.code = writer.write_whole(self.said)
-                self.needs = frozenset(writer.names)
-                self.cells, self.moving = writer.settled_cells(), writer.moving
+            self.cells, self.needs = writer.settled_cells(), frozenset(writer.names)
+            self.moving = writer.moving or "timestamp_ms" in writer.used or (
+                bool(writer.used) and not self.needs)
+            self.placed = any(at >= 0 for _, at in places) or bool(writer.used & {*wildcards})
+            if not callable(said) and not writer.used:      # else it could not be compiled
+                _function_of(self.code, writer.names, self.cells)
         except ExpressionError as error:
-            raise ExpressionError(f"mapping.{path}: {error}") from None
+            hint = f"; a text has quotes of its own: \"'{said}'\"" if isinstance(
+                said, str) and re.fullmatch(r"\w[\w :.,/-]*", said) else ""
+            raise ExpressionError(f"mapping.{path}: {error}{hint}") from None
         except UsageError as error:
             raise ConfigError(f"mapping.{path}: {error}") from None
 
-    def _follow(self, fn: Callable[..., Any], variables: Collection[str]) -> None:
-        import inspect
-        names = [each.name for each in inspect.signature(fn).parameters.values()
-                 if each.default is each.empty]
-        for name in names:
-            if name not in variables:
-                raise ConfigError(f"the function takes {name!r}, which is no source"
-                                  + _did_you_mean(name, variables))
+    @staticmethod
+    def _check_places(places: Iterable[tuple[str, int]], wildcards: Sequence[str]) -> None:
+        for name, at in places:
+            if name and at < 0 and (hint := _did_you_mean(name, wildcards)):
+                raise UsageError(f"the topic has a place {{{name}}}{hint}")
+
+    def _call(self, fn: Callable[..., Any], writer: _Writer) -> str:
+        """Return the text of the arguments of a function."""
         self.fn = fn
-        self.code = f"({', '.join(f'v_{name}' for name in names)})"
-        self.needs = frozenset(names)
-        self.moving = not names
+        wanted = _parameters_of(fn)
+        writer.moving = not wanted
+        values: list[str] = []
+        for name, named in wanted:
+            try:
+                text = writer.visit_Name(ast.Name(name)).text
+            except ExpressionError as error:
+                raise UsageError(f"the function takes {name!r}: {error}") from None
+            text = f"({text} if type({text}) is float else copied({text}))"
+            values.append(f"{name}={text}" if named else text)
+        return f"({', '.join(values)})"
 
     @property
     def is_static(self) -> bool:
@@ -6180,33 +6413,9 @@ class _Rule:
         """Compute a static one; what fails, fails for every message."""
         if self.is_static:
             try:
-                self.static = '{"value":' + _value_text(_function_of(self.code)(0, []))
+                self.static = '{"value":' + _result_text(_function_of(self.code)(0, []))
             except Exception as error:
                 self.static = error
-
-
-def _value_text(value: Any) -> str:
-    """Return a result as JSON.
-
-    Raises:
-        Exception: it can't be.
-    """
-    kind = type(value)
-    if kind is float and value - value == 0.0 or kind is int:
-        return repr(value)
-    if value is None:
-        raise _Stop("the result is None", "no_result")
-    if kind is float:
-        raise FloatingPointError(f"the result is {value}")
-    if kind not in _FLAT:
-        _use(value, [_MAX_STEPS])
-    return _dump_json(value)
-
-
-def _completed(said: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len(said) != 2:
-        raise UsageError(f"a message is (topic, payload, metadata), not {_shown(repr(said))}")
-    return (*said, None)
 
 
 def _row_text(names: Iterable[str]) -> str:
@@ -6237,12 +6446,13 @@ def _value_of(message: Any) -> tuple[Any, int]:
     if value is None:
         raise _Stop("a value of null", "null_value")
     if type(at_ms) is not int or not 0 < abs(at_ms) < _MAX_AT_MS:
-        raise _Stop("timestamp_ms is a whole number, and not 0", "bad_timestamp")
+        raise _Stop("timestamp_ms is a whole number, and not 0; not "
+                    f"{_shown(repr(at_ms))}", "bad_timestamp")
     return _admit(value), at_ms
 
 
 def _write_state(path: str, state: Any) -> None:
-    body = _dump_json(state).encode()
+    body, path = _dump_json(state).encode(), os.path.realpath(path)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -6296,7 +6506,8 @@ class Stream:
     ('plant._pump_v1.fahrenheit', b'{"value":212.0,"timestamp_ms":1700000000000}')
     """
 
-    __slots__ = ("path", "name", "config", "patterns", "rules", "processed", "errored",
+    __slots__ = ("path", "name", "config", "patterns", "rules", "processed", "errored", "forgotten",
+                 "where", "_sizes", "_held", "_samples", "_seen", "_looked_ns",
                  "dropped", "state_every_s", "state_file", "__source__", "_clock", "_observe",
                  "_wall", "_wildcards", "_own", "_shared", "_rows", "_memories", "_made", "_failed",
                  "_waits", "_times", "_told", "_exact", "_wild", "_find", "_fault_turn", "remove")
@@ -6305,21 +6516,51 @@ class Stream:
                  observe: Callable[[str, float], object] = lambda name, value: None,
                  wall: Callable[[], float] = time.time,
                  clock: Callable[[], int] = time.monotonic_ns) -> None:
+        if not isinstance(config, Mapping | str | os.PathLike):
+            raise ConfigError(f"a stream is a dict or the path of a TOML file, not {config!r}")
         self.path = "" if isinstance(config, Mapping) else os.fspath(config)
         self._observe, self._wall, self._clock = observe, wall, clock
-        self.processed = self._fault_turn = 0
+        self.processed = self._fault_turn = self.forgotten = 0
+        self.where = ""                             # what errors begin with: a line of a file
         self.remove: Callable[[], object] = _not_loaded
         self.errored: Counter[str] = Counter()      # by reason: messages, and mappings of one
         self.dropped: Counter[str] = Counter()      # by reason: messages that nothing came of
         self._times: deque[int] = deque(maxlen=1024)    # what messages took, of those looked at
         self._told: dict[str, int] = {}             # when it was last said what is wrong
-        self._read(config if isinstance(config, Mapping) else _read_stream(config))
-        self._rows: dict[tuple[str, ...], tuple[Any, ...]] = {}
-        self._memories: dict[tuple[str, ...], list[Any]] = {}
-        self._made, self._failed, self._waits = ([0] * len(self.rules) for _ in range(3))
-        self._build()
+        self._configure(config if isinstance(config, Mapping) else _read_stream(config))
         if self.state_file:
             self._load_state()
+
+    def _configure(self, config: Mapping[str, Any]) -> None:
+        try:
+            self._read(config)
+        except UsageError as error:
+            raise type(error)(f"{self.path}: {error}" if self.path else str(error)) from None
+        self._rows: dict[tuple[str, ...], tuple[Any, ...]] = {}
+        self._memories: dict[tuple[str, ...], list[Any]] = {}
+        self._sizes: dict[tuple[str, ...], dict[str, int]] = {}     # of large values, by topic
+        self._held, self._samples = 0, [0]          # bytes of these; of all windows
+        self._seen: dict[tuple[str, ...], tuple[Any, ...]] = {}     # rows, when it was full
+        self._looked_ns = -1 << 62                  # when that was
+        self._made, self._failed, self._waits = ([0] * len(self.rules) for _ in range(3))
+        self._build()
+
+    def reload(self, check: Callable[[Stream], object] = lambda stream: None) -> None:
+        """Read the file anew; the state goes on.
+
+        Raises:
+            UsageError: what is wrong with it, or what *check* has against it; then all is as it was.
+        """
+        before = {name: getattr(self, name) for name in self.__slots__}
+        try:
+            state = self.snapshot()
+            self._configure(_read_stream(self.path))
+            check(self)
+            self.restore(state)
+        except BaseException:
+            for name, each in before.items():
+                setattr(self, name, each)
+            raise
 
     # -- the configuration --
 
@@ -6330,38 +6571,49 @@ class Stream:
         mode, model = config.get("mode", "timeseries"), config.get("model") or {}
         name, version = (model.get("name"), model.get("version")) if isinstance(
             model, Mapping) else (None, None)
-        sources, mapping = config.get("sources"), config.get("mapping") or {}
-        every_s = config.get("state_every_s", 30.0)
+        topic, sources = config.get("output_topic"), config.get("sources")
+        mapping, file = config.get("mapping") or {}, config.get("state_file") or ""
+        every_s, form = config.get("state_every_s", 30.0), '; model = {name = "pump", version = "v1"}'
         # upstream's order and texts
         for wrong, text in ((not mode, "mode is required"),
                             (mode != "timeseries", f"unsupported mode: {mode} (only 'timeseries' "
                              "is supported)"),
-                            (not config.get("output_topic"), "output_topic is required"),
-                            (not name, "model name is required"),
-                            (not version, "model version is required"),
+                            (not topic, "output_topic is required"),
+                            (not name, "model name is required" + form),
+                            (not version, "model version is required" + form),
                             (not sources, "at least one source mapping is required"),
+                            (not isinstance(topic, str), "output_topic is a text"),
                             (not isinstance(sources, Mapping), "sources are variable = topic"),
                             (not isinstance(mapping, Mapping), "mapping is path = expression"),
-                            (not isinstance(every_s, int | float) or not 0 < every_s < math.inf,
-                             "state_every_s is a number of seconds above 0")):
+                            (not re.fullmatch(r"[^\s.*>{}]+", f"{name}{version}"),
+                             f"model name and version are texts without dots, spaces and braces, "
+                             f"not {name!r} and {version!r}"),
+                            (type(every_s) not in (int, float) or not 0 < every_s <= 1e9,
+                             "state_every_s is a number of seconds above 0"),
+                            (not isinstance(file, str | os.PathLike) or "\0" in os.fspath(file)
+                             or not os.path.isdir(os.path.dirname(os.path.abspath(file))),
+                             f"state_file = {file!r} must be in a folder that there is")):
             if wrong:
                 raise ConfigError(text)
         assert isinstance(sources, Mapping)
+        _tests_of(config)
         self.config = dict(config)
         self.name = f"_{name}_{version}"
-        self.state_file = str(config.get("state_file") or "")
-        self.state_every_s = every_s
+        self.state_file, self.state_every_s = os.fspath(file), every_s
         self._read_sources(sources)
-        leaves, base = [*_leaves(mapping)], f"{config['output_topic']}.{self.name}"
+        self._read_mapping(mapping, f"{topic}.{self.name}")
+
+    def _read_mapping(self, mapping: Mapping[str, Any], base: str) -> None:
+        leaves = [*_leaves(mapping)]
         paths = Counter(path for path, _ in leaves)
         if twice := [path for path, count in paths.items() if count > 1]:
             raise ConfigError(f"mapping.{twice[0]} is given twice")
-        self.rules = [_Rule(path, said, self.patterns, f"{base}.{path}") for path, said in leaves]
+        self.rules = [_Rule(path, said, self.patterns, f"{base}.{path}", self._wildcards)
+                      for path, said in leaves]
         first = 0
         for rule in self.rules:
             rule.first, first = first, first + len(rule.cells)
-            rule.shared = bool(rule.needs) and not (
-                rule.needs & {*self._own} or rule.template.names)
+            rule.shared = bool(rule.needs) and not (rule.needs & {*self._own} or rule.placed)
             rule.evaluate()
 
     def _read_sources(self, sources: Mapping[Any, Any]) -> None:
@@ -6393,7 +6645,8 @@ class Stream:
         names: dict[str, Any] = _EXPRESSION_NAMES | {
             "now": self._wall, "rows": self._rows, "memories": self._memories, "made": self._made,
             "waits": self._waits, "fail": self._fail, "fresh": self._fresh, "new": tuple.__new__,
-            "Output": Output, "value_text": _value_text, "clock": self._clock, "spent": self._spent}
+            "Output": Output, "result_text": _result_text, "clock": self._clock,
+            "spent": self._spent, "samples": self._samples, "copied": _copied}
         for n, rule in enumerate(self.rules):
             names |= {f"t_{n}": rule.template.text, f"static_{n}": rule.static,
                       f"function_{n}": rule.fn, f"fill_{n}": rule.template.fill,
@@ -6431,12 +6684,38 @@ class Stream:
 
     def _fresh(self, key: tuple[str, ...]) -> tuple[Any, ...]:
         """Return the state of a new match."""
-        if len(self._rows) > _MAX_MATCHES:
-            raise _Stop(f"more than {_MAX_MATCHES} matches of the sources", "too_many_matches")
+        if key and len(self._rows) - (() in self._rows) >= _MAX_MATCHES:
+            self._make_room()
         count = len(self._own if key or not self._wildcards else self._shared)
         self._memories[key] = [_MISSING] * sum(len(rule.cells) for rule in self.rules)
         row = self._rows[key] = (_MISSING,) * count
         return row
+
+    def _make_room(self) -> None:
+        """Forget the matches that have not changed for a while; look once in that while."""
+        now = self._clock()
+        if now - self._looked_ns >= _IDLE_NS:
+            idle = [key for key, row in self._rows.items() if key and self._seen.get(key) is row]
+            for key in idle:
+                self._samples[0] -= sum(len(each.times) for each in self._memories[key]
+                                        if isinstance(each, _Window))
+                del self._rows[key], self._memories[key]
+                self._held -= sum(self._sizes.pop(key, {}).values())
+            self.forgotten += len(idle)
+            self._looked_ns, self._seen = now, dict(self._rows)
+        if len(self._rows) - (() in self._rows) >= _MAX_MATCHES:
+            raise _Stop(f"more than {_MAX_MATCHES} matches of the sources", "too_many_matches")
+
+    def _hold(self, key: tuple[str, ...], topic: str, value: Any) -> None:
+        """Account for a value that is no number."""
+        size = len(_dump_json(value))
+        sizes = self._sizes.get(key) or {}
+        held = self._held - sizes.get(topic, 0) + size
+        if held > _MAX_HELD:
+            raise _Stop(f"the state would take more than {_MAX_HELD} bytes", "too_much")
+        if size > _SMALL:
+            self._sizes[key] = {**sizes, topic: size}
+            self._held = held
 
     def _source_text(self, n: int, topic: str, variables: list[str], timed: str) -> str:
         """Return the text of the function for messages of one source."""
@@ -6460,10 +6739,11 @@ class Stream:
         else:
             text += f"{common} = rows[()]\n{sets}rows[()] = ({common})\n{remember}{shared}"
             text += "".join(self._rule_text(at, rule, changed, timed) for at, rule in rules
-                            if rule.shared or not (rule.needs or rule.template.names))
+                            if rule.shared or not (rule.needs or rule.placed))
             if each := "".join(self._rule_text(at, rule, changed, timed) for at, rule in rules
                                if rule.needs and not rule.shared):
-                text += ("for key, row in [*rows.items()]:\n    if not key: continue\n"
+                text += ("for key, row in [*rows.items()]:\n"
+                         "    if key not in memories or not key: continue\n"
                          + _indent(f"{mine} = row\n{remember}{each}", 1))
         return (f"def {timed}source_{n}(key, value, timestamp_ms, metadata, out):"
                 f"    # {', '.join(variables)}: {topic}\n" + _indent(text, 1))
@@ -6488,7 +6768,7 @@ class Stream:
                 run = f"began = clock()\n{run}spent(clock() - began)\n"
             put = ("if type(result) is float and result - result == 0.0: "
                    "text = f'{{\"value\":{result!r}{tail}'\n"
-                   "else: text = '{\"value\":' + value_text(result) + tail\n"
+                   "else: text = '{\"value\":' + result_text(result) + tail\n"
                    + place.format("result") + put)
             if rule.fn:
                 put = f"if result is None: waits[{n}] += 1\nelse:\n" + _indent(put, 1)
@@ -6521,10 +6801,15 @@ class Stream:
         out: list[Output] = []
         process = self._process
         for each in messages:
-            if len(each) != 3:
-                each = _completed(each)
-            topic, payload, metadata = each
-            process(topic, payload, metadata, out)
+            if type(each) is tuple and len(each) == 3:
+                topic, payload, metadata = each
+                process(topic, payload, metadata, out)
+            elif isinstance(each, tuple | list) and 2 <= len(each) <= 3:
+                process(each[0], each[1], each[2] if len(each) > 2 else None, out)
+            else:
+                self.processed += 1
+                self.refuse(_Stop("a message is (topic, payload) or (topic, payload, metadata), "
+                                  f"not {reprlib.repr(each)}", "bad_message"))
         return out
 
     def _process(self, topic: Any, payload: Any, metadata: Any, out: list[Output]) -> None:
@@ -6552,7 +6837,7 @@ class Stream:
             try:
                 run(key, value, at_ms, metadata, out)
             except _Stop as error:
-                self.refuse(error)
+                self.refuse(error, topic)
         if looked or len(out) == before:
             self._settle(began, len(out) == before)
 
@@ -6595,19 +6880,22 @@ class Stream:
             if not isinstance(topic, str) or not topic:
                 raise _Stop("a message without a topic", "no_topic")
             value, at_ms = _value_of(payload if parsed else _parsed(payload))
-            if parsed and isinstance(value, dict | list):   # which somebody else may change
-                value = json.loads(_dump_json(value))
+            value = _copied(value) if parsed else value         # somebody else may change it
             found = self._find(topic)
             if found is None:
-                raise _Stop(f"{_shown(topic)} is no source", "unknown_topic")
+                raise _Stop(f"{_shown(topic)} is no source" + _did_you_mean(topic, self._exact),
+                            "unknown_topic")
+            if type(value) not in _FLAT:
+                self._hold(found[2], topic, value)
             found[self.processed % _SAMPLED == 1](found[2], value, at_ms, metadata, out)
         except _Stop as error:
-            self.refuse(error)
+            self.refuse(error, topic)
 
-    def refuse(self, error: _Stop) -> None:
+    def refuse(self, error: _Stop, topic: object = None) -> None:
         """Count and tell that a message can't be mapped."""
         self._count(error.reason)
-        self._tell("", f"a message can't be mapped: {error}")
+        of = f" of {_shown(topic)}" if topic else ""
+        self._tell(f" {error.reason}", f"a message{of} can't be mapped: {error}")
 
     def _fail(self, n: int, error: Exception) -> None:
         """Count what one mapping could not do."""
@@ -6625,7 +6913,7 @@ class Stream:
         now = self._clock()
         if now - self._told.get(what, -1 << 62) >= 1_000_000_000:
             self._told[what] = now
-            _log.warning("stream %s: %s", self.name, text, exc_info=error)
+            _log.warning("%sstream %s: %s", self.where, self.name, text, exc_info=error)
 
     def _spent(self, ns: int) -> None:
         self._observe("horizon_stream_expression_seconds", ns / 1e9)
@@ -6653,7 +6941,7 @@ class Stream:
         filled = [rule.template.fill.cache_info() for rule in self.rules]
         return {
             "processed": self.processed, "outputs": self.outputs, "errored": dict(self.errored),
-            "dropped": dict(self.dropped), "matches": len(self._rows) - (() in self._rows),
+            "dropped": dict(self.dropped), "forgotten": self.forgotten, "matches": len(self._rows) - (() in self._rows),
             "mappings": {rule.path: {"static": rule.is_static, "outputs": self._made[n],
                                      "failed": self._failed[n], "waited": self._waits[n]}
                          for n, rule in enumerate(self.rules)},
@@ -6690,7 +6978,7 @@ class Stream:
         places = {(rule.path, cell.said): (rule.first + n, _CELLS[cell.kind].load)
                   for rule in self.rules for n, cell in enumerate(rule.cells)
                   if cell.needs <= known}
-        rows, memories = {}, {}
+        rows, memories, samples = {}, {}, [0]
         for each in saved["matches"][:_MAX_MATCHES + 1]:
             key = tuple(map(str, each["match"]))
             if key and saved["wildcards"] != self._wildcards or len(key) not in (
@@ -6706,7 +6994,12 @@ class Stream:
             for path, said, value in each["cells"]:
                 if (path, said) in places:
                     at, load = places[path, said]
-                    memory[at] = load(value)
+                    memory[at] = load(value, samples)
+        self._samples[0] += samples[0]
+        for memory in memories.values():
+            for each in memory:
+                if isinstance(each, _Window):
+                    each.total = self._samples
         self._memories.update(memories)         # first: what has a row has a memory
         self._rows.update(rows)
 
@@ -6714,8 +7007,11 @@ class Stream:
         """Write the state to ``state_file``, whole or not at all.
 
         Raises:
+            StateError: there is no such file in the config.
             OSError: it can't be written; the old file stays.
         """
+        if not self.state_file:
+            raise StateError("this stream has no state_file")
         _write_state(self.state_file, self.snapshot())
 
     def _load_state(self) -> None:
@@ -6725,9 +7021,14 @@ class Stream:
             pass
         except OSError as error:
             raise ConfigError(f"state_file = {self.state_file!r}: {error.strerror}") from None
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
+        except (ExpressionError, ValueError, TypeError, LookupError, AttributeError,
+                RecursionError, MemoryError) as error:
             aside = self.state_file + ".damaged"
-            os.replace(self.state_file, aside)
+            try:
+                os.replace(self.state_file, aside)
+            except OSError as problem:
+                raise ConfigError(f"state_file = {self.state_file!r} is damaged ({_why(error)}), "
+                                  f"and can't be set aside: {problem.strerror}") from None
             _log.error("stream %s: %s is damaged (%s); it is set aside as %s, and the state "
                        "begins anew", self.name, self.state_file, _why(error), aside)
 
@@ -6741,19 +7042,16 @@ class _FunctionMap:
                  "_places", "_first", "_names")
 
     def __init__(self, pattern: str, to: str, fn: Callable[..., Any]) -> None:
-        import inspect
         self.name = getattr(fn, "__qualname__", type(fn).__qualname__)
         self.pattern, self.template = _Pattern(pattern), _Template(to)
         self.remove: Callable[[], object] = _not_loaded
         self.made = self.failed = self.waited = 0
         self._fn = fn
         self._places = self.template.places(self.pattern.names)
-        names = [each.name for each in inspect.signature(fn).parameters.values()
-                 if each.default is each.empty and each.kind not in (
-                     each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-        if not names:
+        names = _parameters_of(fn)
+        if not names or names[0][1]:
             raise UsageError(f"{self.name}() must take the payload")
-        self._first, *self._names = names
+        self._first, *self._names = [name for name, _ in names]
         known = ("topic", "value", "timestamp_ms", *self.pattern.names)
         for name in self._names:
             if name not in known:
@@ -6782,12 +7080,14 @@ class Streams:
     It counts what functions do, and what streams that are gone have done.
     """
 
-    __slots__ = ("topics", "observe", "errored", "dropped", "made", "failed", "counts", "_streams",
-                 "_functions", "_told", "_saved")
+    __slots__ = ("topics", "observe", "settle", "errored", "dropped", "made", "failed", "counts",
+                 "_streams", "_functions", "_told", "_saved")
 
     def __init__(self, topics: Topics,
-                 observe: Callable[[str, float], object] = lambda name, value: None) -> None:
+                 observe: Callable[[str, float], object] = lambda name, value: None,
+                 settle: Callable[[], object] = _not_loaded) -> None:
         self.topics, self.observe = topics, observe
+        self.settle = settle            # waits for states that are being written elsewhere
         self.errored: Counter[str] = Counter()      # by reason
         self.dropped: Counter[str] = Counter()
         self.made: Counter[str] = Counter()         # outputs, and failures, by mapping
@@ -6807,21 +7107,41 @@ class Streams:
         Raises:
             ConfigError, ExpressionError: what is wrong with it; nothing has changed then.
         """
+        path = "" if isinstance(config, Mapping) else os.path.realpath(config)
+        if path and (old := next((each for each in self if path == os.path.realpath(
+                each.path) and each.path), None)) is not None:
+            self._reread(old)
+            return old
         stream = Stream(config, observe=self.observe)
+        self._check(stream)
+        stream.remove = functools.partial(self.unload, stream)
+        self._follow(stream)
+        return stream
+
+    def _check(self, stream: Stream) -> None:
         for rule in stream.rules:
             self._must_not_loop(rule.template, [*stream.patterns.values()])
-        old = next((each for each in self if each.path and each.path == stream.path), None)
-        if stream.state_file and stream.state_file in [
-                each.state_file for each in self if each is not old]:
+        if stream.state_file and os.path.realpath(stream.state_file) in [
+                os.path.realpath(each.state_file) for each in self
+                if each is not stream and each.state_file]:
             raise ConfigError(f"state_file = {stream.state_file!r} is another stream's")
-        if old is not None:
-            stream.restore(old.snapshot())
-            self.unload(old)
+
+    def _follow(self, stream: Stream) -> None:
+        for each in self._streams.get(stream, ()):
+            each.remove()
         sink = functools.partial(self._feed, stream)
         self._streams[stream] = [self.topics.subscribe(each, sink) for each in dict.fromkeys(
             pattern.topics for pattern in stream.patterns.values())]
-        stream.remove = functools.partial(self.unload, stream)
-        return stream
+
+    def _reread(self, stream: Stream) -> None:
+        before, name = stream.stats(), stream.name
+        stream.reload(self._check)
+        self._follow(stream)
+        self.counts.update(before["cache"])             # they begin anew
+        past = Counter({path: each["outputs"] for path, each in before["mappings"].items()})
+        lost = Counter({path: each["failed"] for path, each in before["mappings"].items()})
+        self.made.update({f"{name}.{path}": count for path, count in past.items()})
+        self.failed.update({f"{name}.{path}": count for path, count in lost.items()})
 
     def unload(self, stream: Stream) -> None:
         """Map no longer; doing it twice is harmless."""
@@ -6844,10 +7164,10 @@ class Streams:
         for stream in self:
             if stream.path:
                 try:
-                    self.load(stream.path)
+                    self._reread(stream)
                     _log.info("%s is read anew", stream.path)
                 except UsageError as error:
-                    _log.error("%s is as it was: %s", stream.path, error)
+                    _log.error("it is as it was: %s", error)
 
     def map(self, pattern: str, to: str, fn: Callable[..., Any]) -> _FunctionMap:
         """Publish what ``fn(payload)`` returns for messages of *pattern* on the topic *to*."""
@@ -6859,6 +7179,7 @@ class Streams:
 
         def remove() -> None:
             subscription.remove()
+            self._told.pop(mapped, None)
             if self._functions.pop(mapped, self) is None:
                 self.made[mapped.name] += mapped.made
                 self.failed[mapped.name] += mapped.failed
@@ -6884,12 +7205,13 @@ class Streams:
 
     def _feed(self, stream: Stream, publication: Publication) -> None:
         for output in stream.accept(publication.topic, publication.payload):
-            self.topics.publish(output.topic, Rendered(output.payload))
+            if stream in self._streams:         # a function may end it
+                self.topics.publish(output.topic, Rendered(output.payload))
 
     def _call(self, mapped: _FunctionMap, publication: Publication) -> None:
         self.counts["processed"] += 1
         try:
-            if (made := mapped(publication.topic, publication.payload)) is not None:
+            if (made := mapped(publication.topic, _copied(publication.payload))) is not None:
                 self.topics.publish(*made)
                 mapped.made += 1
         except Exception as error:
@@ -6917,6 +7239,7 @@ class Streams:
     def save(self, stream: Stream) -> None:
         """Write a stream's state, if it has a file for it."""
         if stream.state_file:
+            self.settle()
             try:
                 stream.save()
             except (OSError, ValueError) as error:
@@ -13016,8 +13339,9 @@ def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(f"{os.fspath(path)}: {error}") from None
     values: dict[str, Any] = {}
     mapping = tables[0].get("stream")
-    if own := isinstance(mapping, dict) and "sources" in mapping:
-        del tables[0]["stream"]
+    if own := isinstance(mapping, dict) and not mapping.keys().isdisjoint(_STREAM_KEYS):
+        for name in ("stream", "test"):
+            tables[0].pop(name, None)
     while tables:
         for name, value in tables.pop().items():
             if isinstance(value, dict):
@@ -14456,7 +14780,7 @@ class Engine:
         self.presence = Presence()
         self.fragments = FragmentCache(on_render=functools.partial(
             self.metrics.observe, "horizon_fragment_render_seconds"))
-        self._streams = Streams(self.topics, self.metrics.observe)
+        self._streams = Streams(self.topics, self.metrics.observe, self._settle_states)
         self.movement, self.world = Movement(), World()
         self.sessions: dict[str, Session] = {}
         self.loop = Loop()
@@ -15332,8 +15656,6 @@ class Engine:
         self.host.begin_stop(self._farewell)
         self.loop.flush()
         self.plugins.stop()
-        if self._saving is not None:
-            self._saving.join()
         for stream in self._streams:
             self._streams.save(stream)
         self._state = "stopped"
@@ -16475,6 +16797,10 @@ class Engine:
                                             name="horizon_lite state")
             self._saving.start()
 
+    def _settle_states(self) -> None:
+        if self._saving is not None:
+            self._saving.join()
+
     def _write_states(self, due: list[tuple[str, Any]]) -> None:
         for path, state in due:
             try:
@@ -17538,6 +17864,7 @@ examples:
   python -m horizon_lite                          a moving world at http://127.0.0.1:8080
   python -m horizon_lite serve app.py --port 9000 your own engine file
   python -m horizon_lite load --players 100 --hz 50 --for 10
+  python -m horizon_lite map -e 'temp * 9/5 + 32' < data.ndjson
   python -m horizon_lite config --show            every setting, and where it comes from
   python -m horizon_lite proto > horizon.proto    the wire, for other languages
 """
@@ -17694,6 +18021,9 @@ def _banner(app: Engine, what: str) -> None:
         print(f"  page       {url}/\n"
               f"  websocket  {url.replace('http', 'ws', 1)}/ws/data\n"
               f"  metrics    {url}/metrics")
+    for stream in app.stream:
+        print(f"  stream     {stream.name}: {', '.join(stream.patterns)} -> "
+              f"{len(stream.rules)} mapping{'s' * (len(stream.rules) != 1)}")
     print(f"{what}  Ctrl-C stops.", flush=True)
 
 
@@ -18235,6 +18565,8 @@ def _load(args: argparse.Namespace) -> int:
 
 _CHUNK = 1 << 16                    # bytes of input that are mapped together, if they are there
 _MAX_AHEAD = 4                      # chunks that may wait for one worker
+_LINE_HEAD = re.compile(rb'\{"topic": ?"([^"\\]+)", ?"payload": ?\{"value": ?[-+.\deE]+, ?'
+                        rb'"timestamp_ms": ?\d+\}\}\s*$')
 
 
 class _ExpressionLines:
@@ -18258,7 +18590,7 @@ class _ExpressionLines:
                 value = _parsed(line)
                 fields = value if isinstance(value, dict) else {"value": value}
                 result = self.expression(**{"this": value, **fields})
-                out.append(b"null\n" if result is None else _value_text(result).encode() + b"\n")
+                out.append(_value_text(result).encode() + b"\n")
             except Exception as error:
                 self._fail(error)
         return b"".join(out)
@@ -18288,13 +18620,16 @@ class _StreamLines:
     @property
     def failed(self) -> Counter[str]:
         """Lines, and mappings of one, that failed, by reason."""
-        return self.stream.errored
+        dropped = {reason: count for reason, count in self.stream.dropped.items()
+                   if reason != "no_output"}
+        return self.stream.errored + Counter(dropped)
 
     def feed(self, lines: Iterable[bytes]) -> bytes:
         """Return the lines that come of these."""
         out = []
         for line in lines:
             self.lines += 1
+            self.stream.where = f"line {self.lines}: "
             for output in self._map(line):
                 told = output.metadata.keys() != {"umh_topic"}
                 more = b',"metadata":%b' % _json_bytes(output.metadata) if told else b""
@@ -18305,6 +18640,7 @@ class _StreamLines:
     def _map(self, line: bytes) -> list[Output]:
         try:
             topic, payload, metadata = _addressed(_parsed(line))
+            _admit(metadata)
         except _Stop as error:
             self.stream.processed += 1
             self.stream.refuse(error)
@@ -18331,10 +18667,10 @@ def _lines_of_worker(path: str) -> _StreamLines:
     return _StreamLines(path)
 
 
-def _feed_worker(path: str, lines: list[bytes]) -> tuple[bytes, int, Counter[str]]:
+def _feed_worker(path: str, lines: bytes) -> tuple[bytes, int, Counter[str]]:
     """Map lines in a worker's process; return also what it has counted so far."""
     mapper = _lines_of_worker(path)
-    return mapper.feed(lines), mapper.lines, mapper.failed
+    return mapper.feed(lines.splitlines()), mapper.lines, mapper.failed
 
 
 def _worker_state(path: str) -> Any:
@@ -18344,7 +18680,8 @@ def _worker_state(path: str) -> Any:
 class _WorkerLines:
     """Maps lines in several processes; those of one match in one of them, in their order."""
 
-    __slots__ = ("file", "every_s", "_path", "_stream", "_pools", "_waiting", "_counts", "_write")
+    __slots__ = ("file", "every_s", "_path", "_stream", "_pools", "_waiting", "_counts", "_write",
+                 "_trouble")
 
     def __init__(self, path: str, count: int, write: Callable[[bytes], object]) -> None:
         import multiprocessing
@@ -18357,11 +18694,16 @@ class _WorkerLines:
                 "matches; only mappings whose sources have the same wildcards can be divided")
         self.file, self.every_s = str(config.get("state_file") or ""), self._stream.state_every_s
         self._path, self._write = path, write
-        self._pools = [ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), signal.signal,
-            (signal.SIGINT, signal.SIG_IGN)) for _ in range(count)]
-        self._waiting: list[deque[Future[Any]]] = [deque() for _ in range(count)]
+        self._trouble: OSError | None = None            # with what is written
         self._counts: list[tuple[int, Counter[str]]] = [(0, Counter())] * count
+        self._pools = [ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+                       for _ in range(count)]
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)       # Ctrl-C is for this process
+        try:
+            self._waiting = [deque([pool.submit(_feed_worker, path, b"")])
+                             for pool in self._pools]
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     @property
     def lines(self) -> int:
@@ -18378,14 +18720,19 @@ class _WorkerLines:
 
     def _worker_of(self, line: bytes) -> int:
         try:
-            topic, _, metadata = _addressed(_parsed(line))
-            topic = (metadata or {}).get("umh_topic") if topic is None else topic
+            if head := _LINE_HEAD.match(line):          # as we write them: the rest is the worker's
+                topic = head[1].decode()
+            else:
+                topic, _, metadata = _addressed(_parsed(line))
+                topic = (metadata or {}).get("umh_topic") if topic is None else topic
             return self._owner(self._stream._find(topic)[2])
         except Exception:           # whoever gets it says what is wrong
             return 0
 
     def feed(self, lines: Iterable[bytes]) -> bytes:
         """Hand lines to their workers; what comes of them is written as it comes."""
+        if self._trouble is not None:
+            raise self._trouble
         shares: list[list[bytes]] = [[] for _ in self._pools]
         for line in lines:
             shares[self._worker_of(line)].append(line)
@@ -18393,7 +18740,8 @@ class _WorkerLines:
             if share:
                 while len(self._waiting[n]) >= _MAX_AHEAD:
                     self._waiting[n].popleft().result()
-                future: Future[Any] = self._pools[n].submit(_feed_worker, self._path, share)
+                future: Future[Any] = self._pools[n].submit(
+                    _feed_worker, self._path, b"\n".join(share))
                 self._waiting[n].append(future)
                 future.add_done_callback(functools.partial(self._done, n))
         return b""
@@ -18402,7 +18750,10 @@ class _WorkerLines:
         if not (future.cancelled() or future.exception()):
             data, *counts = future.result()
             self._counts[n] = counts[0], counts[1]
-            self._write(data)
+            try:
+                self._write(data)
+            except OSError as error:            # this is no place to raise it
+                self._trouble = error
 
     def save(self) -> None:
         """Wait for what is under way, and write the state of all, if it has a file."""
@@ -18414,6 +18765,8 @@ class _WorkerLines:
             _write_state(self.file, {**states[0], "matches": [
                 each for n, state in enumerate(states) for each in state["matches"]
                 if self._owner(each["match"]) == n]})
+        if self._trouble is not None:
+            raise self._trouble
 
     def close(self) -> None:
         """End the workers."""
@@ -18423,135 +18776,147 @@ class _WorkerLines:
 
 def _read_lines() -> Iterator[list[bytes]]:
     """Yield lines of stdin, as many as are there; of one that is too long only a part."""
-    rest = b""
+    rest, first = b"", True
     while data := os.read(0, _CHUNK):
         *lines, rest = (rest + data).split(b"\n")
         rest = rest[:_MAX_PAYLOAD + 1]
+        if lines and first:
+            lines[0], first = lines[0].removeprefix(codecs.BOM_UTF8), False
         if lines:
             yield [line for line in lines if line.strip()]
     if rest.strip():
-        yield [rest]
+        yield [rest.removeprefix(codecs.BOM_UTF8) if first else rest]
 
 
 def _map(args: argparse.Namespace) -> int:
     """Map lines of JSON from stdin to lines on stdout."""
     if (args.expression is None) == (args.config is None):
         raise UsageError("say -e EXPRESSION, for lines of fields, or --config FILE, for messages")
-    if args.check:
-        return _check_mapping(args)
-    if args.workers > 1 and args.config is None:
-        raise UsageError("--workers divides the matches of a --config FILE")
-    out = sys.stdout.buffer
+    if args.config is None and (args.check or args.workers > 1):
+        raise UsageError("--check and --workers are for a --config FILE")
+    if sys.stdout is None:
+        raise OSError("stdout is closed")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        return _check_mapping(args.config) if args.check else _map_lines(args)
+    except ExpressionError as error:
+        if args.config is None:
+            raise
+        raise ConfigError(str(error)) from None
+
+
+def _map_lines(args: argparse.Namespace) -> int:
+    from concurrent.futures import BrokenExecutor
+    written, out = 0, sys.stdout.buffer
 
     def write(data: bytes) -> None:
+        nonlocal written
+        written += len(data)
         out.write(data)
         out.flush()
 
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     mapper: Any = (_ExpressionLines(args.expression) if args.config is None else
                    _StreamLines(args.config) if args.workers < 2 else
                    _WorkerLines(args.config, args.workers, write))
-    began = saved = shown = time.monotonic()
-    written, tty = 0, sys.stderr.isatty()
+    show = _Progress(mapper)
     try:
-        for lines in _read_lines():
-            data = mapper.feed(lines)
-            written += len(data)
-            write(data)
-            now = time.monotonic()
-            if now - saved >= mapper.every_s and mapper.file:
-                saved = now
-                mapper.save()
-            if tty and now - shown >= 0.5:
-                shown = now
-                print(f"\r\033[K{_progress(mapper, now - began)}", end="", file=sys.stderr)
+        try:
+            saved = time.monotonic()
+            for lines in _read_lines():
+                write(mapper.feed(lines))
+                if time.monotonic() - saved >= mapper.every_s and mapper.file:
+                    saved = time.monotonic()
+                    mapper.save()
+                show.now_and_then()
+        finally:
+            mapper.save()
+    except BrokenExecutor:
+        raise HorizonError("a worker has ended; the state since it was last saved is lost") from None
     finally:
-        mapper.save()
         if args.workers > 1:
             mapper.close()
-        if tty or mapper.failed:
-            print(f"{chr(13) + chr(27) + '[K' if tty else ''}"
-                  f"{_progress(mapper, time.monotonic() - began)}", file=sys.stderr)
+        show.at_end()
     return 1 if mapper.failed.total() >= mapper.lines > 0 == written else 0
 
 
-def _progress(mapper: Any, seconds: float) -> str:
-    failed = mapper.failed
-    faults = ", ".join(f"{reason} {count}" for reason, count in failed.most_common())
-    return (f"{mapper.lines:,} lines, {mapper.lines / max(seconds, 0.001):,.0f}/s"
-            + (f"; {failed.total():,} failed: {faults}" if failed else ""))
+class _Progress:
+    """Says on a terminal how far the mapping of lines is; and everywhere what has failed."""
+
+    __slots__ = ("mapper", "began", "shown", "clear")
+
+    def __init__(self, mapper: Any) -> None:
+        self.mapper = mapper
+        self.began = self.shown = time.monotonic()
+        self.clear = "\r\033[K" if sys.stderr is not None and sys.stderr.isatty() else ""
+
+    def now_and_then(self) -> None:
+        """Say it, twice a second."""
+        if self.clear and time.monotonic() - self.shown >= 0.5:
+            self.shown = time.monotonic()
+            print(self.clear + self._text(), end="", file=sys.stderr, flush=True)
+
+    def at_end(self) -> None:
+        """Say it for the last time."""
+        if self.clear or self.mapper.failed and sys.stderr is not None:
+            print(self.clear + self._text(), file=sys.stderr)
+
+    def _text(self) -> str:
+        lines, failed = self.mapper.lines, self.mapper.failed
+        rate = lines / max(time.monotonic() - self.began, 0.001)
+        faults = ", ".join(f"{reason} {count}" for reason, count in failed.most_common())
+        return (f"{lines:,} line{'s' * (lines != 1)}, {rate:,.0f}/s"
+                + (f"; failures: {faults}" if failed else ""))
 
 
 # -- tests of a mapping --
 
-_TEST_KEYS = {"name": "name", "input": "input", "inputs": "input", "messages": "input",
-              "output": "output", "outputs": "output", "expect": "output", "expected": "output"}
-
-
-def _check_mapping(args: argparse.Namespace) -> int:
+def _check_mapping(path: str) -> int:
     """Run the [[test]] blocks of a mapping's file; tell what is otherwise than expected."""
-    if args.config is None:
-        Expression(args.expression)
-        return 0
-    config = _read_stream(args.config)
-    tests = config.pop("test", [])
-    if not isinstance(tests, list) or not all(isinstance(each, dict) for each in tests):
-        raise ConfigError(f"{args.config}: write a test as [[test]]")
-    config.pop("state_file", None)
-    Stream(config)
-    wrong = 0
-    for n, test in enumerate(tests, 1):
-        for key in test:
-            if key not in _TEST_KEYS:
-                raise ConfigError(f"{args.config}: a test has no {key!r}"
-                                  f"{_did_you_mean(key, _TEST_KEYS)}")
-        said = {_TEST_KEYS[key]: value for key, value in test.items()}
-        name = said.get("name", f"test {n}")
-        faults = _differences(Stream(config), _as_list(said.get("input")),
-                              _as_list(said.get("output")))
+    Stream(path)
+    config = {key: each for key, each in _read_stream(path).items() if key != "state_file"}
+    tests, wrong = _tests_of(config), 0
+    for test in tests:
+        stream = Stream(config)
+        faults = _differences(stream, test["input"], test["output"])
         wrong += bool(faults)
-        print(f"{'FAIL' if faults else 'ok  '}  {name}", *faults, sep="\n      ")
-    print(f"{args.config}: {len(tests) - wrong} of {len(tests)} tests passed" if tests else
-          f"{args.config}: right; it has no [[test]]")
+        refused = ", ".join(f"{reason} {count}" for reason, count in (
+            stream.errored + stream.dropped).items() if reason != "no_output")
+        print(f"{'FAIL' if faults else 'ok  '}  {test['name']}"
+              f"{f'   (failures: {refused})' if refused else ''}", *faults, sep="\n      ")
+    print(f"{path}: {len(tests) - wrong} of {len(tests)} tests passed" if tests else
+          f"{path}: right; it has no [[test]]")
     return 1 if wrong else 0
-
-
-def _as_list(said: Any) -> list[Any]:
-    return said if isinstance(said, list) else [] if said is None else [said]
 
 
 def _differences(stream: Stream, messages: list[Any], expected: list[Any]) -> list[str]:
     """Return how the outputs for some messages differ from what is expected of them."""
-    got: list[Output] = []
+    outputs: list[Output] = []
     for each in messages:
         topic, payload, metadata = _addressed(each)
         act = stream.process if isinstance(payload, str) else stream.accept
-        got += act(topic, payload, metadata)
-    faults = []
-    for n in range(max(len(got), len(expected))):
-        if n >= len(expected):
-            faults.append(f"output {n + 1} is not expected: {_line_of(got[n])}")
-        elif n >= len(got):
-            faults.append(f"output {n + 1} is missing: {json.dumps(expected[n])}")
-        elif not _is_like(_addressed_again(expected[n]), json.loads(_line_of(got[n]))):
-            faults.append(f"output {n + 1} is      {_line_of(got[n])}\n      expected was  "
-                          f"{json.dumps(expected[n])}")
-    return faults + [f"failed: {reason} {count}" for reason, count in stream.errored.items()
-                     if faults]
+        outputs += act(topic, payload, metadata)
+    got = [{"topic": each.topic, "payload": json.loads(each.payload), "metadata": each.metadata}
+           for each in outputs]
+    wanted, faults = [_with_payload(each) for each in expected], []
+    for n, (one, other) in enumerate(itertools.zip_longest(wanted, got), 1):
+        if not _is_like(one, other):
+            shown = {key: other[key] for key in ("topic", "payload", *(one or ()))} if other else {}
+            faults.append(f"output {n}: got       {json.dumps(shown) if other else 'nothing'}\n"
+                          f"      {' ' * len(f'output {n}: ')}expected  "
+                          f"{json.dumps(one, default=str) if one else 'nothing'}")
+    return faults
 
 
-def _line_of(output: Output) -> str:
-    return _dump_json({"topic": output.topic, "payload": json.loads(output.payload),
-                       "metadata": output.metadata})
-
-
-def _addressed_again(said: Any) -> Any:
-    """Return what is expected of an output as that is written: with a payload."""
-    if not isinstance(said, dict) or "payload" in said:
-        return said | {"payload": json.loads(said["payload"])} if isinstance(
-            said, dict) and isinstance(said["payload"], str) else said
-    outside = {key: said[key] for key in ("topic", "metadata") if key in said}
-    return outside | {"payload": {key: said[key] for key in said if key not in outside}}
+def _with_payload(said: dict[str, Any]) -> dict[str, Any]:
+    """Return an expected message as outputs are: with a payload, or what is said of it."""
+    payload = said.get("payload", {})
+    if isinstance(payload, str):
+        try:
+            payload = json.loads(payload)
+        except ValueError as error:
+            raise ConfigError(f"an expected payload {_shown(payload)!r} is not JSON: {error}") from None
+    payload = {**payload, **{key: said[key] for key in ("value", "timestamp_ms") if key in said}}
+    return {key: said[key] for key in ("topic", "metadata") if key in said} | {"payload": payload}
 
 
 def _is_like(wanted: Any, got: Any, top: int = 2) -> bool:
