@@ -6117,7 +6117,8 @@ class Expression:
 
 _REASONS: tuple[tuple[type[Exception], str], ...] = (
     (ZeroDivisionError, "zero_division"), (ArithmeticError, "not_finite"), (LookupError, "lookup"),
-    (TypeError, "type"), (RecursionError, "limit"), (MemoryError, "limit"), (ValueError, "value"))
+    (TypeError, "type"), (RecursionError, "limit"), (MemoryError, "limit"), (ValueError, "value"),
+    (UsageError, "value"))
 
 
 def _reason_of(error: Exception) -> str:

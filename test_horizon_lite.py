@@ -12254,6 +12254,92 @@ def test_a_file_of_mappings_is_read_anew_and_its_state_stays(tmp_path, caplog):
         hl.Engine(port=0, streams=str(file)).start()
 
 
+def test_a_file_that_is_read_anew_keeps_its_handle_and_its_counts(tmp_path, monkeypatch):
+    file = tmp_path / "m.toml"
+    text = 'output_topic = "out"\nmodel = {name = "m", version = "v1"}\nsources = {x = "in.x"}\n[mapping]\n'
+    file.write_text(text + 'a = "x"\nb = "x / 0"\n')
+    monkeypatch.chdir(tmp_path)
+
+    class Maps(hl.Plugin):
+        def register(self, app):
+            app.stream.load("m.toml")
+    with running() as app:
+        app.load(Maps)
+        (stream,) = app.stream
+        assert app.stream.load(str(file)) is stream is app.stream.load("./m.toml")       # the same by any name
+        on_loop(app, app.publish, "in.x", {"value": 5, "timestamp_ms": 1})
+        before = {name: value for name, value in app.metrics.items() if "stream" in name and "_total" in name}
+        file.write_text(text + 'a = "x * 2"\n')
+        app.stream.reload()
+        assert [*app.stream] == [stream] and stream.state() == {"x": 5}
+        now = dict(app.metrics)
+        assert all(now.get(name, -1) >= value for name, value in before.items()) and now['horizon_stream_outputs_total{mapping="_m_v1.a"}'] == 1
+        on_loop(app, app.publish, "in.x", {"value": 5, "timestamp_ms": 1})
+        assert app.metrics['horizon_stream_outputs_total{mapping="_m_v1.a"}'] == 2 and stream.processed == 2
+        app.unload("maps")
+        assert not [*app.stream] and not on_loop(app, app.publish, "in.x", {})
+        file.write_text("model = 5\n")
+        with pytest.raises(hl.ConfigError, match="m.toml: output_topic is required"):
+            app.stream.load(file)
+
+
+def test_states_have_one_owner_and_are_written_in_their_order(tmp_path):
+    config = {"model": {"name": "m", "version": "v1"}, "output_topic": "out", "sources": {"x": "in.x"}, "mapping": {"n": "count()"}, "state_every_s": 1e-9}
+    (tmp_path / "a").mkdir()
+    with running() as app:
+        app.stream.load(config | {"state_file": str(tmp_path / "state")})
+        with pytest.raises(hl.ConfigError, match="another stream's"):
+            app.stream.load(config | {"state_file": str(tmp_path / "a" / ".." / "state")})
+        (stream,) = app.stream
+        app.stream.unload(stream)
+        for n in range(int(100 * SOAK) + 10):           # what unloading saves is never older than what was under way
+            stream = app.stream.load(config | {"state_file": str(tmp_path / "state")})
+
+            def turn():
+                app.publish("in.x", {"value": n, "timestamp_ms": 1})
+                app._save_streams()
+                app.publish("in.x", {"value": -n - 1, "timestamp_ms": 1})
+                app._streams.unload(stream)
+            on_loop(app, turn)
+            assert hl.Stream(config | {"state_file": str(tmp_path / "state")}).state() == {"x": -n - 1}
+        assert app.metrics["horizon_stream_unsaved_total"] == 0 and [each.name for each in tmp_path.iterdir() if each.is_file()] == ["state"]
+
+
+def test_a_mapping_may_end_itself_and_functions_change_only_their_own(caplog):
+    app, got = hl.Engine(port=0), []
+    app.subscribe("out.>")(lambda each: got.append(each.topic))
+    stream = app.stream.load({"model": {"name": "m", "version": "v1"}, "output_topic": "out", "sources": {"x": "in.x"},
+                              "mapping": {"a": "x", "b": lambda x: app.stream.unload(stream) or 1, "c": "x"}})
+    seen = []
+
+    @app.map("in.y", to="to.y")
+    def change(message):
+        message["value"] = "gone"
+        return [message]
+    app.subscribe("in.y")(lambda each: seen.append(each.payload))
+
+    @app.map("in.z", to="to.z")
+    def odd(message):
+        return {1, 2}
+    app.topic("to.z", history=1)
+    with app:
+        on_loop(app, app.publish, "in.x", {"value": 1, "timestamp_ms": 1})
+        assert got == [] and not [*app.stream]
+        on_loop(app, app.publish, "in.y", {"value": 1})
+        assert seen == [{"value": 1}]
+        on_loop(app, app.publish, "in.z", {"value": 1})
+        assert app.report()["stream"]["errored"] == {"value": 1} and "can't be written as JSON" in caplog.text
+
+
+def test_a_table_of_a_stream_in_the_settings_may_be_wrong_or_have_tests(tmp_path):
+    file = tmp_path / "h.toml"
+    file.write_text('[server]\nport = 0\n[stream]\nmode = "timeseries"\noutput_topic = "o"\n')
+    with pytest.raises(hl.ConfigError, match="model name is required"):
+        hl.Engine(hl.Config.load(file, {})).start()
+    file.write_text('streams = ["other.toml"]\n[stream]\noutput_topic = "o"\nmodel = {name = "m", version = "v1"}\nsources = {x = "in"}\n[[test]]\ninput = []\n')
+    assert hl.Config.load(file, {}).streams == ("other.toml", str(file)) and hl.Stream(file).rules == []
+
+
 def test_a_state_is_saved_on_stop_and_every_so_often(tmp_path):
     path = tmp_path / "state"
 
@@ -12629,6 +12715,63 @@ def test_map_emits_lines_as_they_come_and_ends_silently_with_its_reader(tmp_path
         process.stdout.readline()
         process.send_signal(signal.SIGINT)
         assert process.wait(5) == 130 and process.stderr.read() == b""
+
+
+def test_map_survives_odd_metadata_a_bom_and_a_closed_stdout(tmp_path):
+    file = tmp_path / "m.toml"
+    file.write_text(MAP)
+    good = json.dumps({"topic": "plant.a.t", "payload": {"value": 1, "timestamp_ms": 1}, "metadata": {"k": "v"}}) + "\n"
+    odd = [good.replace('"v"', each) for each in ("1e400", '"\\ud800"', "{}", "[" * 70 + "]" * 70)] + [good.replace('{"k": "v"}', "5")]
+    for workers in (1, 2):
+        status, got, said = run_map("--config", file, "--workers", workers, lines=["\ufeff" + good, *odd, good])
+        assert status == 0 and [each["payload"]["value"] for each in got] == [1, 2, 3] and "Traceback" not in said and "too_deep 1" in said
+    done = subprocess.run(f"echo '{{}}' | {sys.executable} -m horizon_lite map -e 1 >&-", shell=True, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "horizon_lite: stdout is closed\n"
+    done = subprocess.run(f"echo x | {sys.executable} -m horizon_lite map -e 1 2>&-", shell=True, cwd=HERE, capture_output=True, text=True)
+    assert done.stdout == ""
+
+
+def test_map_with_workers_ends_as_it_does_alone(tmp_path):
+    file = tmp_path / "m.toml"
+    file.write_text(f'state_file = "{tmp_path}/state"\n' + MAP)
+    line = json.dumps({"topic": "plant.a.t", "payload": {"value": 1, "timestamp_ms": 1}})
+    done = subprocess.run(f"for n in $(seq 20000); do echo '{line}'; done | {sys.executable} -m horizon_lite map --config {file} --workers 2 | head -1",
+                          shell=True, cwd=HERE, capture_output=True, text=True)
+    assert json.loads(done.stdout)["payload"]["value"] == 1 and done.stderr == ""
+    for when, number in ((0.0, signal.SIGINT), (1.5, signal.SIGINT), (1.5, signal.SIGTERM)):
+        (tmp_path / "state").unlink(missing_ok=True)
+        process = subprocess.Popen([sys.executable, "-m", "horizon_lite", "map", "--config", str(file), "--workers", "2"], cwd=HERE, text=True,
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+        if when:
+            assert process.stdout.readline()
+        else:
+            time.sleep(0.35)            # while workers start
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+        assert process.wait(20) == 128 + number
+        said = process.stderr.read()
+        assert "Traceback" not in said and (not when or (tmp_path / "state").exists()), said
+        process.stdin.close()
+        process.stdout.close()
+        process.stderr.close()
+
+
+def test_map_tells_of_a_worker_that_is_gone(tmp_path):
+    file = tmp_path / "m.toml"
+    file.write_text(MAP)
+    line = json.dumps({"topic": "plant.a.t", "payload": {"value": 1, "timestamp_ms": 1}}) + "\n"
+    process = subprocess.Popen([sys.executable, "-m", "horizon_lite", "map", "--config", str(file), "--workers", "2"], cwd=HERE, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdin.write(line)
+    process.stdin.flush()
+    assert process.stdout.readline()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in children:
+        if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():
+            os.kill(int(child), signal.SIGKILL)
+    _, said = process.communicate(line, timeout=20)
+    assert process.returncode == 1 and said.startswith("horizon_lite: a worker has ended") or "a worker has ended" in said and "Traceback" not in said
 
 
 def test_map_shows_progress_on_a_terminal():
