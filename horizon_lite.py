@@ -5497,6 +5497,8 @@ _HABITS: tuple[tuple[str, str], ...] = (
     (r"\.endsWith\(", ".endswith("), (r"\b(\w+)\.toString\(\)", r"str(\1)"),
     (r"([\w\[\]]+)\.length\b", r"len(\1)"), (r"\b(\w+)\.includes\((\w+)\)", r"(\2 in \1)"),
     (r"(?<=[\w\]])\??\.([A-Za-z]\w*)\b(?!\()", r"['\1']"))
+_LITERAL = re.compile(r"""f?(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
+                      r"""|`[^`"{}]*(?:\$\{[^`"{}]*\}[^`"{}]*)*`""")
 _CLOSING = {"[": "]", "{": "}", "(": ")"}
 _OTHER_WORDS = {"true": "True", "false": "False", "null": "None", "undefined": "None"}
 
@@ -5518,8 +5520,7 @@ def _pythonic(text: str) -> str:
         literals.append(said)
         return f"s__{len(literals) - 1}__"
 
-    meant = re.sub(r"""f?(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|`[^`"{}]*(?:\$\{[^`"{}]*\}[^`"{}]*)*`)""",
-                   put_aside, text)
+    meant = _LITERAL.sub(put_aside, text)
     for habit, python in _HABITS:
         meant = re.sub(habit, python, meant, flags=re.DOTALL)
     for n, each in enumerate(literals):
@@ -5642,8 +5643,9 @@ class _Writer(ast.NodeVisitor):
         if name in _FUNCTIONS | _MATH:
             raise ExpressionError(f"{name} is a function; write {name}(...)")
         known = [*(self.variables or ()), *self.given]
-        raise ExpressionError(f"there is no variable {name!r}" + (
-            _did_you_mean(name, [*known, *_FUNCTIONS, *_MATH]) or f"; there are {', '.join(known)}"))
+        hint = _did_you_mean(name, [*known, *_FUNCTIONS, *_MATH])
+        raise ExpressionError(f"there is no variable {name!r}"
+                              + (hint or f"; there are {', '.join(known)}"))
 
     def visit_BinOp(self, node: ast.BinOp) -> _Code:
         a, b, sign = self.write(node.left), self.write(node.right), _OPERATORS.get(type(node.op))
@@ -6054,9 +6056,10 @@ class Expression:
     Arithmetic, comparisons, ``and or not``, ``a if c else b``, indexing, ``.get``, f-strings,
     lists, objects and loops over them; the functions abs, all, any, bool, float, int, len, max,
     min, round, sorted, str, sum, those of ``math`` by name, and the methods of texts. ``now()`` is
-    the time in seconds. What came before is in ``prev(x)``, ``ewma(x, 0.1)``, ``count()`` and
-    ``window(x, 60).mean``, also .min .max .sum .last .count, of so many seconds by
-    ``timestamp_ms``, if that is given. Seed 003.
+    the time in seconds, ``pi`` itself. What came before is in ``prev(x)``, or ``prev(x, 0)`` with
+    what it is at first, ``ewma(x, 0.1)``, ``count()`` and ``window(x, 60).mean``, also .min .max
+    .sum .last .count, of so many seconds by ``timestamp_ms``, if that is given. All of these are
+    told of every call, wherever they stand. Seed 003.
 
     Raises:
         ExpressionError: it can't be read, or uses what is not in this list; JavaScript is
@@ -6490,9 +6493,10 @@ class Stream:
     ``<output_topic>._<name>_<version>.<path>``. What can't be mapped is counted by its reason,
     and the rest goes on.
 
-    A source with wildcards, ``plant.*.temp``, has a state for each match, ``()`` if there are
-    none; sources without them are shared. ``{site}`` instead of ``*`` names one; ``output_topic``
-    may have such places.
+    A source with wildcards, ``plant.*.temp``, has a state for each match; sources without them
+    are shared, and change all matches. ``{site}`` instead of ``*`` names one, for expressions
+    and for places in ``output_topic``; what has no variables, but such a place, comes with the
+    messages of matches. A topic that several sources cover is the exact one's, or the first's.
 
     One thread processes; ``state`` and ``stats`` are for any. Cost: some 5 us a message.
 
@@ -6550,7 +6554,8 @@ class Stream:
         """Read the file anew; the state goes on.
 
         Raises:
-            UsageError: what is wrong with it, or what *check* has against it; then all is as it was.
+            UsageError: what is wrong with it, or what *check* has against it; then nothing has
+                changed.
         """
         before = {name: getattr(self, name) for name in self.__slots__}
         try:
@@ -6574,7 +6579,8 @@ class Stream:
             model, Mapping) else (None, None)
         topic, sources = config.get("output_topic"), config.get("sources")
         mapping, file = config.get("mapping") or {}, config.get("state_file") or ""
-        every_s, form = config.get("state_every_s", 30.0), '; model = {name = "pump", version = "v1"}'
+        every_s = config.get("state_every_s", 30.0)
+        form = '; model = {name = "pump", version = "v1"}'
         # upstream's order and texts
         for wrong, text in ((not mode, "mode is required"),
                             (mode != "timeseries", f"unsupported mode: {mode} (only 'timeseries' "
@@ -6942,7 +6948,8 @@ class Stream:
         filled = [rule.template.fill.cache_info() for rule in self.rules]
         return {
             "processed": self.processed, "outputs": self.outputs, "errored": dict(self.errored),
-            "dropped": dict(self.dropped), "forgotten": self.forgotten, "matches": len(self._rows) - (() in self._rows),
+            "dropped": dict(self.dropped), "forgotten": self.forgotten,
+            "matches": len(self._rows) - (() in self._rows),
             "mappings": {rule.path: {"static": rule.is_static, "outputs": self._made[n],
                                      "failed": self._failed[n], "waited": self._waits[n]}
                          for n, rule in enumerate(self.rules)},
@@ -18671,7 +18678,7 @@ def _lines_of_worker(path: str) -> _StreamLines:
 def _feed_worker(path: str, lines: bytes) -> tuple[bytes, int, Counter[str]]:
     """Map lines in a worker's process; return also what it has counted so far."""
     mapper = _lines_of_worker(path)
-    return mapper.feed(lines.splitlines()), mapper.lines, mapper.failed
+    return mapper.feed(lines.split(b"\n") if lines else []), mapper.lines, mapper.failed
 
 
 def _worker_state(path: str) -> Any:
@@ -18832,7 +18839,7 @@ def _map_lines(args: argparse.Namespace) -> int:
         finally:
             mapper.save()
     except BrokenExecutor:
-        raise HorizonError("a worker has ended; the state since it was last saved is lost") from None
+        raise HorizonError("a worker has ended, and with it its state since the last save") from None
     finally:
         if args.workers > 1:
             mapper.close()
@@ -18915,7 +18922,8 @@ def _with_payload(said: dict[str, Any]) -> dict[str, Any]:
         try:
             payload = json.loads(payload)
         except ValueError as error:
-            raise ConfigError(f"an expected payload {_shown(payload)!r} is not JSON: {error}") from None
+            raise ConfigError(
+                f"an expected payload {_shown(payload)!r} is not JSON: {error}") from None
     payload = {**payload, **{key: said[key] for key in ("value", "timestamp_ms") if key in said}}
     return {key: said[key] for key in ("topic", "metadata") if key in said} | {"payload": payload}
 
