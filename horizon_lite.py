@@ -6378,7 +6378,7 @@ class _Rule:
             self.moving = writer.moving or "timestamp_ms" in writer.used or (
                 bool(writer.used) and not self.needs)
             self.placed = any(at >= 0 for _, at in places) or bool(writer.used & {*wildcards})
-            if not callable(said) and not writer.used:      # else it could not be compiled
+            if not callable(said):              # it may be what Python can't compile
                 _function_of(self.code, writer.names, self.cells)
         except ExpressionError as error:
             hint = f"; a text has quotes of its own: \"'{said}'\"" if isinstance(
@@ -18839,7 +18839,7 @@ def _map_lines(args: argparse.Namespace) -> int:
         finally:
             mapper.save()
     except BrokenExecutor:
-        raise HorizonError("a worker has ended, and with it its state since the last save") from None
+        raise HorizonError("a worker has ended, and its state since the last save") from None
     finally:
         if args.workers > 1:
             mapper.close()
