@@ -5060,7 +5060,6 @@ _MAX_SAMPLES = 1_000_000            # of all windows of a stream; then they don'
 _MAX_HELD = 32 << 20                # bytes of JSON of texts, lists and objects in a state
 _MAX_AT_MS = 1 << 63
 _IDLE_NS = 60_000_000_000           # for how long a match is kept, when there are too many
-_SMALL = 256                        # bytes of a value that are not worth counting
 _MAX_MATCHES = 10_000               # of one stream's wildcards
 _MISSING = object()
 _FLAT = frozenset({int, float, bool, type(None)})
@@ -5400,7 +5399,6 @@ def _load_window(saved: Any, total: list[int]) -> _Window:
         window.values.append(_admit(_as_number(value)))
     if window.times != sorted(window.times):
         raise ValueError("samples out of order")
-    total[0] += len(saved)
     return window
 
 
@@ -5633,11 +5631,11 @@ class _Writer(ast.NodeVisitor):
                 raise ExpressionError(f"{name!r} can't be used in an expression")
             self.names[name] = None
             return _Code(f"v_{name}", bits=_MAX_INT_BITS, atom=True)
-        if name == "pi":
-            return _Code(repr(math.pi), True, 0, True)
         if name in self.given:
             self.used.add(name)
             return self.given[name]
+        if name == "pi":
+            return _Code(repr(math.pi), True, 0, True)
         if name in _OTHER_WORDS:
             raise ExpressionError(f"{name} is written {_OTHER_WORDS[name]}")
         if name in _FUNCTIONS | _MATH:
@@ -6375,8 +6373,7 @@ class _Rule:
             else:
                 self.code = writer.write_whole(self.said)
             self.cells, self.needs = writer.settled_cells(), frozenset(writer.names)
-            self.moving = writer.moving or "timestamp_ms" in writer.used or (
-                bool(writer.used) and not self.needs)
+            self.moving = writer.moving or bool(writer.used) and not self.needs
             self.placed = any(at >= 0 for _, at in places) or bool(writer.used & {*wildcards})
             if not callable(said):              # it may be what Python can't compile
                 _function_of(self.code, writer.names, self.cells)
@@ -6456,7 +6453,10 @@ def _value_of(message: Any) -> tuple[Any, int]:
 
 
 def _write_state(path: str, state: Any) -> None:
-    body, path = _dump_json(state).encode(), os.path.realpath(path)
+    path = os.path.realpath(path)
+    # a match at a time: no other thread waits for all of it
+    matches = ",".join([_dump_json(each) for each in state["matches"]])
+    body = f'{_dump_json({**state, "matches": []})[:-2]}{matches}]}}'.encode()
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -6469,6 +6469,25 @@ def _write_state(path: str, state: Any) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def _take_state(path: str, take: Callable[[Any], object]) -> None:
+    """Hand over what a file has; what is damaged is set aside."""
+    try:
+        take(_read_state(path))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ConfigError(f"state_file = {path!r}: {error.strerror}") from None
+    except (ExpressionError, ValueError, TypeError, LookupError, AttributeError, RecursionError,
+            MemoryError) as error:
+        try:
+            os.replace(path, path + ".damaged")
+        except OSError as problem:
+            raise ConfigError(f"state_file = {path!r} is damaged ({_why(error)}), and can't be "
+                              f"set aside: {problem.strerror}") from None
+        _log.error("the state file %s is damaged (%s); it is set aside as %s.damaged, and the "
+                   "state begins anew", path, _why(error), path)
 
 
 def _read_state(path: str) -> Any:
@@ -6512,7 +6531,7 @@ class Stream:
     """
 
     __slots__ = ("path", "name", "config", "patterns", "rules", "processed", "errored", "forgotten",
-                 "where", "_sizes", "_held", "_samples", "_seen", "_looked_ns",
+                 "where", "_held", "_samples", "_seen", "_looked_ns", "_counted_ns", "_view",
                  "dropped", "state_every_s", "state_file", "__source__", "_clock", "_observe",
                  "_wall", "_wildcards", "_own", "_shared", "_rows", "_memories", "_made", "_failed",
                  "_waits", "_times", "_told", "_exact", "_wild", "_find", "_fault_turn", "remove")
@@ -6535,6 +6554,7 @@ class Stream:
         self._configure(config if isinstance(config, Mapping) else _read_stream(config))
         if self.state_file:
             self._load_state()
+        self._show()
 
     def _configure(self, config: Mapping[str, Any]) -> None:
         try:
@@ -6543,8 +6563,8 @@ class Stream:
             raise type(error)(f"{self.path}: {error}" if self.path else str(error)) from None
         self._rows: dict[tuple[str, ...], tuple[Any, ...]] = {}
         self._memories: dict[tuple[str, ...], list[Any]] = {}
-        self._sizes: dict[tuple[str, ...], dict[str, int]] = {}     # of large values, by topic
-        self._held, self._samples = 0, [0]          # bytes of these; of all windows
+        self._held, self._samples = 0, [0]          # bytes of texts and such; of all windows
+        self._counted_ns = -1 << 62                 # when these bytes were
         self._seen: dict[tuple[str, ...], tuple[Any, ...]] = {}     # rows, when it was full
         self._looked_ns = -1 << 62                  # when that was
         self._made, self._failed, self._waits = ([0] * len(self.rules) for _ in range(3))
@@ -6558,11 +6578,16 @@ class Stream:
                 changed.
         """
         before = {name: getattr(self, name) for name in self.__slots__}
+        past = {rule.path: (self._made[n], self._failed[n], self._waits[n])
+                for n, rule in enumerate(self.rules)}
         try:
             state = self.snapshot()
             self._configure(_read_stream(self.path))
             check(self)
             self.restore(state)
+            for n, rule in enumerate(self.rules if self.name == before["name"] else ()):
+                self._made[n], self._failed[n], self._waits[n] = past.get(rule.path, (0, 0, 0))
+            self._show()
         except BaseException:
             for name, each in before.items():
                 setattr(self, name, each)
@@ -6707,22 +6732,23 @@ class Stream:
                 self._samples[0] -= sum(len(each.times) for each in self._memories[key]
                                         if isinstance(each, _Window))
                 del self._rows[key], self._memories[key]
-                self._held -= sum(self._sizes.pop(key, {}).values())
             self.forgotten += len(idle)
             self._looked_ns, self._seen = now, dict(self._rows)
         if len(self._rows) - (() in self._rows) >= _MAX_MATCHES:
             raise _Stop(f"more than {_MAX_MATCHES} matches of the sources", "too_many_matches")
 
-    def _hold(self, key: tuple[str, ...], topic: str, value: Any) -> None:
-        """Account for a value that is no number."""
+    def _hold(self, value: Any) -> None:
+        """Account for a value that is no number: too high, until all are counted again."""
         size = len(_dump_json(value))
-        sizes = self._sizes.get(key) or {}
-        held = self._held - sizes.get(topic, 0) + size
-        if held > _MAX_HELD:
-            raise _Stop(f"the state would take more than {_MAX_HELD} bytes", "too_much")
-        if size > _SMALL:
-            self._sizes[key] = {**sizes, topic: size}
-            self._held = held
+        if self._held + size > _MAX_HELD:
+            now = self._clock()
+            if now - self._counted_ns >= 1_000_000_000:
+                self._counted_ns = now
+                self._held = sum(len(_dump_json(each)) for row in self._rows.values()
+                                 for each in row if type(each) in (str, list, dict))
+            if self._held + size > _MAX_HELD:
+                raise _Stop(f"the state would take more than {_MAX_HELD} bytes", "too_much")
+        self._held += size
 
     def _source_text(self, n: int, topic: str, variables: list[str], timed: str) -> str:
         """Return the text of the function for messages of one source."""
@@ -6893,7 +6919,7 @@ class Stream:
                 raise _Stop(f"{_shown(topic)} is no source" + _did_you_mean(topic, self._exact),
                             "unknown_topic")
             if type(value) not in _FLAT:
-                self._hold(found[2], topic, value)
+                self._hold(value)
             found[self.processed % _SAMPLED == 1](found[2], value, at_ms, metadata, out)
         except _Stop as error:
             self.refuse(error, topic)
@@ -6927,32 +6953,39 @@ class Stream:
 
     # -- looking --
 
+    def _show(self) -> None:
+        """Let other threads see how all is now: by one reference."""
+        self._view = (self.patterns, self._own, self._shared, self._wildcards, self._rows,
+                      self.rules, self._made, self._failed, self._waits, self._find)
+
     def state(self) -> dict[str, Any]:
         """Return the variables that there are, at one moment; from any thread.
 
         A variable with wildcards is a dict of its matches, whose tokens are joined by dots.
         """
-        rows = self._rows.copy()
-        found = dict(zip(self._shared, rows.get((), ())))
-        for n, name in enumerate(self._own):
+        patterns, own, shared, wildcards, rows = self._view[:5]
+        rows = rows.copy()
+        found = dict(zip(shared, rows.get((), ())))
+        for n, name in enumerate(own):
             each = {".".join(key): row[n] for key, row in rows.items()
-                    if (key or not self._wildcards) and row[n] is not _MISSING}
-            found[name] = each if self._wildcards else each.get("", _MISSING)
-        return {name: json.loads(_dump_json(found[name])) for name in self.patterns
-                if found[name] is not _MISSING and (found[name] != {} or not self._wildcards)}
+                    if (key or not wildcards) and row[n] is not _MISSING}
+            found[name] = each or _MISSING if wildcards else each.get("", _MISSING)
+        return {name: json.loads(_dump_json(found[name])) for name in patterns
+                if found.get(name, _MISSING) is not _MISSING}
 
     def stats(self) -> dict[str, Any]:
         """Return what was counted, and how long a message takes, in microseconds."""
+        rows, rules, made, failed, waits, find = self._view[4:]
         times, count = sorted(self._times) or [0], len(self._times)
-        info = self._find.cache_info()
-        filled = [rule.template.fill.cache_info() for rule in self.rules]
+        info = find.cache_info()
+        filled = [rule.template.fill.cache_info() for rule in rules]
         return {
-            "processed": self.processed, "outputs": self.outputs, "errored": dict(self.errored),
+            "processed": self.processed, "outputs": sum(made), "errored": dict(self.errored),
             "dropped": dict(self.dropped), "forgotten": self.forgotten,
-            "matches": len(self._rows) - (() in self._rows),
-            "mappings": {rule.path: {"static": rule.is_static, "outputs": self._made[n],
-                                     "failed": self._failed[n], "waited": self._waits[n]}
-                         for n, rule in enumerate(self.rules)},
+            "matches": len(rows) - (() in rows),
+            "mappings": {rule.path: {"static": rule.is_static, "outputs": made[n],
+                                     "failed": failed[n], "waited": waits[n]}
+                         for n, rule in enumerate(rules)},
             "cache": {"hits": info.hits + sum(each.hits for each in filled),
                       "misses": info.misses + sum(each.misses for each in filled)},
             "latency_us": {f"p{part}": times[min(count * part // 100, len(times) - 1)] / 1e3
@@ -6986,30 +7019,38 @@ class Stream:
         places = {(rule.path, cell.said): (rule.first + n, _CELLS[cell.kind].load)
                   for rule in self.rules for n, cell in enumerate(rule.cells)
                   if cell.needs <= known}
-        rows, memories, samples = {}, {}, [0]
-        for each in saved["matches"][:_MAX_MATCHES + 1]:
+        was = saved["wildcards"]
+        order = [was.index(name) for name in self._wildcards] if (
+            sorted(was) == sorted(self._wildcards)) else None
+        rows: dict[tuple[str, ...], tuple[Any, ...]] = {}
+        memories: dict[tuple[str, ...], list[Any]] = {}
+        for each in saved["matches"]:
             key = tuple(map(str, each["match"]))
-            if key and saved["wildcards"] != self._wildcards or len(key) not in (
-                    0, len(self._wildcards)) or not key and () not in self._rows:
+            if len(key) != len(was if key else ()) or (
+                    order is None if key and was else () not in self._rows):
                 continue
-            names = self._own if key or not self._wildcards else self._shared
-            said = {name: each["values"].get(name, _MISSING) for name in known}
-            if None in said.values():
-                raise ValueError("a value of null")
-            rows[key] = tuple([_MISSING if (value := said.get(name, _MISSING)) is _MISSING
-                               else _admit(value) for name in names])
+            key = tuple([key[n] for n in order]) if key and order else key
+            row = self._row_of(key, known, each["values"])
+            if all(value is _MISSING for value in row) or len(rows) > _MAX_MATCHES:
+                continue
+            rows[key] = row
             memories[key] = memory = [_MISSING] * sum(len(rule.cells) for rule in self.rules)
             for path, said, value in each["cells"]:
                 if (path, said) in places:
                     at, load = places[path, said]
-                    memory[at] = load(value, samples)
-        self._samples[0] += samples[0]
-        for memory in memories.values():
-            for each in memory:
-                if isinstance(each, _Window):
-                    each.total = self._samples
+                    memory[at] = load(value, self._samples)
         self._memories.update(memories)         # first: what has a row has a memory
         self._rows.update(rows)
+        self._samples[0] = sum(len(each.times) for memory in self._memories.values()
+                               for each in memory if isinstance(each, _Window))
+        self._held = _MAX_HELD                  # to be counted when it matters
+
+    def _row_of(self, key: tuple[str, ...], known: set[str], said: Any) -> tuple[Any, ...]:
+        values = {name: said[name] for name in known if name in said}
+        if None in values.values():
+            raise ValueError("a value of null")
+        names = self._own if key or not self._wildcards else self._shared
+        return tuple([_admit(values[name]) if name in values else _MISSING for name in names])
 
     def save(self) -> None:
         """Write the state to ``state_file``, whole or not at all.
@@ -7023,22 +7064,7 @@ class Stream:
         _write_state(self.state_file, self.snapshot())
 
     def _load_state(self) -> None:
-        try:
-            self.restore(_read_state(self.state_file))
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise ConfigError(f"state_file = {self.state_file!r}: {error.strerror}") from None
-        except (ExpressionError, ValueError, TypeError, LookupError, AttributeError,
-                RecursionError, MemoryError) as error:
-            aside = self.state_file + ".damaged"
-            try:
-                os.replace(self.state_file, aside)
-            except OSError as problem:
-                raise ConfigError(f"state_file = {self.state_file!r} is damaged ({_why(error)}), "
-                                  f"and can't be set aside: {problem.strerror}") from None
-            _log.error("stream %s: %s is damaged (%s); it is set aside as %s, and the state "
-                       "begins anew", self.name, self.state_file, _why(error), aside)
+        _take_state(self.state_file, self.restore)
 
 
 # -- in an engine --
@@ -7146,10 +7172,11 @@ class Streams:
         stream.reload(self._check)
         self._follow(stream)
         self.counts.update(before["cache"])             # they begin anew
-        past = Counter({path: each["outputs"] for path, each in before["mappings"].items()})
-        lost = Counter({path: each["failed"] for path, each in before["mappings"].items()})
-        self.made.update({f"{name}.{path}": count for path, count in past.items()})
-        self.failed.update({f"{name}.{path}": count for path, count in lost.items()})
+        now = stream.stats()["mappings"] if stream.name == name else {}
+        for path, each in before["mappings"].items():
+            if path not in now:                         # else it goes on counting
+                self.made[f"{name}.{path}"] += each["outputs"]
+                self.failed[f"{name}.{path}"] += each["failed"]
 
     def unload(self, stream: Stream) -> None:
         """Map no longer; doing it twice is harmless."""
@@ -7198,7 +7225,8 @@ class Streams:
     def process(self, topic: str | None, payload: bytes | str,
                 metadata: Mapping[str, Any] | None = None) -> list[Output]:
         """Return what all streams that have *topic* as a source give for a message."""
-        name = (metadata or {}).get("umh_topic") if topic is None else topic
+        name = metadata.get("umh_topic") if topic is None and isinstance(
+            metadata, Mapping) else topic
         streams = [each for each in self if isinstance(name, str) and each.covers(name)]
         if not streams:
             self.counts["processed"] += 1
@@ -18571,7 +18599,10 @@ def _load(args: argparse.Namespace) -> int:
 
 # -- mapping lines --
 
-_CHUNK = 1 << 16                    # bytes of input that are mapped together, if they are there
+_CHUNK = 1 << 16                    # bytes of input that are read together, if they are there
+_LINES_AT_ONCE = 100                # lines that are mapped before they are written
+_ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+         if hasattr(signal, name)]
 _MAX_AHEAD = 4                      # chunks that may wait for one worker
 _LINE_HEAD = re.compile(rb'\{"topic": ?"([^"\\]+)", ?"payload": ?\{"value": ?[-+.\deE]+, ?'
                         rb'"timestamp_ms": ?\d+\}\}\s*$')
@@ -18618,11 +18649,12 @@ class _ExpressionLines:
 class _StreamLines:
     """Maps lines {"topic", "payload", "metadata"?} by a stream, to such lines."""
 
-    __slots__ = ("stream", "lines", "file", "every_s")
+    __slots__ = ("stream", "lines", "file", "every_s", "numbered")
 
-    def __init__(self, config: Mapping[str, Any] | str) -> None:
+    def __init__(self, config: Mapping[str, Any] | str, numbered: bool = True) -> None:
         self.stream = Stream(config)
         self.lines = 0
+        self.numbered = numbered        # a worker does not know what line it has
         self.file, self.every_s = self.stream.state_file, self.stream.state_every_s
 
     @property
@@ -18637,7 +18669,7 @@ class _StreamLines:
         out = []
         for line in lines:
             self.lines += 1
-            self.stream.where = f"line {self.lines}: "
+            self.stream.where = f"line {self.lines}: " if self.numbered else ""
             for output in self._map(line):
                 told = output.metadata.keys() != {"umh_topic"}
                 more = b',"metadata":%b' % _json_bytes(output.metadata) if told else b""
@@ -18672,13 +18704,24 @@ def _addressed(said: Any) -> tuple[Any, Any, Any]:
 
 @functools.cache
 def _lines_of_worker(path: str) -> _StreamLines:
-    return _StreamLines(path)
+    config = _read_stream(path)
+    return _StreamLines({**config, "state_file": ""}, numbered=False)
+
+
+def _begin_worker(path: str, state: Any) -> None:
+    """Begin with the state of the worker's matches; end with the process that began it."""
+    if state is not None:
+        _lines_of_worker(path).stream.restore(state)
+    if hasattr(signal, "setitimer"):
+        parent = os.getppid()
+        signal.signal(signal.SIGALRM, lambda *_: None if os.getppid() == parent else os._exit(1))
+        signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
 
 
 def _feed_worker(path: str, lines: bytes) -> tuple[bytes, int, Counter[str]]:
     """Map lines in a worker's process; return also what it has counted so far."""
     mapper = _lines_of_worker(path)
-    return mapper.feed(lines.split(b"\n") if lines else []), mapper.lines, mapper.failed
+    return mapper.feed(lines.split(b"\n")), mapper.lines, mapper.failed
 
 
 def _worker_state(path: str) -> Any:
@@ -18704,14 +18747,23 @@ class _WorkerLines:
         self._path, self._write = path, write
         self._trouble: OSError | None = None            # with what is written
         self._counts: list[tuple[int, Counter[str]]] = [(0, Counter())] * count
-        self._pools = [ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-                       for _ in range(count)]
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)       # Ctrl-C is for this process
+        before = {each: signal.signal(each, signal.SIG_IGN) for each in _ENDS}  # workers ignore them
         try:
-            self._waiting = [deque([pool.submit(_feed_worker, path, b"")])
+            self._pools = [ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+                           for _ in range(count)]
+            self._waiting = [deque([pool.submit(_begin_worker, path, None)])
                              for pool in self._pools]
         finally:
-            signal.signal(signal.SIGINT, before)
+            for each, handler in before.items():
+                signal.signal(each, handler)
+        if self.file:
+            _take_state(self.file, self._share_out)
+
+    def _share_out(self, state: Any) -> None:
+        shares = [[each for each in state["matches"] if self._owner(each["match"]) == n]
+                  for n in range(len(self._pools))]
+        for share, pool in zip(shares, self._pools):
+            pool.submit(_begin_worker, self._path, {**state, "matches": share}).result()
 
     @property
     def lines(self) -> int:
@@ -18771,8 +18823,7 @@ class _WorkerLines:
         if self.file:
             states = [pool.submit(_worker_state, self._path).result() for pool in self._pools]
             _write_state(self.file, {**states[0], "matches": [
-                each for n, state in enumerate(states) for each in state["matches"]
-                if self._owner(each["match"]) == n]})
+                each for state in states for each in state["matches"]]})
         if self._trouble is not None:
             raise self._trouble
 
@@ -18782,18 +18833,46 @@ class _WorkerLines:
             pool.shutdown(cancel_futures=True)
 
 
-def _read_lines() -> Iterator[list[bytes]]:
-    """Yield lines of stdin, as many as are there; of one that is too long only a part."""
-    rest, first = b"", True
-    while data := os.read(0, _CHUNK):
-        *lines, rest = (rest + data).split(b"\n")
-        rest = rest[:_MAX_PAYLOAD + 1]
-        if lines and first:
-            lines[0], first = lines[0].removeprefix(codecs.BOM_UTF8), False
-        if lines:
-            yield [line for line in lines if line.strip()]
-    if rest.strip():
-        yield [rest.removeprefix(codecs.BOM_UTF8) if first else rest]
+class _Lines:
+    """Lines of stdin, a few at a time, as they come; of one that is too long only a part.
+
+    A signal ends it between them: what is mapped is also written.
+    """
+
+    __slots__ = ("ended_by", "_reading")
+
+    def __init__(self) -> None:
+        self.ended_by = 0
+        self._reading = False
+        for each in _ENDS:
+            signal.signal(each, self._end)
+
+    def _end(self, number: int, _frame: Any) -> None:
+        again, self.ended_by = self.ended_by, number
+        if self._reading or again:
+            sys.exit(128 + number)
+
+    def __iter__(self) -> Iterator[list[bytes]]:
+        rest, first = b"", True
+        while data := self._read():
+            *lines, rest = (rest + data).split(b"\n")
+            rest = rest[:_MAX_PAYLOAD + 1]
+            if lines and first:
+                lines[0], first = lines[0].removeprefix(codecs.BOM_UTF8), False
+            lines = [line for line in lines if line.strip()]
+            for at in range(0, len(lines), _LINES_AT_ONCE):
+                yield lines[at:at + _LINES_AT_ONCE]
+                if self.ended_by:
+                    sys.exit(128 + self.ended_by)
+        if rest.strip():
+            yield [rest.removeprefix(codecs.BOM_UTF8) if first else rest]
+
+    def _read(self) -> bytes:
+        self._reading = True
+        try:
+            return os.read(0, _CHUNK)
+        finally:
+            self._reading = False
 
 
 def _map(args: argparse.Namespace) -> int:
@@ -18804,7 +18883,6 @@ def _map(args: argparse.Namespace) -> int:
         raise UsageError("--check and --workers are for a --config FILE")
     if sys.stdout is None:
         raise OSError("stdout is closed")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         return _check_mapping(args.config) if args.check else _map_lines(args)
     except ExpressionError as error:
@@ -18826,11 +18904,11 @@ def _map_lines(args: argparse.Namespace) -> int:
     mapper: Any = (_ExpressionLines(args.expression) if args.config is None else
                    _StreamLines(args.config) if args.workers < 2 else
                    _WorkerLines(args.config, args.workers, write))
-    show = _Progress(mapper)
+    show, input_lines = _Progress(mapper), _Lines()
     try:
         try:
             saved = time.monotonic()
-            for lines in _read_lines():
+            for lines in input_lines:
                 write(mapper.feed(lines))
                 if time.monotonic() - saved >= mapper.every_s and mapper.file:
                     saved = time.monotonic()
@@ -18880,8 +18958,11 @@ class _Progress:
 
 def _check_mapping(path: str) -> int:
     """Run the [[test]] blocks of a mapping's file; tell what is otherwise than expected."""
-    Stream(path)
     config = {key: each for key, each in _read_stream(path).items() if key != "state_file"}
+    try:
+        Stream(config)
+    except UsageError as error:
+        raise type(error)(f"{path}: {error}") from None
     tests, wrong = _tests_of(config), 0
     for test in tests:
         stream = Stream(config)
@@ -18909,7 +18990,8 @@ def _differences(stream: Stream, messages: list[Any], expected: list[Any]) -> li
     for n, (one, other) in enumerate(itertools.zip_longest(wanted, got), 1):
         if not _is_like(one, other):
             shown = {key: other[key] for key in ("topic", "payload", *(one or ()))} if other else {}
-            faults.append(f"output {n}: got       {json.dumps(shown) if other else 'nothing'}\n"
+            told = json.dumps(shown, default=str) if other else "nothing"
+            faults.append(f"output {n}: got       {told}\n"
                           f"      {' ' * len(f'output {n}: ')}expected  "
                           f"{json.dumps(one, default=str) if one else 'nothing'}")
     return faults
@@ -18924,7 +19006,8 @@ def _with_payload(said: dict[str, Any]) -> dict[str, Any]:
         except ValueError as error:
             raise ConfigError(
                 f"an expected payload {_shown(payload)!r} is not JSON: {error}") from None
-    payload = {**payload, **{key: said[key] for key in ("value", "timestamp_ms") if key in said}}
+    if isinstance(payload, dict):
+        payload = payload | {key: said[key] for key in ("value", "timestamp_ms") if key in said}
     return {key: said[key] for key in ("topic", "metadata") if key in said} | {"payload": payload}
 
 

@@ -3853,14 +3853,19 @@ def test_large_values_together_are_bounded_and_matches_that_rest_make_room(monke
     stream = hl.Stream({"model": {"name": "m", "version": "v1"}, "output_topic": "o", "sources": {"x": "in.*"}, "mapping": {"n": "len(x)"}}, clock=clock)
     for n in range(30):
         stream.process(f"in.{n}", sample("y" * 10_000))
-    assert stream.errored == {"too_much": 21} and len(stream.process("in.0", sample("z" * 10_000))) == 1      # its own old one goes
+    assert stream.errored == {"too_much": 21} and len(stream.process("in.0", sample(1))) == 0 == len(stream.process("in.0", sample("z" * 10_000)))
+    clock.now_ns += 2_000_000_000           # then all is counted again
+    assert len(stream.process("in.0", sample("z" * 10_000))) == 1
     monkeypatch.setattr(hl, "_MAX_MATCHES", 9)
     assert stream.process("in.new", sample("a")) == [] and stream.dropped == {"too_many_matches": 1}
     stream.process("in.0", sample("still here"))
     clock.now_ns += hl._IDLE_NS
     assert len(stream.process("in.new", sample("a"))) == 1
     assert stream.state() == {"x": {"0": "still here", "new": "a"}} and stream.forgotten == 8 == stream.stats()["forgotten"]
-    assert stream._held == 0 + sum(sum(each.values()) for each in stream._sizes.values())
+    for n in range(40):                 # what was replaced, or went, is not counted for ever
+        clock.now_ns += 2_000_000_000
+        assert len(stream.process("in.0", sample("y" * 10_000))) == 1
+        stream.process("in.0", sample([1]))
 
 
 def test_names_of_wildcards_and_the_timestamp_can_be_said_in_expressions():
@@ -12738,7 +12743,7 @@ def test_map_with_workers_ends_as_it_does_alone(tmp_path):
     done = subprocess.run(f"for n in $(seq 20000); do echo '{line}'; done | {sys.executable} -m horizon_lite map --config {file} --workers 2 | head -1",
                           shell=True, cwd=HERE, capture_output=True, text=True)
     assert json.loads(done.stdout)["payload"]["value"] == 1 and done.stderr == ""
-    for when, number in ((0.0, signal.SIGINT), (1.5, signal.SIGINT), (1.5, signal.SIGTERM)):
+    for when, number in ((0.0, signal.SIGINT), (1.5, signal.SIGINT), (1.5, signal.SIGTERM), (1.5, signal.SIGHUP)):
         (tmp_path / "state").unlink(missing_ok=True)
         process = subprocess.Popen([sys.executable, "-m", "horizon_lite", "map", "--config", str(file), "--workers", "2"], cwd=HERE, text=True,
                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
@@ -12748,7 +12753,7 @@ def test_map_with_workers_ends_as_it_does_alone(tmp_path):
             assert process.stdout.readline()
         else:
             time.sleep(0.35)            # while workers start
-        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+        os.killpg(process.pid, number)          # as a terminal does, and systemd
         assert process.wait(20) == 128 + number
         said = process.stderr.read()
         assert "Traceback" not in said and (not when or (tmp_path / "state").exists()), said
