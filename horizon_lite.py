@@ -18747,7 +18747,7 @@ class _WorkerLines:
         self._path, self._write = path, write
         self._trouble: OSError | None = None            # with what is written
         self._counts: list[tuple[int, Counter[str]]] = [(0, Counter())] * count
-        before = {each: signal.signal(each, signal.SIG_IGN) for each in _ENDS}  # workers ignore them
+        before = {each: signal.signal(each, signal.SIG_IGN) for each in _ENDS}  # in workers, too
         try:
             self._pools = [ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
                            for _ in range(count)]

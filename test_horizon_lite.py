@@ -3870,8 +3870,8 @@ def test_large_values_together_are_bounded_and_matches_that_rest_make_room(monke
 
 def test_names_of_wildcards_and_the_timestamp_can_be_said_in_expressions():
     stream = hl.Stream({"model": {"name": "m", "version": "v1"}, "output_topic": "o", "sources": {"t": "plant.{site}.t", "k": "k"},
-                        "mapping": {"say": "f'{site}: {t}'", "site": "site.upper()", "at": "timestamp_ms / 1000", "of": "f'{site} {k}'", "fn": lambda site, t: site + str(t)}})
-    assert values(stream.process("plant.a.t", sample(5, 2000))) == {"say": "a: 5", "site": "A", "at": 2.0, "fn": "a5"}
+                        "mapping": {"say": "f'{site}: {t}'", "site": "site.upper()", "at": "timestamp_ms / 1000", "with": "{'t': t, 'at': timestamp_ms}", "of": "f'{site} {k}'", "fn": lambda site, t: site + str(t)}})
+    assert values(stream.process("plant.a.t", sample(5, 2000))) == {"say": "a: 5", "site": "A", "at": 2.0, "with": {"t": 5, "at": 2000}, "fn": "a5"}
     assert values(stream.process("k", sample(7, 3000))) == {"at": 3.0, "of": "a 7"}
     with pytest.raises(hl.ExpressionError, match="did you mean 'site'"):
         plant({"a": "f'{sit}'"}, {"x": "p.{site}"})
@@ -3886,6 +3886,59 @@ def test_a_mapping_in_code_cant_change_the_state():
     for config in (None, 5, []):
         with pytest.raises(hl.ConfigError):
             hl.Stream(config)
+
+
+def test_a_state_follows_a_mapping_that_has_changed():
+    def made(x, y, mapping=None):
+        return plant(mapping or {"n": "x + y", "c": "prev(x, 0)"}, {"x": x, "y": y})
+    old = made("p.{a}.{b}", "q.{a}.{b}")
+    for topic, value in (("p.1.2", 5), ("q.1.2", 6), ("p.3.4", 7)):
+        old.process(topic, sample(value))
+    turned = made("p.{a}.{b}", "q.{b}.{a}")             # y is another topic now; and in this order
+    turned.restore(json.loads(json.dumps(old.snapshot())))
+    assert turned.state() == {"x": {"1.2": 5, "3.4": 7}}
+    other = plant({"n": "y"}, {"y": "q.{b}.{a}", "x": "p.{a}.{b}"})
+    other.restore(old.snapshot())
+    assert other.state() == {"x": {"2.1": 5, "4.3": 7}}
+    gone = made("z.{a}.{b}", "w.{a}.{b}")
+    gone.restore(old.snapshot())
+    assert gone.state() == {} and gone.stats()["matches"] == 0         # no ghosts
+    windows = plant({"n": "window(x, 60).count"}, {"x": "in.*"})
+    for n in range(5):
+        windows.process("in.a", sample(n, n + 1))
+    for _ in range(3):
+        windows.restore(windows.snapshot())
+    assert windows._samples == [5] and values(windows.process("in.a", sample(1, 9))) == {"n": 6}
+
+
+def test_readers_see_a_reload_at_once_or_not_at_all(tmp_path):
+    file = tmp_path / "m.toml"
+
+    def write(more):
+        file.write_text('output_topic = "out"\nmodel = {name = "m", version = "v1"}\n[sources]\na = "in.x"\n' + more)
+    texts = ["[mapping]\np = 'a'\n", "z = 'in.z'\n[mapping]\np = 'a'\nq = 'z'\nr = 'a + 1'\n"]
+    write(texts[0])
+    stream, odd, over = hl.Stream(file), [], threading.Event()
+    stream.process("in.x", sample(1))
+
+    def look():
+        while not over.is_set():
+            try:
+                if stream.state() != {"a": 1} or len(stream.stats()["mappings"]) not in (1, 3):
+                    odd.append(stream.state())
+            except Exception as error:
+                odd.append(error)
+    threads = [threading.Thread(target=look) for _ in range(2)]
+    for each in threads:
+        each.start()
+    for n in range(int(40 * SOAK) + 6):
+        write(texts[n % 2])
+        stream.reload()
+    over.set()
+    for each in threads:
+        each.join()
+    assert not odd
+    assert stream.stats()["mappings"]["p"]["outputs"] == 1 == stream.outputs      # counts go on
 
 
 def test_what_cant_be_json_never_stops_a_state_from_being_saved(tmp_path):
@@ -12127,7 +12180,7 @@ def test_topics_are_mapped_to_topics_in_process_and_over_the_wire():
         assert stream.errored["not_object"] == 4 and stream.errored["bad_timestamp"] == 1 and stream.errored["type"] >= 1
         assert alive(client)
         assert on_loop(app, app.stream.process, "plant.a.t", b'{"value":1,"timestamp_ms":1}', {})[0].topic == "out.a._m_v1.hot"
-        assert on_loop(app, app.stream.process, "elsewhere", b"{}", {}) == []
+        assert on_loop(app, app.stream.process, "elsewhere", b"{}", {}) == [] == on_loop(app, app.stream.process, None, b"{}", [1])
         with pytest.raises(hl.StateError, match="call_soon"):
             app.stream.process("plant.a.t", b"{}")
         sample = app.metrics.__getitem__
@@ -12760,6 +12813,59 @@ def test_map_with_workers_ends_as_it_does_alone(tmp_path):
         process.stdin.close()
         process.stdout.close()
         process.stderr.close()
+
+
+def test_workers_share_a_state_of_more_matches_than_one_has(tmp_path):
+    file, state = tmp_path / "m.toml", tmp_path / "state"
+    file.write_text(f'state_file = "{state}"\noutput_topic = "out"\nmodel = {{name = "m", version = "v1"}}\nsources = {{t = "plant.*.t"}}\nmapping = {{n = "count()"}}\n')
+    lines = [json.dumps({"topic": f"plant.m{n}.t", "payload": {"value": n, "timestamp_ms": 1}}) + "\n" for n in range(hl._MAX_MATCHES + 2000)]
+    for turn in (1, 2):
+        status, got, said = run_map("--config", file, "--workers", 2, lines=lines)
+        assert status == 0 and said == "" and [each["payload"]["value"] for each in got] == [turn] * len(lines)
+    assert len(json.loads(state.read_bytes().partition(b"\n")[2])["matches"]) == len(lines)
+    state.write_bytes(b"damaged")
+    status, got, said = run_map("--config", file, "--workers", 2, lines=lines[:5])
+    assert len(got) == 5 and said.count("set aside") == 1 and (tmp_path / "state.damaged").exists()
+    state.write_bytes(b"damaged")
+    done = subprocess.run([sys.executable, "-m", "horizon_lite", "map", "--config", str(file), "--check"], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0 and state.read_bytes() == b"damaged"           # it only looks
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_map_has_counted_is_also_written_whatever_ends_it(tmp_path, number):
+    file, state = tmp_path / "m.toml", tmp_path / "state"
+    file.write_text(f'state_file = "{state}"\n' + MAP.replace('sum = "t + u"\n', ""))
+    line = json.dumps({"topic": "plant.a.t", "payload": {"value": 1, "timestamp_ms": 1}}).encode() + b"\n"
+    with open(tmp_path / "out", "wb") as out:
+        process = subprocess.Popen([sys.executable, "-m", "horizon_lite", "map", "--config", str(file)], cwd=HERE, stdin=subprocess.PIPE, stdout=out)
+        end = time.monotonic() + 0.8
+        with contextlib.suppress(BrokenPipeError):
+            while process.poll() is None:
+                process.stdin.write(line * 500)
+                if time.monotonic() > end:
+                    end = math.inf
+                    process.send_signal(number)
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        assert process.wait(10) == 128 + number
+    written = (tmp_path / "out").read_bytes().splitlines()
+    assert json.loads(written[-1])["payload"]["value"] == len(written) > 500
+    (match,) = json.loads(state.read_bytes().partition(b"\n")[2])["matches"]
+    assert match["cells"] == [["n", "count()", len(written)]]
+
+
+def test_workers_end_with_the_process_that_began_them(tmp_path):
+    file = tmp_path / "m.toml"
+    file.write_text(MAP)
+    process = subprocess.Popen([sys.executable, "-m", "horizon_lite", "map", "--config", str(file), "--workers", "2"], cwd=HERE,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process.stdin.write(b'{"topic": "plant.a.t", "payload": {"value": 1, "timestamp_ms": 1}}\n')
+    process.stdin.flush()
+    assert process.stdout.readline()
+    children = [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not any(Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2] for child in children), 10)
 
 
 def test_map_tells_of_a_worker_that_is_gone(tmp_path):
