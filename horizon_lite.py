@@ -5048,6 +5048,7 @@ class Markup:
 
 _MAX_EXPRESSION = 4_096             # characters
 _MAX_NESTING = 64                   # of an expression, and of a value
+_MAX_LOOPS = 8                      # within each other
 _MAX_STEPS = 100_000                # of one evaluation: items gone through, or 64 characters
 _MAX_HINTED = 500                   # characters of what is put into Python, if it is JavaScript
 _MAX_FOLDED = 1_000                 # characters of a text that is computed beforehand
@@ -5079,7 +5080,7 @@ class _Stop(ExpressionError):
 
 def _kind_of(value: object) -> str:
     return {str: "a text", int: "a whole number", float: "a number", bool: "true or false",
-            list: "a list", tuple: "a list", dict: "an object", type(None): "null"}.get(
+            list: "a list", tuple: "a tuple", dict: "an object", type(None): "null"}.get(
                 type(value), f"a {type(value).__name__}")
 
 
@@ -5202,17 +5203,20 @@ def _joined(parts: tuple[str, ...], left: list[int]) -> str:
 
 def _text_method(name: str) -> Callable[..., Any]:
     act = getattr(str, name)
+    # the first argument that the result, or the work, is a multiple of
+    grows = {"replace": 1, "join": 0, "strip": 0, "lstrip": 0, "rstrip": 0}.get(name, 9)
 
     def call(left: list[int], text: Any, *args: Any) -> Any:
         if type(text) is not str:
             raise TypeError(f".{name}() is for texts, not for {_kind_of(text)}")
         longest = filled = 0
-        for each in args:
+        for n, each in enumerate(args):
             if isinstance(each, int):
                 filled += max(each, 0)
-            elif isinstance(each, str | list | tuple):
-                longest = max(longest, len(_use(each, left)))
-        # the most that searching takes, and that replacing, joining and filling may give
+            elif isinstance(each, str | list | tuple) and len(_use(each, left)) > longest and (
+                    n >= grows):
+                longest = len(each)
+        # the most that replacing, joining, filling and stripping give or take
         _charge(left, ((len(text) + 1) * (longest + 1) + filled) >> 6)
         return _use(act(text, *args), left)
 
@@ -5325,6 +5329,11 @@ def _admit(value: Any) -> Any:
     raise _Stop(f"a value nested deeper than {_MAX_NESTING} levels", "too_deep")
 
 
+def _copied(value: Any) -> Any:
+    """Return a value that whoever gets it may change."""
+    return json.loads(_dump_json(value)) if isinstance(value, dict | list) else value
+
+
 def _as_number(value: Any) -> Any:
     if not isinstance(value, int | float):
         raise TypeError(f"must be a number, not {_kind_of(value)}")
@@ -5373,7 +5382,7 @@ def _step_window(total: list[int], window: Any, value: Any, at_ms: int, span_s: 
 
 def _step_prev(pair: Any, value: Any, _at_ms: int, _: float) -> Any:
     if type(value) is not float or value - value != 0.0:
-        _admit(value)
+        value = _copied(_admit(value))
     return (_MISSING, value) if pair is _MISSING else (pair[1], value)
 
 
@@ -5381,7 +5390,7 @@ def _step_ewma(average: Any, value: Any, _at_ms: int, alpha: float) -> Any:
     value = float(_as_number(value))
     if not math.isfinite(value):                # it would stay so for ever
         raise FloatingPointError(f"ewma() of {value}")
-    if average is _MISSING:
+    if average is _MISSING or alpha == 1.0:
         return value
     change = alpha * (value - average)
     return average + change if math.isfinite(change) else (1 - alpha) * average + alpha * value
@@ -5484,10 +5493,10 @@ _NOT_HERE = {
 # what people write who come from JavaScript, and what they mean; tried in this order
 _HABITS: tuple[tuple[str, str], ...] = (
     (r";\s*$", ""), (r"===", "=="), (r"!==", "!="), (r"&&", " and "), (r"\|\|", " or "),
-    (r"\b(\w+)\s*\?\?\s*(\w+)", r"(\2 if \1 is None else \1)"), (r"!\s*(\w+)", r"(not \1)"),
+    (r"^\s*(\w+)\s*\?\?\s*(\w+)\s*$", r"\2 if \1 is None else \1"), (r"!\s*(\w+)", r"(not \1)"),
     (r"^([^?:]+)\?([^?:]+):([^?:]+)$", r"\2 if \1 else \3"), (r"\bMath\.PI\b", "pi"),
     (r"\bMath\.pow\(([^(),]+),([^(),]+)\)", r"((\1) ** (\2))"),
-    (r"\bMath\.", ""), (r"\bDate\.now\(\)", "(now() * 1000)"), (r"\btrue\b", "True"),
+    (r"\bMath\.(?=[a-z]\w*\()", ""), (r"\bDate\.now\(\)", "(now() * 1000)"), (r"\btrue\b", "True"),
     (r"\bfalse\b", "False"), (r"\b(null|undefined)\b", "None"), (r"\bparseInt\(", "int("),
     (r"\b(parseFloat|Number)\(", "float("), (r"\bString\(", "str("), (r"\bisNaN\(", "isnan("),
     (r"\b(\w+)\.toFixed\((\d)\)", r'f"{\1:.\2f}"'), (r"\.toUpperCase\(", ".upper("),
@@ -5519,11 +5528,15 @@ def _pythonic(text: str) -> str:
         return f"s__{len(literals) - 1}__"
 
     meant = _LITERAL.sub(put_aside, text)
+    if re.search(r"//|--|\+\+|(?<!&)&(?!&)|(?<!\|)\|(?!\|)", meant):      # these mean else there
+        return ""
     for habit, python in _HABITS:
         meant = re.sub(habit, python, meant, flags=re.DOTALL)
+    meant = re.sub(r"\s+", " ", meant).strip()
     for n, each in enumerate(literals):
         meant = meant.replace(f"s__{n}__", each)
-    meant = re.sub(r"\s+", " ", meant).strip()
+    if "Math" in meant:
+        return ""
     try:
         _Writer(None).write_whole(meant, hint=False)
     except ExpressionError:
@@ -5572,7 +5585,7 @@ class _Writer(ast.NodeVisitor):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                tree = ast.parse(text.strip(), "<expression>", "eval").body
+                tree = ast.parse(text.strip().replace("\n", " "), "<expression>", "eval").body
             _check_tree(tree)
             return self.write(_Folder({*(self.variables or ()), *self.given}).visit(tree)).text
         except _Stop as error:
@@ -5693,7 +5706,9 @@ class _Writer(ast.NodeVisitor):
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> _Code:
         part = self.write(node.operand)
-        bits = 1 if isinstance(node.op, ast.Not) else part.bits + isinstance(node.op, ast.Invert)
+        if isinstance(node.op, ast.Invert):     # of a bool, too
+            return _Code(f"(-1 - whole({part.text}))", True, part.bits + 1)
+        bits = 1 if isinstance(node.op, ast.Not) else part.bits
         return _Code(f"({_OPERATORS[type(node.op)]}{part.text})", True, bits)
 
     def visit_BoolOp(self, node: ast.BoolOp) -> _Code:
@@ -5710,19 +5725,25 @@ class _Writer(ast.NodeVisitor):
 
     def visit_Compare(self, node: ast.Compare) -> _Code:
         parts = [self.write(each) for each in (node.left, *node.comparators)]
-        text = self._operand(parts[0])
-        for operator_node, right, part in zip(node.ops, node.comparators, parts[1:]):
-            sign = _OPERATORS[type(operator_node)]
+        signs = [_OPERATORS[type(each)] for each in node.ops]
+        dear = not {*signs} <= {"==", "!=", "is", "is not"}
+        text = self._operand(parts[0], dear)
+        for sign, right, part in zip(signs, node.comparators, parts[1:]):
             if sign in ("is", "is not") and (
                     isinstance(node.left, ast.Constant) or not isinstance(right, ast.Constant)
                     or not isinstance(right.value, bool | None)):
                 raise ExpressionError(f"{sign} is for None; write {'==' if sign == 'is' else '!='}")
-            text += f" {sign} {self._operand(part)}"
+            listed = isinstance(right, ast.List | ast.Tuple) and all(
+                isinstance(each, ast.Constant) for each in right.elts)
+            text += f" {sign} {part.text if listed else self._operand(part, dear)}"
         return _Code(f"({text})", True, 1)
 
-    def _operand(self, part: _Code) -> str:
+    def _operand(self, part: _Code, dear: bool = False) -> str:
         # what came in is small enough, what is computed may share its parts a thousand times
-        return part.text if part.atom and not self.looped else self._used(part)
+        if part.atom and not (self.looped or dear):
+            return part.text
+        return f"({part.text} if type({part.text}) is float else {self._used(part)})" if (
+            part.atom and not part.number and part.text.isidentifier()) else self._used(part)
 
     def visit_Subscript(self, node: ast.Subscript) -> _Code:
         value = self.write(node.value)
@@ -5782,6 +5803,8 @@ class _Writer(ast.NodeVisitor):
 
     def _loop(self, generators: list[ast.comprehension], bracket: str, *results: ast.expr) -> _Code:
         self.looped += 1
+        if self.looped > _MAX_LOOPS:        # CPython 3.12's compiler crashes at twenty
+            raise ExpressionError(f"loops are nested deeper than {_MAX_LOOPS} levels")
         depth, text = len(self.scopes), ""
         steps = 1 + sum(1 for each in (*results, *generators) for _ in ast.walk(each)) // 8
         for each in generators:
@@ -5979,16 +6002,21 @@ def _any_missing(names: Iterable[str]) -> str:
 def _cell_lines(cells: Sequence[_Cell], first: int, changed: Container[str],
                 memory: str = "memory") -> str:
     """Return the text that tells cells what has changed, and reads them: k_0, k_1, ..."""
-    text = ""
+    several = len(cells) > 1                # what fails for one is told to the others
+    text = "failed = None\n" if several else ""
     for n, cell in enumerate(cells):
         state = f"{memory}[{first + n}]"
         if any(name in changed for name in cell.needs) or not cell.needs:
             unsure = [f"v_{name}" for name in sorted(cell.needs) if name not in changed]
             unsure += [f"k_{at}" for at in sorted(cell.after)]
-            text += f"if not ({_any_missing(unsure)}):\n    " if unsure else ""
-            text += f"{state} = {cell.step(state)}\n"
+            step = f"{state} = {cell.step(state)}\n"
+            if several:
+                step = f"try: {step}except Exception as error: failed = error\n"
+            tests = [f"not ({_any_missing(unsure)})"] * bool(unsure) + (
+                ["failed is None"] if several and cell.after else [])
+            text += f"if {' and '.join(tests)}:\n{_indent(step, 1)}" if tests else step
         text += f"k_{n} = {cell.peek(state)}\n"
-    return text
+    return text + ("if failed is not None: raise failed\n" if several else "")
 
 
 def _members_text(node: ast.expr) -> str:
@@ -6002,11 +6030,11 @@ def _is_math(node: ast.Attribute) -> bool:
     return isinstance(node.value, ast.Name) and node.value.id == "math"
 
 
-def _shown(text: object) -> str:
+def _shown(text: object, most: int = 80) -> str:
     """Return a text as an error shows it."""
     said = str(text)
-    said = said if len(said) <= 80 else said[:77] + "..."
-    return said.encode(errors="backslashreplace").decode()
+    said = said if len(said) <= most else said[:most - 3] + "..."
+    return said if said.isprintable() else said.encode("unicode_escape").decode()
 
 
 def _check_tree(tree: ast.AST) -> None:
@@ -6131,8 +6159,8 @@ def _reason_of(error: Exception) -> str:
 
 def _why(error: Exception) -> str:
     if isinstance(error, KeyError):
-        return f"there is no {error}"
-    return str(error) or type(error).__name__
+        return f"there is no {_shown(error)}"
+    return _shown(str(error) or type(error).__name__, 200)
 
 
 # -- topics --
@@ -6330,11 +6358,6 @@ def _parameters_of(fn: Callable[..., Any]) -> list[tuple[str, bool]]:
     return [(each.name, each.kind == each.KEYWORD_ONLY) for each in parameters
             if each.default is each.empty and each.kind not in (
                 each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-
-
-def _copied(value: Any) -> Any:
-    """Return a value that whoever gets it may change."""
-    return json.loads(_dump_json(value)) if isinstance(value, dict | list) else value
 
 
 def _not_loaded() -> None:

@@ -3381,7 +3381,7 @@ def test_a_value_that_holds_itself_is_refused():
 @pytest.mark.parametrize("javascript, python", [
     ("a && b", "a and b"), ("a || !b", "a or (not b)"), ("a === b", "a == b"), ("a !== b;", "a != b"), ("a > 5 ? 'hot' : 'cold'", "'hot' if a > 5 else 'cold'"), ("`${a} C`", 'f"{a} C"'),
     ('"${a} C"', 'f"{a} C"'), ("Math.max(a, b)", "max(a, b)"), ("Math.sqrt(a)", "sqrt(a)"), ("Math.pow(a, 2)", "((a) ** ( 2))"), ('a === "Stop!"', 'a == "Stop!"'), ('a.b === "x.y && true"', "a['b'] == \"x.y && true\""), ("a[0].length", "len(a[0])"), ("a.startsWith('x')", "a.startswith('x')"), ("Math.PI * a", "pi * a"), ("a.length > 3", "len(a) > 3"), ("a.toFixed(2)", 'f"{a:.2f}"'),
-    ("true", "True"), ("a == null", "a == None"), ("a.b.c", "a['b']['c']"), ("parseInt(a)", "int(a)"), ("parseFloat(a) * 2", "float(a) * 2"), ("a.toUpperCase()", "a.upper()"), ("Date.now()", "(now() * 1000)"), ("a ?? 0", "(0 if a is None else a)"),
+    ("true", "True"), ("a == null", "a == None"), ("a.b.c", "a['b']['c']"), ("parseInt(a)", "int(a)"), ("parseFloat(a) * 2", "float(a) * 2"), ("a.toUpperCase()", "a.upper()"), ("Date.now()", "(now() * 1000)"), ("a ?? 0", "0 if a is None else a"),
     ("a.includes('x')", "('x' in a)"), ("a.trim()", "a.strip()"), ("String(a)", "str(a)"), ("a && b ? a : b", "a if a and b else b"),
 ])
 def test_javascript_is_answered_with_python(javascript, python):
@@ -3403,6 +3403,10 @@ def test_long_sums_and_deep_nesting_compile_up_to_the_limit():
     assert hl.Expression("+".join(["x"] * 60))(x=1) == 60
     assert hl.Expression("(" * 80 + "x" + ")" * 80)(x=1) == 1
     assert hl.Expression("*".join(["x"] * 60))(x=1.0) == 1.0
+    with pytest.raises(hl.ExpressionError, match="loops are nested deeper than 8"):      # CPython 3.12 and 3.13 crash at 20
+        hl.Expression("[" * 9 + "x" + " for x in y]" * 9)
+    eight = hl.Expression("[" * 8 + "x" + " for x in y]" * 8)
+    assert str(eight(y=[1])).count("1") == 1 and len(plant({"a": eight.text.replace("y", "x")}).rules) == 1
     assert hl.Expression("[" * 60 + "x" + "]" * 60)(x=1) == eval("[" * 60 + "1" + "]" * 60)
     deep = "x"
     for _ in range(30):
@@ -3802,6 +3806,7 @@ for _ in range(26):
     ("len([[" + "0, " * 1300 + "] for i in t])", {"t": "a" * 99_990}), ("len([[" + "x + y, " * 500 + "] for i in t])", {"t": "a" * 99_990, "x": "a", "y": "b"}), ("len([0 for i in t if " + "x <= " * 600 + "x])", {"t": "a" * 99_990, "x": 1}),
     ("str([b for b in [7 ** 700] for i in t])", {"t": "a" * 45_000}), ("len([b // c for b in [1 << 2000] for c in [1 << 1000] for i in t])", {"t": "a" * 99_990}), ("{a * 2305843009213693951: 0 for a in l}", {"l": [*range(100)]}),
     ("[x * 1e308]", {"x": 1e308}), ("{1: 2}", {}), ("{x: 1}", {"x": 1}), ("[1 for () in xs]", {"xs": []}), ("sorted(x, reverse=True, reverse=False)", {"x": []}), ("f'{x:c}'", {"x": 0xd800}), ("x.keys()", {"x": [1]}),
+    ("[" + "x < y, " * 500 + "]", {"x": [[0] * 9000], "y": [[0] * 9000]}), ("[" + "x in y, " * 400 + "]", {"x": "ab", "y": "a" * 1_000_000}), ("x[k]", {"x": {}, "k": "a" * 900_000}), ("float(k)", {"k": "a" * 900_000}), ("prev((1, x))", {"x": 1}), ("'\x1b[0m' + 5", {}),
     ("window(x, 10).mean", {"x": 1e308 * 10}), ("window(x * 1e300, 10).mean", {"x": 1e300}), ("prev(x * 1e308, 0)", {"x": 1e10}), ("(x for x in y)", {"y": []}), ("None[0]", {}), ("1 is None", {}), ("'abc'['x']", {}), ("'\\d' + 5", {}),
 ])
 def test_what_was_found_by_attackers_is_stopped(text, given, recwarn):
@@ -3821,12 +3826,41 @@ def test_building_an_expression_is_quick_whatever_it_says():
 
 @pytest.mark.parametrize("text, given, result", [
     ("[pi * 2 for pi in x]", {"x": [1, 2]}, [2, 4]), ("[abs(pi) for pi in [1, -2, 3]]", {}, [1, 2, 3]), ("[a for a, in x]", {"x": [[1], [2]]}, [1, 2]), ("[a + b for a, b in x]", {"x": [[1, 2]]}, [3]), ("f'{x!s:5}|'", {"x": 5}, "5    |"), ("f'{x!s}'", {"x": None}, "None"),
-    ("any(1 / y for y in x)", {"x": [1, 0]}, True), ("all(1 / y > 1 for y in x)", {"x": [1, 0]}, False), ("'$' + '{a}'", {}, "${a}"), ("f'${x}'", {"x": 1}, "$1"), ("ewma(x, 0.5)", {"x": 1}, 1.0), ("prev(x, 'none')", {"x": 1}, "none"), ("x.get('a', 0) + 1", {"x": {}}, 1),
+    ("[v for v in x if v in ['a', 'b', 'c', 'd', 'e', 'f', 'g', 'h', 'i']]", {"x": ["a"] * 9000}, ["a"] * 9000), ("len(x.replace('temperature', 't'))", {"x": "temperature " * 40_000}, 80_000), ("x.startswith('temperature')", {"x": "temperature " * 40_000}, True),
+    ("x\n  + 1", {"x": 1}, 2), ("~x", {"x": True}, -2), ("~x", {"x": 5}, -6), ("ewma(x, 1)", {"x": 3}, 3.0), ("any(1 / y for y in x)", {"x": [1, 0]}, True), ("all(1 / y > 1 for y in x)", {"x": [1, 0]}, False), ("'$' + '{a}'", {}, "${a}"), ("f'${x}'", {"x": 1}, "$1"), ("ewma(x, 0.5)", {"x": 1}, 1.0), ("prev(x, 'none')", {"x": 1}, "none"), ("x.get('a', 0) + 1", {"x": {}}, 1),
     ("{k: v for k, v in x.items()}", {"x": {"a": 1}}, {"a": 1}), ("(1, x)", {"x": 2}, (1, 2)), ("x in ('a', 'b')", {"x": "a"}, True), ("x == [[1], [2]]", {"x": [[1], [2]]}, True), ("x['a']['b'][0]", {"x": {"a": {"b": [5]}}}, 5), ("window(x, 9).max - window(x, 9).min", {"x": 1}, 0),
 ])
 def test_what_attackers_found_wrong_is_right(text, given, result):
     got = hl.Expression(text)(**given)
     assert got == result and type(got) is type(result)
+
+
+def test_what_fails_for_one_cell_is_told_to_the_others_in_any_order():
+    for text in ("[prev(x['a'], 0), prev(x['b'], 0)]", "[prev(x['b'], 0), prev(x['a'], 0)][::-1]"):
+        expression = hl.Expression(text)
+        assert expression(x={"a": 1, "b": 1}) == [0, 0]
+        with pytest.raises(hl.ExpressionError):
+            expression(x={"a": 2})
+        assert expression(x={"a": 3, "b": 3}) == [2, 1]
+    nested = hl.Expression("[prev(prev(1 / x, 0), 0), count(), prev(x, 0)]")
+    with contextlib.suppress(hl.ExpressionError):
+        nested(x=0)
+    assert nested(x=2) == [0, 2, 0] and nested(x=4) == [0, 3, 2] and nested(x=5) == [0.5, 4, 4]
+    average = hl.Expression("ewma(x, 1)")
+    assert [average(x=1e20), average(x=3)] == [1e20, 3.0]
+    held, own = hl.Expression("prev(x, 0)"), [1]
+    held(x=own)
+    own.append(2)
+    assert held(x=0) == [1]
+
+
+def test_a_hint_is_silent_where_it_would_mean_something_else():
+    for text in ("a ?? b * 2", "flags & mask === 0", "a && b // note", "--a === 0", "x / 2 | 0 === 1", "Math.E * x", "Math.SQRT2 && x"):
+        with pytest.raises(hl.ExpressionError) as raised:
+            hl.Expression(text)
+        assert "in Python" not in str(raised.value), text
+    with pytest.raises(hl.ExpressionError, match="a == 'x  y'$"):
+        hl.Expression("a ===  'x  y'")
 
 
 def test_a_bad_sample_leaves_a_window_as_it_was():
