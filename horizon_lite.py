@@ -7164,7 +7164,7 @@ class Streams:
         Raises:
             ConfigError, ExpressionError: what is wrong with it; nothing has changed then.
         """
-        path = "" if isinstance(config, Mapping) else os.path.realpath(config)
+        path = os.path.realpath(config) if isinstance(config, str | os.PathLike) else ""
         if path and (old := next((each for each in self if path == os.path.realpath(
                 each.path) and each.path), None)) is not None:
             self._reread(old)

@@ -12297,6 +12297,8 @@ async def one_async(message):
 
 def test_what_would_come_back_as_its_own_input_is_refused_and_a_longer_loop_ends():
     app = hl.Engine(port=0)
+    with pytest.raises(hl.ConfigError, match="a stream is a dict or the path"):
+        app.stream.load(5)
     with pytest.raises(hl.ConfigError, match="would come back"):
         app.stream.load({"model": {"name": "m", "version": "v1"}, "output_topic": "a", "sources": {"x": "a.>"}, "mapping": {"p": "x"}})
     assert not [*app.stream] and not app.topics.matching("a.b")
