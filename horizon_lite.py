@@ -6016,7 +6016,8 @@ def _cell_lines(cells: Sequence[_Cell], first: int, changed: Container[str],
                 ["failed is None"] if several and cell.after else [])
             text += f"if {' and '.join(tests)}:\n{_indent(step, 1)}" if tests else step
         text += f"k_{n} = {cell.peek(state)}\n"
-    return text + ("if failed is not None: raise failed\n" if several else "")
+    return text + ("if failed is not None:\n    try: raise failed\n    finally: failed = None\n"
+                   if several else "")
 
 
 def _members_text(node: ast.expr) -> str:
@@ -6270,7 +6271,6 @@ _DROPS = {"no_topic", "unknown_topic", "too_many_matches", "no_field", "bad_fiel
 _STATE_FORMAT = "horizon_lite stream state 1"
 _plain_json = json.JSONDecoder(parse_constant=_finite)
 _scan_json = _plain_json.raw_decode
-_unusual = ValueError("not what most messages are")
 
 
 class Output(NamedTuple):
@@ -6815,7 +6815,7 @@ class Stream:
         put = (f"out.append(new(Output, ({topic}, text.encode(), "
                f"{{**metadata, 'umh_topic': {topic}}})))\nmade[{n}] += 1\n")
         if isinstance(rule.static, Exception):
-            body = f"raise static_{n}\n"
+            body = f"fail({n}, static_{n})\n"
         elif rule.is_static:
             body = f"text = static_{n} + tail\n{place.format(None)}{put}"
         else:
@@ -6874,26 +6874,26 @@ class Stream:
         looked = turn % _SAMPLED == 1
         began = self._clock() if looked else 0
         before = len(out)
+        usual = False
         try:
-            found = self._find(topic)
-            if len(payload) > _MAX_PAYLOAD:
-                raise _unusual
-            text = payload.decode()
-            message, end = _scan_json(text, 0)
-            value, at_ms = message["value"], message["timestamp_ms"]
-            if not ((type(value) is float and value - value == 0.0
-                     or type(value) is int and -_SAFE_INT < value < _SAFE_INT)
-                    and type(at_ms) is int and 0 < at_ms < _MAX_AT_MS and end == len(text)
-                    and type(metadata) is dict):
-                raise _unusual
-            run, key = found[looked], found[2]
+            run, looking, key = self._find(topic)
+            if len(payload) <= _MAX_PAYLOAD:
+                text = payload.decode()
+                message, end = _scan_json(text, 0)
+                value, at_ms = message["value"], message["timestamp_ms"]
+                usual = ((type(value) is float and value - value == 0.0
+                          or type(value) is int and -_SAFE_INT < value < _SAFE_INT)
+                         and type(at_ms) is int and 0 < at_ms < _MAX_AT_MS and end == len(text)
+                         and type(metadata) is dict)
         except Exception:
-            self._accept(topic, payload, metadata, out)
-        else:
+            pass                    # it is said what is wrong when it is looked at again
+        if usual:
             try:
-                run(key, value, at_ms, metadata, out)
+                (looking if looked else run)(key, value, at_ms, metadata, out)
             except _Stop as error:
                 self.refuse(error, topic)
+        else:
+            self._accept(topic, payload, metadata, out)
         if looked or len(out) == before:
             self._settle(began, len(out) == before)
 

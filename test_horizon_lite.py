@@ -3731,6 +3731,31 @@ def test_nothing_is_retained_and_little_is_allocated():
     assert len(kept) == 200 and size / 200 < 10_000 and count / 200 < 20       # what a message makes and leaves: its outputs
 
 
+def test_nothing_is_retained_of_what_fails():
+    stream = plant({"s": "1 / 0", "d": "x / 0", "c": "[prev(x['a'], 0), prev(1 / x, 0)]", "fn": lambda x: {}["no"]})
+    messages = [("in.x", each, {}) for each in (sample(0), sample("a"), b"junk", b'{"value":null,"timestamp_ms":1}', sample([1])) for _ in range(40)] + [("else", b"", None)] * 40
+
+    def turn():
+        for _ in range(5):
+            stream.process_batch(messages)
+        return sys.getallocatedblocks()
+    gc.collect()
+    gc.disable()                # nor does it need the collector
+    try:
+        turn()
+        before = turn()
+        for _ in range(int(10 * SOAK) + 2):
+            after = turn()
+    finally:
+        gc.enable()
+    assert after - before < 300 and stream.errored["not_json"] > 1000 < stream.errored["zero_division"]
+    error = stream.rules[0].static
+    depth, trace = 0, error.__traceback__
+    while trace is not None:
+        depth, trace = depth + 1, trace.tb_next
+    assert depth < 10
+
+
 # -- what outlives a stop --
 
 STATEFUL = {"mapping": {"d": "x - prev(x)", "m": "ewma(x, 0.5)", "n": "count()", "w": "window(x, 10).mean", "k": "x * k"},
