@@ -18731,12 +18731,11 @@ def _lines_of_worker(path: str) -> _StreamLines:
     return _StreamLines({**config, "state_file": ""}, numbered=False)
 
 
-def _begin_worker(path: str, state: Any) -> None:
+def _begin_worker(path: str, state: Any, parent: int) -> None:
     """Begin with the state of the worker's matches; end with the process that began it."""
     if state is not None:
         _lines_of_worker(path).stream.restore(state)
     if hasattr(signal, "setitimer"):
-        parent = os.getppid()
         signal.signal(signal.SIGALRM, lambda *_: None if os.getppid() == parent else os._exit(1))
         signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
 
@@ -18749,6 +18748,22 @@ def _feed_worker(path: str, lines: bytes) -> tuple[bytes, int, Counter[str]]:
 
 def _worker_state(path: str) -> Any:
     return _lines_of_worker(path).stream.snapshot()
+
+
+@contextlib.contextmanager
+def _held_back() -> Iterator[None]:
+    """Hold signals that end a program back until the end of the block; they are not lost."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    from multiprocessing.resource_tracker import ensure_running
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
+    try:
+        ensure_running()                # which lets some of them through again
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _WorkerLines:
@@ -18770,15 +18785,11 @@ class _WorkerLines:
         self._path, self._write = path, write
         self._trouble: OSError | None = None            # with what is written
         self._counts: list[tuple[int, Counter[str]]] = [(0, Counter())] * count
-        before = {each: signal.signal(each, signal.SIG_IGN) for each in _ENDS}  # in workers, too
-        try:
+        with _held_back():              # workers inherit it: only this process heeds signals
             self._pools = [ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
                            for _ in range(count)]
-            self._waiting = [deque([pool.submit(_begin_worker, path, None)])
+            self._waiting = [deque([pool.submit(_begin_worker, path, None, os.getpid())])
                              for pool in self._pools]
-        finally:
-            for each, handler in before.items():
-                signal.signal(each, handler)
         if self.file:
             _take_state(self.file, self._share_out)
 
@@ -18786,7 +18797,8 @@ class _WorkerLines:
         shares = [[each for each in state["matches"] if self._owner(each["match"]) == n]
                   for n in range(len(self._pools))]
         for share, pool in zip(shares, self._pools):
-            pool.submit(_begin_worker, self._path, {**state, "matches": share}).result()
+            pool.submit(_begin_worker, self._path, {**state, "matches": share},
+                        os.getpid()).result()
 
     @property
     def lines(self) -> int:
