@@ -5482,7 +5482,7 @@ class _Code(NamedTuple):
 _OPERATORS: dict[type, str] = {
     ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%",
     ast.Pow: "**", ast.LShift: "<<", ast.RShift: ">>", ast.BitAnd: "&", ast.BitOr: "|",
-    ast.BitXor: "^", ast.USub: "-", ast.UAdd: "+", ast.Invert: "~", ast.Not: "not ",
+    ast.BitXor: "^", ast.USub: "-", ast.UAdd: "+", ast.Not: "not ",
     ast.And: " and ", ast.Or: " or ", ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=",
     ast.Gt: ">", ast.GtE: ">=", ast.In: "in", ast.NotIn: "not in", ast.Is: "is",
     ast.IsNot: "is not"}
@@ -5598,7 +5598,7 @@ class _Writer(ast.NodeVisitor):
             why = f"{error.msg} ({where})"
         except (ValueError, MemoryError, RecursionError) as error:      # NUL, too deep
             why = f"can't be read: {error}"
-        if hint and "\n" not in why:
+        if hint:
             why += _pythonic(text)
         raise ExpressionError(f"{_shown(text)}: {why}") from None
 
@@ -5906,7 +5906,7 @@ class _Writer(ast.NodeVisitor):
         if name == "now":
             self.moving = True
             return _Code("now()", True, 0)
-        if self.scopes or self.looped:
+        if self.looped:
             raise ExpressionError(f"{name}() can't stand in a loop")
         argument, inner = self._cell_argument(name, node), _Writer(self.variables, self.given)
         inner.cells, inner.temps, inner.used = self.cells, self.temps, self.used
@@ -6281,14 +6281,18 @@ class Output(NamedTuple):
     metadata: dict[str, Any]        # the message's, with this topic as umh_topic
 
 
-def _read_stream(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the mapping in a TOML file, or in the [stream] of one."""
+def _load_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     import tomllib
     try:
         with open(path, "rb") as file:
-            said = tomllib.load(file)
+            return tomllib.load(file)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{os.fspath(path)}: {error}") from None
+
+
+def _read_stream(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the mapping in a TOML file, or in the [stream] of one."""
+    said = _load_toml(path)
     inner = said.get("stream")
     if isinstance(inner, dict) and "sources" not in said:
         return {key: said[key] for key in ("test",) if key in said} | inner
@@ -6368,7 +6372,7 @@ class _Rule:
     """One mapping of a stream: from its variables to a topic."""
 
     __slots__ = ("path", "said", "needs", "cells", "code", "moving", "fn", "template", "static",
-                 "first", "placed", "shared")
+                 "places", "first", "placed", "shared")
 
     def __init__(self, path: str, said: Any, variables: Collection[str], topic: str,
                  wildcards: Sequence[str]) -> None:
@@ -6388,8 +6392,8 @@ class _Rule:
         given = {name: each for name, each in given.items() if name not in variables}
         try:
             self.template = _Template(topic)
-            places = self.template.places(wildcards)
-            self._check_places(places, wildcards)
+            self.places = self.template.places(wildcards)
+            self._check_places(self.places, wildcards)
             writer = _Writer(variables, given)
             if callable(said):
                 self.code = self._call(said, writer)
@@ -6397,7 +6401,7 @@ class _Rule:
                 self.code = writer.write_whole(self.said)
             self.cells, self.needs = writer.settled_cells(), frozenset(writer.names)
             self.moving = writer.moving or bool(writer.used) and not self.needs
-            self.placed = any(at >= 0 for _, at in places) or bool(writer.used & {*wildcards})
+            self.placed = any(at >= 0 for _, at in self.places) or bool(writer.used & {*wildcards})
             if not callable(said):              # it may be what Python can't compile
                 _function_of(self.code, writer.names, self.cells)
         except ExpressionError as error:
@@ -6576,7 +6580,7 @@ class Stream:
         self._told: dict[str, int] = {}             # when it was last said what is wrong
         self._configure(config if isinstance(config, Mapping) else _read_stream(config))
         if self.state_file:
-            self._load_state()
+            _take_state(self.state_file, self.restore)
         self._show()
 
     def _configure(self, config: Mapping[str, Any]) -> None:
@@ -6706,7 +6710,7 @@ class Stream:
             names |= {f"t_{n}": rule.template.text, f"static_{n}": rule.static,
                       f"function_{n}": rule.fn, f"fill_{n}": rule.template.fill,
                       f"topic_{n}": functools.partial(
-                          rule.template.topic, rule.template.places(self._wildcards))}
+                          rule.template.topic, rule.places)}
         self.__source__ = "\n\n".join(
             self._source_text(n, topic, variables, timed="")
             for n, (topic, variables) in enumerate(groups.items()))
@@ -6808,10 +6812,9 @@ class Stream:
         """Return the text that runs one mapping; a failure is its own."""
         place, topic = "", f"t_{n}"
         if rule.template.names:
-            places = rule.template.places(self._wildcards)
             place, topic = (f"topic = topic_{n}(key, {{}}, metadata)\n", "topic") if any(
-                name for name, _ in places) else (
-                f"topic = fill_{n}({', '.join(f'key[{at}]' for _, at in places)})\n", "topic")
+                name for name, _ in rule.places) else (
+                f"topic = fill_{n}({', '.join(f'key[{at}]' for _, at in rule.places)})\n", "topic")
         put = (f"out.append(new(Output, ({topic}, text.encode(), "
                f"{{**metadata, 'umh_topic': {topic}}})))\nmade[{n}] += 1\n")
         if isinstance(rule.static, Exception):
@@ -7085,9 +7088,6 @@ class Stream:
         if not self.state_file:
             raise StateError("this stream has no state_file")
         _write_state(self.state_file, self.snapshot())
-
-    def _load_state(self) -> None:
-        _take_state(self.state_file, self.restore)
 
 
 # -- in an engine --
@@ -12127,12 +12127,7 @@ def read_plugins(path: str) -> list[PluginSpec]:
     Raises:
         ConfigError: it names the file and what is wrong.
     """
-    import tomllib
-    try:
-        with open(path, "rb") as file:
-            tables = tomllib.load(file)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+    tables = _load_toml(path)
     found = tables.get("plugins")
     if tables.keys() - {"plugins"} or not isinstance(found, list) or not all(
             isinstance(each, dict) for each in found):
@@ -13390,12 +13385,7 @@ def _must_be_setting(key: str, where: str = "") -> None:
 
 
 def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    import tomllib
-    try:
-        with open(path, "rb") as file:
-            tables = [tomllib.load(file)]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{os.fspath(path)}: {error}") from None
+    tables = [_load_toml(path)]
     values: dict[str, Any] = {}
     mapping = tables[0].get("stream")
     if own := isinstance(mapping, dict) and not mapping.keys().isdisjoint(_STREAM_KEYS):
